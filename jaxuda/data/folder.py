@@ -1,0 +1,218 @@
+"""The user's own data: a folder with images/, labels/ and classes.json.
+
+images/ and labels/ hold files of the same relative names, JPEG or PNG images and grey or palette PNG labels.
+If images/ has sub-folders train and val, these are the splits; otherwise everything is split "train". A split
+without labels has no folder in labels/; a folder without any labels needs no classes.json. Otherwise it reads
+
+    {"name": "mine", "ignore": [9],
+     "classes": [{"name": "road", "ids": [0, 7], "color": [128, 64, 128]}, ...]}
+
+with train ids in the order of the classes. "id": 0 stands for "ids": [0]; "ignore" names ids that belong to
+no class (255 always is one of them) and may be left out.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from jaxuda.data.building import Complaints, FilesBuilder, Item
+from jaxuda.data.labels import IGNORE
+from jaxuda.errors import UserError
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_SPLITS = ("train", "val")
+
+
+@dataclasses.dataclass(kw_only=True)
+class FolderConfig(tfds.core.BuilderConfig):
+    """One folder of the user's; its name carries a hash of the listing: changed files are another dataset."""
+
+    path: str
+    classes: dict[str, Any] | None  # see `read_classes`
+
+
+class Folder(FilesBuilder, skip_registration=True):
+    """Labels are the ids of the user's files; `classes` of the config tells what they mean."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "a folder with images/, labels/ and classes.json"
+
+    @staticmethod
+    def config_of(path: str) -> FolderConfig:
+        """Reads classes.json and the listing of a folder.
+
+        Raises:
+            UserError: there is no such folder, or classes.json is wrong or missing.
+        """
+        root = Path(path).expanduser().resolve()
+        if not (root / "images").is_dir():
+            raise UserError(f"{path}: a dataset folder needs a folder 'images'; there is none")
+        classes = read_classes(root / "classes.json")
+        if classes is None and (root / "labels").exists():
+            raise UserError(f"{root / 'classes.json'}: is missing; without it the labels mean nothing")
+        name = re.sub(r"[^a-z0-9]+", "_", (classes["name"] if classes else root.name).lower()).strip("_")
+        return FolderConfig(name=f"{name or 'folder'}_{_listing_hash(root)}", path=str(root), classes=classes)
+
+    def has_labels(self) -> bool:
+        """Whether any split has labels."""
+        return (Path(self.builder_config.path) / "labels").is_dir()
+
+    def raw_ids(self) -> list[int]:
+        """Ids that classes.json names, and 255."""
+        classes = self.builder_config.classes or {"classes": [], "ignore": []}
+        return [raw for entry in classes["classes"] for raw in entry["ids"]] + classes["ignore"] + [IGNORE]
+
+    def items(self, manual_dir: Path) -> dict[str, list[Item]]:
+        """Lists images and labels by split and complains of every file that does not belong."""
+        root = Path(self.builder_config.path)
+        complaints = Complaints(f"the folder {root}")
+        splits = [split for split in _SPLITS if (root / "images" / split).is_dir()]
+        if splits:
+            for kind in ("images", "labels"):
+                for entry in sorted((root / kind).glob("*")):
+                    if entry.name not in splits and not entry.name.startswith("."):
+                        complaints.add(f"{entry}: lies beside the splits {' and '.join(splits)}")
+        result = {s: _pair(root, s, complaints) for s in splits} or {"train": _pair(root, "", complaints)}
+        complaints.raise_any()
+        return result
+
+
+def _pair(root: Path, split: str, complaints: Complaints) -> list[Item]:
+    """The images of a split with their labels, sorted by name."""
+    images = _files(root, root / "images" / split, _IMAGE_SUFFIXES, complaints)
+    labels = None
+    if (root / "labels" / split).is_dir():
+        labels = _files(root, root / "labels" / split, (".png",), complaints)
+        for name in sorted(labels.keys() - images.keys()):
+            complaints.add(f"{labels[name]}: has no image")
+        for name in sorted(images.keys() - labels.keys()):
+            complaints.add(f"{images[name]}: has no label, though {root / 'labels' / split} exists")
+    if not images:
+        complaints.add(f"{root / 'images' / split}: holds no images")
+    ids = {}
+    for name in sorted(images):
+        # An id names files that are written later, so it must be one plain file name.
+        id_ = name.replace("/", "__")
+        if id_ in ids:
+            complaints.add(f"{images[name]}: would get the same name as {ids[id_].image}; rename one")
+        ids[id_] = Item(id_, images[name], labels.get(name) if labels is not None else None)
+    return list(ids.values())
+
+
+def _files(root: Path, folder: Path, suffixes: tuple[str, ...], complaints: Complaints) -> dict[str, Path]:
+    """Relative name without suffix -> file, for all files below a folder."""
+    result = {}
+    for file in _walk(folder):
+        name = file.relative_to(folder).with_suffix("").as_posix()
+        shown = ascii(str(file))[1:-1]  # the name may hold characters that a terminal would obey
+        if not name.isprintable() or "\\" in name:
+            complaints.add(f"{shown}: its name has characters that cannot be part of a file name everywhere")
+        elif not file.exists() or not file.resolve().is_relative_to(root):
+            complaints.add(
+                f"{shown}: is a link that leads out of the folder; put a copy or a hard link there"
+            )
+        elif file.is_dir():
+            complaints.add(f"{shown}: is a link to a folder; put the folder itself there")
+        elif file.suffix.lower() not in suffixes:
+            complaints.add(f"{shown}: is not {' or '.join(suffixes)}")
+        elif name in result:
+            complaints.add(f"{shown}: has the same name as {result[name].name}")
+        else:
+            result[name] = file
+    return result
+
+
+def _walk(folder: Path) -> list[Path]:
+    """All files below a folder, sorted, links to folders among them; hidden ones are left out."""
+    if folder.is_symlink():
+        return [folder / entry for entry in sorted(os.listdir(folder)) if not entry.startswith(".")]
+    files = []
+    for top, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(top, name))]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(top, name) for name in names + links if not name.startswith(".")]
+    return sorted(files)
+
+
+def _listing_hash(root: Path) -> str:
+    """16 hex digits that change with classes.json and with any file's name, size or time."""
+    digest = hashlib.sha256()
+    classes = root / "classes.json"
+    digest.update(classes.read_bytes() if classes.exists() else b"")
+    for kind in ("images", "labels"):
+        for file in _walk(root / kind):
+            state = file.lstat()
+            entry = f"{file.relative_to(root).as_posix()}\0{state.st_size}\0{state.st_mtime_ns}\0"
+            digest.update(entry.encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+def read_classes(file: Path) -> dict[str, Any] | None:
+    """Reads and checks classes.json.
+
+    Returns:
+        {"name": str, "classes": [{"name": str, "ids": [int], "color": [r, g, b]}], "ignore": [int]}, or
+        None if there is no such file.
+
+    Raises:
+        UserError: what is wrong in which entry.
+    """
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict) or not _is_text(content.get("name")):
+        raise UserError(f'{file}: must be {{"name": ..., "classes": [...]}} with a text as name')
+    entries = content.get("classes")
+    if not isinstance(entries, list) or not 1 <= len(entries) <= IGNORE:
+        raise UserError(f'{file}: "classes" must be a list of 1 to 255 classes')
+    complaints = Complaints(str(file))
+    classes = [_read_class(index, entry, complaints) for index, entry in enumerate(entries)]
+    ignore = content.get("ignore", [])
+    if not _is_bytes(ignore):
+        complaints.add('"ignore" must be a list of ids 0..255')
+        ignore = []
+    complaints.raise_any()
+    _complain_of_repeats([entry["name"] for entry in classes], "class name", complaints)
+    ids = [raw for entry in classes for raw in entry["ids"]] + [raw for raw in ignore if raw != IGNORE]
+    _complain_of_repeats(ids, "id", complaints)
+    complaints.raise_any()
+    return {"name": content["name"], "classes": classes, "ignore": ignore}
+
+
+def _read_class(index: int, entry: Any, complaints: Complaints) -> dict[str, Any]:
+    where = f"class {index}"
+    if not isinstance(entry, dict) or not _is_text(entry.get("name")):
+        complaints.add(
+            f'{where}: must be {{"name": ..., "ids": [...], "color": [r, g, b]}} with a text as name'
+        )
+        return {}
+    where = f"class {index} ({entry['name']})"
+    ids = entry.get("ids", [entry["id"]] if "id" in entry else None)
+    if not _is_bytes(ids) or not ids or IGNORE in ids:
+        complaints.add(f'{where}: "ids" must be a list of numbers 0..254 (255 is always ignored)')
+    color = entry.get("color")
+    if not _is_bytes(color) or len(color) != 3:
+        complaints.add(f'{where}: "color" must be three numbers 0..255')
+    return {"name": entry["name"], "ids": ids, "color": color}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
+
+
+def _is_bytes(value: Any) -> bool:
+    """Whether it is a list of integers 0..255."""
+    return isinstance(value, list) and all(type(v) is int and 0 <= v <= 255 for v in value)
+
+
+def _complain_of_repeats(values: list, what: str, complaints: Complaints) -> None:
+    for value in sorted({v for v in values if values.count(v) > 1}):
+        complaints.add(f"{what} {value} appears more than once")

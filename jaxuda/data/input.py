@@ -1,0 +1,264 @@
+"""Batches for training and for sweeps.
+
+Training batches come from one Grain pipeline whose batch k depends on the seed and k alone: the number of
+workers may change between runs, and a run resumes by building the pipeline again from `start`.
+"""
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import cv2
+import grain.python as grain
+import numpy as np
+from absl import flags
+from grain.experimental import ZipMapDataset
+
+from jaxuda.data.records import Records
+from jaxuda.data.transforms import Record, Transform
+from jaxuda.errors import UserError
+
+Batch = dict[str, Any]
+# Enough to keep two cores busy; more threads only wait for each other, more buffered batches only cost
+# memory.
+_THREADS = min(4, os.cpu_count() or 1)
+_BUFFERED_BATCHES = 4
+
+
+def make_input(
+    source: Sequence[Record],
+    target: Sequence[Record] | None = None,
+    *,
+    batch: int,
+    steps: int,
+    start: int = 0,
+    seed: int = 0,
+    source_transform: Transform,
+    target_transform: Transform | None = None,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "BatchIterator":
+    """Makes the training batches of steps `start` .. `steps` - 1.
+
+    Each domain is shuffled anew every epoch and repeated for ever, on its own, so that sizes may differ and
+    may be smaller than a batch. A record is transformed with a generator that depends on the seed, the domain
+    and how many records came before it.
+
+    Args:
+        source: labelled records.
+        target: records whose images alone are used; their labels never enter a training batch.
+        batch: global batch size B, over all processes.
+        source_transform, target_transform: see `build_transform`; they must bring all images to one size.
+        num_workers: processes that decode and transform; 0 uses threads of this one.
+        process_index, process_count: this process gets rows process_index * b .. (process_index + 1) * b - 1
+            of each global batch, b = B / process_count.
+
+    Returns:
+        An iterator, to be closed after use, over {"source": {"image" (b, H, W, 3) uint8, "label" (b, H, W)
+        uint8, "depth" (b, H, W) float32 where the dataset has it, "id" list of str},
+        "target": {"image", "id"}}.
+
+    Raises:
+        UserError: a dataset is empty or the source unlabelled, the batch does not divide over the processes,
+            or, while iterating, images of a batch differ in size.
+    """
+    if batch < 1 or batch % process_count:
+        raise UserError(f"a batch of {batch} does not divide over {process_count} processes")
+    domains = {"source": _stream(source, source_transform, seed, "source")}
+    if target is not None:
+        if target_transform is None:
+            raise UserError("the target has no transform")
+        domains["target"] = _stream(target, target_transform, seed, "target")
+    examples = ZipMapDataset(list(domains.values()))
+    batches = examples.batch(batch // process_count, batch_fn=_Collate(tuple(domains)))
+    batches = batches[process_index::process_count][start:steps]
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BUFFERED_BATCHES)
+    if num_workers:
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    dataset = batches.to_iter_dataset(options)
+    if num_workers:
+        _mark_flags_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), _start_worker)
+    return BatchIterator(iter(dataset), shared=num_workers > 0)
+
+
+class BatchIterator:
+    """Iterates over batches; `close` stops the threads and processes behind it. Also a context manager."""
+
+    def __init__(self, batches: grain.DatasetIterator, *, shared: bool):
+        self._batches, self._shared = batches, shared
+
+    def __iter__(self) -> "BatchIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        # Batches of worker processes live in shared memory of Grain's; a copy frees it at once.
+        return _copied(batch) if self._shared else batch
+
+    def close(self) -> None:
+        """Stops reading ahead and frees the workers; may be called twice."""
+        self._batches.close()
+
+    def __enter__(self) -> "BatchIterator":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _copied(batch: Batch) -> Batch:
+    return {
+        domain: {key: np.array(v) if isinstance(v, np.ndarray) else v for key, v in part.items()}
+        for domain, part in batch.items()
+    }
+
+
+def _stream(records: Sequence[Record], transform: Transform, seed: int, domain: str) -> grain.MapDataset:
+    """All records of a domain, shuffled, repeated for ever and transformed."""
+    if not len(records):
+        raise UserError(f"the {domain} dataset is empty")
+    if isinstance(records, Records):
+        if domain == "target":
+            records = records.images_only()
+        elif not records.labelled:
+            raise UserError(f"{records.name} has no labels and cannot be a source")
+    # Domains draw from unrelated streams, and so do runs whose seeds follow each other.
+    domain_seed = np.random.SeedSequence([seed, domain == "target"]).generate_state(1)[0]
+    dataset = grain.MapDataset.source(records).seed(int(domain_seed)).shuffle().repeat()
+    keys = ("image", "id") if domain == "target" else ("image", "label", "depth", "id")
+    return dataset.random_map(_TransformKeys(transform, keys))
+
+
+class _TransformKeys:
+    """Transforms the named entries of a record and drops the others. A class, since workers unpickle it."""
+
+    def __init__(self, transform: Transform, keys: tuple[str, ...]):
+        self._transform, self._keys = transform, keys
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Record:
+        return self._transform({key: record[key] for key in self._keys if key in record}, rng)
+
+
+class _Collate:
+    """Stacks examples, tuples with one record per domain, to a batch."""
+
+    def __init__(self, domains: tuple[str, ...]):
+        self._domains = domains
+
+    def __call__(self, examples: Sequence[tuple[Record, ...]]) -> Batch:
+        return {domain: _stack([e[k] for e in examples]) for k, domain in enumerate(self._domains)}
+
+
+def _stack(records: Sequence[Record]) -> Batch:
+    shapes = {record["image"].shape[1::-1]: record["id"] for record in records}
+    if len(shapes) > 1:
+        sizes = ", ".join(f"{name} {width}x{height}" for (width, height), name in shapes.items())
+        raise UserError(f"images of a batch differ in size: {sizes}; give the transform a resize or a crop")
+    return {
+        key: [r[key] for r in records] if key == "id" else np.stack([r[key] for r in records])
+        for key in records[0]
+    }
+
+
+def _mark_flags_as_parsed() -> None:
+    """Grain reads absl flags when it starts workers, which fails where nobody parsed them (in tests)."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _start_worker(_index: int, _count: int) -> None:
+    """One thread of OpenCV per worker: the workers already share the cores."""
+    cv2.setNumThreads(1)
+
+
+def sweep_batches(records: Sequence[Record], transform: Transform, batch: int) -> Iterator[Batch]:
+    """Goes through all records once, in order, for evaluation and other sweeps.
+
+    Images are transformed, labels stay at their own size. The last batch is filled up by repeating its last
+    image, so that all batches have one shape. Decoding runs ahead in threads.
+
+    Yields:
+        {"image" (B, H, W, 3) uint8, "count": number of valid examples n, "label": list of n (H_i, W_i) uint8
+        or None where there are none, "id": list of n str, "size": list of n (height, width) as stored}.
+
+    Raises:
+        UserError: images of a batch differ in size after the transform.
+    """
+    starts = iter(range(0, len(records), batch))
+    with ThreadPoolExecutor(_THREADS) as pool:
+
+        def submit(first: int) -> list:
+            rows = range(first, min(first + batch, len(records)))
+            return [pool.submit(_sweep_record, records, transform, row) for row in rows]
+
+        # One batch is being used, the next two are being decoded.
+        pending = deque(submit(first) for first in itertools.islice(starts, 2))
+        try:
+            while pending:
+                pending.extend(submit(first) for first in itertools.islice(starts, 1))
+                rows = [future.result() for future in pending.popleft()]
+                yield _sweep_batch(rows, batch)
+        finally:
+            for future in itertools.chain.from_iterable(pending):
+                future.cancel()
+
+
+def _sweep_record(records: Sequence[Record], transform: Transform, index: int) -> Record:
+    record = records[index]
+    # A transform for sweeps is not random; should it be, every pass draws the same.
+    image = transform({"image": record["image"]}, np.random.default_rng(index))["image"]
+    return {**record, "image": image, "size": record["image"].shape[:2]}
+
+
+def _sweep_batch(rows: list[Record], batch: int) -> Batch:
+    images = _stack([{"image": row["image"], "id": row["id"]} for row in rows])["image"]
+    padding = np.repeat(images[-1:], batch - len(rows), axis=0)
+    return {
+        "image": np.concatenate([images, padding]),
+        "count": len(rows),
+        "label": [row["label"] for row in rows] if "label" in rows[0] else None,
+        "id": [row["id"] for row in rows],
+        "size": [row["size"] for row in rows],
+    }
+
+
+def prefetch_to_device(
+    batches: Iterable[Batch], put: Callable[[Any], Any], depth: int = 2
+) -> Iterator[Batch]:
+    """Keeps `depth` batches on their way to the device while one is in use.
+
+    Args:
+        batches: nested dicts; NumPy arrays go to the device, all else (ids, counts, lists) stays as it is.
+        put: places a nested dict of arrays on the device without waiting, such as `jax.device_put`.
+        depth: number of batches ahead.
+    """
+    batches = iter(batches)
+    ahead = deque()
+    while True:
+        for batch in itertools.islice(batches, depth + 1 - len(ahead)):
+            ahead.append(_merge(batch, put(_arrays(batch))))
+        if not ahead:
+            return
+        yield ahead.popleft()
+
+
+def _arrays(tree: Mapping[str, Any]) -> Batch:
+    """The arrays of a nested dict, without the other leaves."""
+    return {
+        key: _arrays(value) if isinstance(value, Mapping) else value
+        for key, value in tree.items()
+        if isinstance(value, (Mapping, np.ndarray))
+    }
+
+
+def _merge(tree: Mapping[str, Any], placed: Mapping[str, Any]) -> Batch:
+    """`tree` with its arrays replaced by the placed ones."""
+    return {
+        key: _merge(value, placed[key]) if isinstance(value, Mapping) else placed.get(key, value)
+        for key, value in tree.items()
+    }

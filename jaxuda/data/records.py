@@ -1,0 +1,224 @@
+"""Prepared datasets as random-access sources of decoded records.
+
+`jaxuda.prepare` writes `DATA_DIR/NAME/CONFIG/VERSION/`: what tfds writes, and `prepared.json` (see
+`SUMMARY`). `load` reads it; nothing here writes.
+"""
+
+import copy
+import hashlib
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from jaxuda.data import encoding, labels
+from jaxuda.errors import UserError
+
+# Each is a module jaxuda.data.<name> with a builder class <Name>; a new dataset is one file and its name
+# here.
+DATASETS = ("streets", "camvid", "folder")
+# Written last when a dataset is prepared. {"splits": {split: {"ids": [...], "sha256": hex, "labelled": bool,
+# "pixels": {raw id: count}}}}; for "folder" also "classes": what its classes.json says.
+SUMMARY = "prepared.json"
+
+
+class Records:
+    """Random access to the decoded records of one split; cheap to pickle, opens its files when first read.
+
+    `records[i]` is a dict: "image" (H, W, 3) uint8 RGB; "label" (H, W) uint8 train ids with 255 = ignore,
+    absent where the split has no labels; "depth" (H, W) float32 inverse depth, only where the dataset has it;
+    "id" str.
+
+    Attributes:
+        name: name and split for messages, such as "camvid/day train".
+        label_space: the space of the labels, or None for unlabelled data of which no classes are known.
+        fingerprint: hex text that changes with the prepared data, the split, or the classes.
+        labelled: whether records have a "label".
+        table: (256,) uint8, ids in the files -> train ids.
+    """
+
+    def __init__(
+        self, name: str, folder: Path, split: str, summary: dict[str, Any],
+        space: labels.LabelSpace | None, table: np.ndarray,
+    ):  # fmt: skip
+        self.name = f"{name} {split}"
+        self.label_space = space
+        self.labelled = bool(summary["labelled"])
+        classes = (space.name, space.classes) if space else None
+        identity = f"{self.name} {summary['sha256']} {classes} {table.tobytes().hex()}"
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        self._folder, self._split, self.table = folder, split, table
+        self._ids = summary["ids"]
+        self._images_only = False
+        self._reader = None
+
+    def images_only(self) -> "Records":
+        """The same records without labels and depth, which are then not even decoded."""
+        records = copy.copy(self)
+        records.labelled, records._images_only = False, True
+        return records
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def ids(self) -> list[str]:
+        """Ids of all records in the order of their index, without reading the records."""
+        return list(self._ids)
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        index = index.__index__()
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {self.name}, which has {len(self)}")
+        if self._reader is None:
+            self._reader = open_split(self._folder, self._split)
+        stored = self._reader[index % len(self)]
+        record = {"id": stored["id"].decode()}
+        try:
+            record["image"] = encoding.decode_image(stored["image"])
+            if self.labelled:
+                record["label"] = self.table[encoding.decode_label(stored["label"])]
+            if "depth" in stored and not self._images_only:
+                record["depth"] = encoding.inverse_depth(encoding.decode_depth(stored["depth"]))
+        except ValueError as error:
+            raise UserError(
+                f"{self.name}: record {record['id']!r} is damaged ({error}); "
+                f"delete {self._folder} and prepare the dataset again"
+            ) from error
+        return record
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}
+
+    def __repr__(self) -> str:
+        return f"Records({self.name!r}, {len(self)} records)"
+
+
+def load(
+    name: str,
+    split: str,
+    *,
+    label_space: str | None = None,
+    data_dir: str | os.PathLike | None = None,
+    path: str = "",
+) -> Records:
+    """Opens one split of a prepared dataset.
+
+    Args:
+        name: "streets/game", "streets/camera", "camvid/day", "camvid/dusk" or "folder".
+        split: "train" or "val", or any other split the dataset has.
+        label_space: the classes of the labels (`jaxuda.data.labels.label_space`); default: the dataset's own.
+            Classes of "folder" are matched with it by name; its labels of other classes become 255.
+        data_dir: where datasets were prepared; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+        path: the user's folder, for "folder" alone.
+
+    Raises:
+        UserError: the name, split or label space is unknown, or the dataset is not prepared (the message
+            gives the command).
+    """
+    folder = prepared_folder(name, data_dir, path)
+    summary = read_summary(folder)
+    if summary is None:
+        raise UserError(
+            f"{name} is not prepared in {root(data_dir)}; run\n  {prepare_command(name, data_dir, path)}"
+        )
+    if split not in summary["splits"]:
+        raise UserError(f"{name} has no split {split!r}; it has {', '.join(summary['splits'])}")
+    dataset = name.partition("/")[0]
+    if "classes" in summary or dataset == "folder":
+        space, table = _folder_labels(summary.get("classes"), label_space, name)
+    else:
+        space = labels.label_space(label_space or labels.DEFAULT_SPACE[dataset])
+        table = labels.lookup_table(dataset, space)
+    return Records(name, folder, split, summary["splits"][split], space, table)
+
+
+def _folder_labels(
+    classes: dict[str, Any] | None, wanted: str | None, name: str
+) -> tuple[labels.LabelSpace | None, np.ndarray]:
+    """Label space and lookup table of a user's folder from the classes.json that was stored with it."""
+    nothing = np.full(256, labels.IGNORE, np.uint8)
+    if classes is None:
+        return (labels.label_space(wanted) if wanted else None), nothing
+    names = {raw: entry["name"] for entry in classes["classes"] for raw in entry["ids"]}
+    if wanted is None or wanted == classes["name"]:
+        space = labels.make_label_space(classes["name"], {c["name"]: c["color"] for c in classes["classes"]})
+    else:
+        space = labels.label_space(wanted)
+        if not set(space.classes) & set(names.values()):
+            raise UserError(
+                f"the classes.json names none of the classes of {wanted}: {', '.join(space.classes)}"
+            )
+    return space, labels.table_by_name(names, space)
+
+
+def root(data_dir: str | os.PathLike | None) -> Path:
+    """The folder of prepared datasets: the argument, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    return (
+        Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
+    )
+
+
+def builder_class(dataset: str) -> type[tfds.core.GeneratorBasedBuilder]:
+    """Returns the builder class of a dataset ("camvid", without a config).
+
+    Raises:
+        UserError: there is none of this name; the message lists the known ones.
+    """
+    if dataset not in DATASETS:
+        raise UserError(f"unknown dataset {dataset!r}; known: {', '.join(DATASETS)}")
+    return getattr(importlib.import_module(f"jaxuda.data.{dataset}"), dataset.capitalize())
+
+
+def config_names(dataset: str) -> list[str]:
+    """Names of the configs of a dataset, such as ["day", "dusk"]; "folder" has none, only folders."""
+    return [config.name for config in builder_class(dataset).BUILDER_CONFIGS]
+
+
+def prepared_folder(name: str, data_dir: str | os.PathLike | None, path: str = "") -> Path:
+    """Where "dataset/config" (or "folder" with its path) is, or would be, prepared.
+
+    Raises:
+        UserError: the name or the user's folder does not exist.
+    """
+    dataset, _, config = name.partition("/")
+    builder = builder_class(dataset)
+    if dataset == "folder":
+        if config or not path:
+            raise UserError(
+                "the dataset 'folder' is named without a config and needs the path of the user's folder"
+            )
+        config = builder.config_of(path).name
+    elif config not in config_names(dataset):
+        choices = ", ".join(f"{dataset}/{known}" for known in config_names(dataset))
+        raise UserError(f"unknown dataset {name!r}; choose from {choices}")
+    elif path:
+        raise UserError(f"{name} takes no path; only 'folder' does")
+    return root(data_dir) / dataset / config / str(builder.VERSION)
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Reads `prepared.json` of a prepared dataset; None where there is none."""
+    file = folder / SUMMARY
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def prepare_command(name: str, data_dir: str | os.PathLike | None, path: str = "") -> str:
+    """The command that prepares a dataset, to be shown to the user."""
+    dataset = name.partition("/")[0]
+    command = f"python -m jaxuda.prepare {dataset}"
+    if dataset == "folder":
+        command += f" --path {path}"
+    elif builder_class(dataset).MANUAL_DOWNLOAD_INSTRUCTIONS:
+        command += " --manual_dir DIR"
+    return command + (f" --data_dir {data_dir}" if data_dir else "")
+
+
+def open_split(folder: Path, split: str):
+    """Opens a prepared split as tfds's random-access source of records whose images are still bytes."""
+    builder = tfds.builder_from_directory(folder)
+    skip = {key: tfds.decode.SkipDecoding() for key in builder.info.features if key != "id"}
+    return builder.as_data_source(split, decoders=skip)

@@ -1,0 +1,182 @@
+"""Random and fixed transforms of records on the host, described by a small mapping in the config.
+
+Geometric transforms move image, label and depth together; photometric ones touch the image alone. All
+randomness comes from the generator that is passed in, so that equal generators give equal records.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image, ImageEnhance
+
+from jaxuda.data.labels import IGNORE
+from jaxuda.errors import UserError
+
+Record = dict[str, Any]
+Transform = Callable[[Record, np.random.Generator], Record]
+
+_INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+# What a crop that is larger than the image is filled with: black, ignore, and no depth (infinitely far).
+_PADDING = {"image": 0, "label": IGNORE, "depth": 0}
+
+
+@dataclass(frozen=True)
+class TransformSpec:
+    """Fields of a transform, applied in this order; None and 0 mean "off". Sizes are (width, height).
+
+    At most one of `resize`, `short_side` and `scale` may be set.
+    """
+
+    resize: tuple[int, int] | None = None  # to this size; the aspect may change
+    short_side: tuple[int, int] | None = None  # the short side uniform in lo..hi (integers, both included)
+    scale: tuple[float, float] | None = None  # to a uniform factor in lo..hi of `base`
+    base: tuple[int, int] | None = None  # size that `scale` refers to; default: the image's own
+    crop: tuple[int, int] | None = None  # random window; smaller images are padded at the right and bottom
+    flip: float = 0.0  # probability of a mirror image
+    jitter: tuple[float, float, float, float] | None = None  # brightness, contrast, saturation, hue
+    grey: float = 0.0  # probability of a grey image
+    blur: tuple[float, float] | None = None  # 3x3 Gaussian with sigma uniform in lo..hi
+    interpolation: str = "bicubic"  # of images, "bicubic" or "bilinear", both antialiased
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Record:
+        """Transforms a record: "image" (H, W, 3) uint8 and, where present, "label" and "depth" (H, W)."""
+        record = dict(record)
+        size = self._target_size(record["image"].shape, rng)
+        if size is not None:
+            record = _resize(record, size, _INTERPOLATION[self.interpolation])
+        if self.crop:
+            record = _random_crop(record, self.crop, rng)
+        if self.flip and rng.random() < self.flip:
+            for key in _PADDING.keys() & record.keys():
+                record[key] = np.ascontiguousarray(record[key][:, ::-1])
+        if self.jitter:
+            record["image"] = _colour_jitter(record["image"], self.jitter, rng)
+        if self.grey and rng.random() < self.grey:
+            record["image"] = np.asarray(Image.fromarray(record["image"]).convert("L").convert("RGB"))
+        if self.blur:
+            record["image"] = cv2.GaussianBlur(record["image"], (3, 3), rng.uniform(*self.blur))
+        return record
+
+    def _target_size(self, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[int, int] | None:
+        height, width = shape[:2]
+        if self.short_side:
+            factor = rng.integers(self.short_side[0], self.short_side[1] + 1) / min(width, height)
+        elif self.scale:
+            factor = rng.uniform(*self.scale)
+            width, height = self.base or (width, height)
+        else:
+            return self.resize
+        return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+def build_transform(spec: Mapping[str, Any] | None) -> Transform:
+    """Makes a picklable transform from a mapping with the fields of `TransformSpec`; None or {} does nothing.
+
+    Raises:
+        UserError: a field is unknown, or its value makes no sense.
+    """
+    spec = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in dict(spec or {}).items() if v is not None
+    }
+    known = [field.name for field in fields(TransformSpec)]
+    unknown = sorted(set(spec) - set(known))
+    if unknown:
+        raise UserError(f"unknown transform field {', '.join(unknown)}; known: {', '.join(known)}")
+    for key, value in spec.items():
+        problem = _problem(key, value)
+        if problem:
+            raise UserError(f"transform field {key}={value!r}: {problem}")
+    if sum(key in spec for key in ("resize", "short_side", "scale")) > 1:
+        raise UserError("a transform takes one of resize, short_side and scale, not several")
+    if "base" in spec and "scale" not in spec:
+        raise UserError("transform field base is the size that scale refers to, but there is no scale")
+    return TransformSpec(**spec)
+
+
+def _problem(key: str, value: Any) -> str:
+    """What is wrong with the value of a field; empty if nothing."""
+    if key == "interpolation":
+        return "" if value in _INTERPOLATION else f"choose {' or '.join(_INTERPOLATION)}"
+    if key in ("flip", "grey"):
+        return "" if _numbers((value,)) and 0 <= value <= 1 else "must be a probability"
+    length = 4 if key == "jitter" else 2
+    if not isinstance(value, tuple) or len(value) != length or not _numbers(value):
+        return f"must be {length} numbers"
+    if key in ("resize", "base", "crop", "short_side") and not all(
+        isinstance(v, int) and v > 0 for v in value
+    ):
+        return "must be positive integers"
+    if key in ("short_side", "scale", "blur") and not 0 < value[0] <= value[1]:
+        return "must be 0 < low <= high"
+    if key == "jitter" and (min(value) < 0 or value[3] > 0.5):
+        return "must not be negative, and the hue at most 0.5"
+    return ""
+
+
+def _numbers(values: tuple) -> bool:
+    return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int], interpolation: str = "bicubic") -> np.ndarray:
+    """Resizes (H, W, 3) uint8 to `size` (width, height) as Pillow does, antialiased."""
+    return _resize({"image": image}, size, _INTERPOLATION[interpolation])["image"]
+
+
+def resize_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes (H, W, ...) of any dtype to `size` (width, height) by the nearest pixel.
+
+    Output i takes input floor((i + 0.5) * in / out): Pillow's rule for NEAREST, computed in integers.
+    """
+    (height, width), (new_width, new_height) = array.shape[:2], size
+    rows = (2 * np.arange(new_height) + 1) * height // (2 * new_height)
+    columns = (2 * np.arange(new_width) + 1) * width // (2 * new_width)
+    return array[rows[:, None], columns]
+
+
+def _resize(record: Record, size: tuple[int, int], resampling: Image.Resampling) -> Record:
+    if record["image"].shape[1::-1] == tuple(size):
+        return record
+    resized = {key: resize_nearest(record[key], size) for key in ("label", "depth") if key in record}
+    resized["image"] = np.asarray(Image.fromarray(record["image"]).resize(size, resampling))
+    return {**record, **resized}
+
+
+def _random_crop(record: Record, size: tuple[int, int], rng: np.random.Generator) -> Record:
+    width, height = size
+    rows, columns = record["image"].shape[:2]
+    top = rng.integers(max(rows - height, 0) + 1)
+    left = rng.integers(max(columns - width, 0) + 1)
+    cropped = {}
+    for key in _PADDING.keys() & record.keys():
+        window = record[key][top : top + height, left : left + width]
+        missing = [(0, height - window.shape[0]), (0, width - window.shape[1]), (0, 0)][: window.ndim]
+        cropped[key] = np.pad(window, missing, constant_values=_PADDING[key])
+    return {**record, **cropped}
+
+
+def _colour_jitter(
+    image: np.ndarray, strength: tuple[float, float, float, float], rng: np.random.Generator
+) -> np.ndarray:
+    """Random brightness, contrast, saturation and hue in random order; torchvision's ranges and formulas."""
+    *strengths, hue = strength
+    picture = Image.fromarray(image)
+    order = rng.permutation(4)
+    factors = [rng.uniform(max(0.0, 1 - s), 1 + s) for s in strengths]
+    shift = rng.uniform(-hue, hue)
+    for index in order:
+        if index == 3:
+            picture = _shift_hue(picture, shift) if hue else picture
+        elif strengths[index]:
+            enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[index]
+            picture = enhance(picture).enhance(factors[index])
+    return np.asarray(picture)
+
+
+def _shift_hue(picture: Image.Image, shift: float) -> Image.Image:
+    """Turns the hue by `shift` of a full circle."""
+    hsv = np.array(picture.convert("HSV"))
+    hsv[..., 0] += np.uint8(int(shift * 255) % 256)  # wraps around, as hues do
+    return Image.fromarray(hsv, "HSV").convert("RGB")

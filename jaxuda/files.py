@@ -1,0 +1,99 @@
+"""Files that are either whole or not there: atomic writes, checksums, and the lock on a work folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxuda.errors import UserError
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replaces `path` in one step: readers see the old content or all of the new."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, atomically."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`, or None if there is no such file; raises UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, then run the same command again") from error
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """One object per line; lines that a killed run left unfinished are dropped."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def write_json_lines(path: Path, rows: list[dict]) -> None:
+    """Replaces `path` by one line per row, atomically."""
+    write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def append_json_line(path: Path, row: dict) -> None:
+    """One more line."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file's content, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Holds a work folder for this process; the system lets go of it however the process ends.
+
+    Raises:
+      UserError: another process holds it (its pid and host are named), or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")  # noqa: SIM115 (closed below, after the lock)
+    except OSError as error:
+        raise UserError(
+            f"the work folder {folder} cannot be written ({error.strerror}): choose another with --workdir"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise UserError(
+                f"the work folder {folder} is in use by {file.read().strip() or 'another process'}: "
+                "wait for it, stop it, or choose another with --workdir"
+            ) from error
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

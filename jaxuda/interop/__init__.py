@@ -1,0 +1,5 @@
+"""Exchange with other frameworks."""
+
+from jaxuda.interop.torch_checkpoint import load_torch
+
+__all__ = ["load_torch"]

@@ -1,0 +1,98 @@
+"""python -m jaxuda.main --config configs/minent.py[:BENCHMARK] [--config.FIELD=VALUE ...]
+
+Runs a recipe, or continues it: the same command again goes on where it stopped.
+
+  --config FILE[:BENCHMARK]   the recipe; any field is set by --config.adapt.lr=0.01 and the like
+  --workdir DIR               where results go (default runs/CONFIG-BENCHMARK-seedN)
+  --seeds 0,1,2               one run per seed, then mean and spread
+  --from_stage NAME           set this stage and all after it aside, and run from there
+  --mode run|eval|predict     eval: score --checkpoint; predict: label --images 'GLOB' with --checkpoint
+  --checkpoint DIR            a stage's folder, such as runs/minent-streets-seed0/adapt
+
+Exit codes: 0 done, 75 interrupted (run the same command to continue), 2 a mistake to mend, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from jaxuda.errors import UserError
+
+INTERRUPTED, MISTAKE = 75, 2
+_FLAGS = flags.FlagValues()
+config_flags.DEFINE_config_file("config", None, "the recipe", lock_config=True, flag_values=_FLAGS)
+flags.DEFINE_string("workdir", "", "where results go", flag_values=_FLAGS)
+flags.DEFINE_list("seeds", [], "one run per seed", flag_values=_FLAGS)
+flags.DEFINE_string("from_stage", "", "set this stage and all after it aside", flag_values=_FLAGS)
+flags.DEFINE_enum("mode", "run", ["run", "eval", "predict"], "what to do", flag_values=_FLAGS)
+flags.DEFINE_string("checkpoint", "", "a stage's folder", flag_values=_FLAGS)
+flags.DEFINE_string("images", "", "a glob of images to label", flag_values=_FLAGS)
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+    """The command line; raises UserError for what it does not understand."""
+    # Configs import their neighbours as `configs.NAME`, from wherever the command is run.
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word.startswith("--config"):
+            file = (word.partition("=")[2] or following).partition(":")[0]
+            sys.path.insert(0, str(Path(file).absolute().parent.parent))
+            break
+    else:
+        raise UserError(f"which recipe? Add --config configs/minent.py\n\n{__doc__}")
+    try:
+        _FLAGS.unparse_flags()
+        rest = _FLAGS(argv)[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(str(error).strip("'\"")) from error
+    if rest:
+        raise UserError(f"not understood: {' '.join(rest)} (flags start with --)")
+    return _FLAGS
+
+
+def run_seeds(config: ConfigDict, seeds: list[int], workdir: str, from_stage: str) -> None:
+    """One run per seed, and their mean and spread if there are several."""
+    from jaxuda import pipeline, table
+
+    results = []
+    for seed in seeds:
+        seeded = ConfigDict(config)
+        seeded.seed = seed
+        default = Path("runs") / f"{config.name}-{config.benchmark}-seed{seed}"
+        folder = Path(workdir) if workdir else default
+        results.append(pipeline.run(seeded, folder / f"seed{seed}" if workdir and len(seeds) > 1 else folder, from_stage))
+    if len(seeds) > 1:
+        print(table.summary(results))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses, dispatches, and turns errors into exit codes."""
+    argv = sys.argv if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
+    try:
+        args = parse(argv)
+        from jaxuda import train, use
+
+        try:
+            if args.mode == "run":
+                run_seeds(args.config, [int(s) for s in args.seeds] or [args.config.seed], args.workdir, args.from_stage)
+            elif args.mode == "eval":
+                use.evaluate(args.config, args.checkpoint)
+            else:
+                use.predict(args.config, args.checkpoint, args.images, args.workdir)
+        except train.Interrupted as reason:
+            print(reason, file=sys.stderr)
+            return INTERRUPTED
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""What every method starts from: a forward pass, and the supervised loss on the source."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jaxuda.losses.segmentation import cross_entropy, lovasz_softmax
+from jaxuda.models.deeplab import DeepLabV2, Outputs
+from jaxuda.models.layers import resize_bilinear, resize_labels
+
+PyTree = Any
+
+
+def init(key: jax.Array, *, model: DeepLabV2, batch: PyTree, config: Any, artifacts: PyTree) -> tuple[dict, tuple]:
+    """For methods that add neither parameters nor state to the model's."""
+    return {}, ()
+
+
+def forward(
+    model: DeepLabV2, params: PyTree, batch_stats: PyTree, images: jax.Array, axis_name: str | None
+) -> tuple[Outputs, PyTree]:
+    """A training forward pass.
+
+    Args:
+      model: the network.
+      params: its parameters.
+      batch_stats: its running statistics.
+      images: (N, H, W, 3) normalised float images.
+      axis_name: the device axis over which batch statistics are taken, or None.
+
+    Returns:
+      The outputs at network resolution and the moved running statistics.
+    """
+    variables = {"params": params, "batch_stats": batch_stats}
+    outputs, updated = model.clone(axis_name=axis_name).apply(variables, images, train=True, mutable=["batch_stats"])
+    return outputs, updated.get("batch_stats", batch_stats)
+
+
+def upsample(logits: jax.Array, images: jax.Array, config: Any) -> jax.Array:
+    """Logits (N, h, w, C) at the size of `images` (N, H, W, 3)."""
+    return resize_bilinear(logits, images.shape[1:3], align_corners=config.align_corners)
+
+
+def supervised_loss(
+    outputs: Outputs, batch: dict[str, jax.Array], config: Any, axis_name: str | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """CE(up(main)) + lambda_aux * CE(up(aux)) + lambda_lovasz * Lovasz-softmax(main).
+
+    Args:
+      outputs: of the source images.
+      batch: "image" (N, H, W, 3) and "label" (N, H, W) int32, 255 = ignore.
+      config: `lambda_aux` counts where the network has a second level; `lambda_lovasz` = 0 leaves the
+        Lovasz term out; `lovasz_shrink` computes it on a grid that many times smaller than the image
+        (it sorts pixels x classes).
+      axis_name: the device axis, or None.
+
+    Returns:
+      The loss and its terms.
+    """
+    image, label = batch["image"], batch["label"]
+    metrics = {"ce": cross_entropy(upsample(outputs.main, image, config), label, axis_name=axis_name)}
+    loss = metrics["ce"]
+    if outputs.aux is not None:
+        metrics["ce_aux"] = cross_entropy(upsample(outputs.aux, image, config), label, axis_name=axis_name)
+        loss += config.lambda_aux * metrics["ce_aux"]
+    if config.lambda_lovasz:
+        size = tuple(side // config.lovasz_shrink for side in image.shape[1:3])
+        probs = jax.nn.softmax(resize_bilinear(outputs.main, size, align_corners=config.align_corners))
+        metrics["lovasz"] = lovasz_softmax(probs, resize_labels(label, size), axis_name=axis_name)
+        loss += config.lambda_lovasz * metrics["lovasz"]
+    return loss, metrics

@@ -1,0 +1,144 @@
+"""DeepLab-v2 (Chen et al., TPAMI 2018) as the adaptation literature uses it: one class for every method."""
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxuda.errors import UserError
+from jaxuda.models.layers import BatchNorm, Conv, conv2d_sum, head_init
+from jaxuda.models.resnet import DEPTHS, VARIANTS, ResNet
+from jaxuda.models.vgg import VGG
+
+BACKBONES = (*DEPTHS, "vgg16")
+HEAD_DILATIONS = (6, 12, 18, 24)
+
+
+class Outputs(NamedTuple):
+    """Everything a method may need, at network resolution (h, w), about an eighth of the image; never
+    bfloat16.
+
+    main: (N, h, w, C) logits.
+    aux: (N, h, w, C) logits of the level on the third stage, or None.
+    features: (N, h, w, A), the input of the main head's convolutions; with the depth branch the fused ones.
+    depth: (N, h, w, 1) predicted inverse depth, or None.
+    """
+
+    main: jax.Array
+    aux: jax.Array | None
+    features: jax.Array
+    depth: jax.Array | None
+
+
+class Head(nn.Module):
+    """Sum of four dilated 3x3 convolutions from features to class logits."""
+
+    num_classes: int
+    use_bias: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (3, 3, x.shape[-1], self.num_classes)
+        kernels = [self.param(f"kernel{i}", head_init, shape) for i in range(len(HEAD_DILATIONS))]
+        y = conv2d_sum(x.astype(self.dtype), [k.astype(self.dtype) for k in kernels], HEAD_DILATIONS)
+        if self.use_bias:
+            zeros = nn.initializers.zeros
+            biases = [self.param(f"bias{i}", zeros, shape[-1:]) for i in range(len(HEAD_DILATIONS))]
+            y = y + sum(biases).astype(self.dtype)
+        return y
+
+
+class DepthBranch(nn.Module):
+    """DADA's privileged task (Vu et al., ICCV 2019, figure 2): depth, and features multiplied by what
+    predicts it.
+
+    With A channels of features (2048 in the paper) its layers have A/4, A/4, A/16 and A channels.
+    """
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        channels = x.shape[-1]
+        conv = functools.partial(Conv, use_bias=True, kernel_init=head_init, dtype=self.dtype)
+        encoded = nn.relu(conv(channels // 4, 1, name="enc1")(x))
+        encoded = nn.relu(conv(channels // 4, 3, name="enc2")(encoded))
+        encoded = conv(channels // 16, 1, name="enc3")(encoded)
+        decoded = nn.relu(conv(channels, 1, name="dec")(encoded))
+        return jnp.mean(encoded, axis=-1, keepdims=True), x * decoded
+
+
+class DeepLabV2(nn.Module):
+    """DeepLab-v2 with output stride 8; the fields are those of `config.model`.
+
+    num_classes: C.
+    backbone: "resnet18", "resnet50", "resnet101" or "vgg16".
+    variant: "caffe" or "torchvision" (see `resnet.py`); VGG-16 has only one kind and does not look at it.
+    width: channels of the stem; every other layer of the backbone scales with it (64 in the literature).
+    blocks: residual blocks (VGG: convolutions) per stage, where they differ from the published network.
+    aux: a second head on the third stage of a ResNet (the 1024-channel stage of ResNet-101).
+    head_bias: whether the head's convolutions have a bias.
+    dilated: whether stages 3 and 4 of a ResNet are dilated; they keep stride 1 either way.
+    depth: DADA's depth branch.
+    norm: "batch" (statistics of the global batch in training) or "frozen" (running ones always).
+    norm_eps: 1e-5; SDCA's frozen layers use 0.
+    dtype: compute dtype; parameters, statistics and outputs stay float32 with "bfloat16".
+    axis_name: device axis over which norm="batch" reduces while training.
+
+    Variables: params["backbone" | "head" | "aux_head" | "depth"] and batch_stats["backbone"].
+    Raises UserError on a field that no network has.
+    """
+
+    num_classes: int
+    backbone: str = "resnet101"
+    variant: str = "caffe"
+    width: int = 64
+    blocks: tuple[int, ...] | None = None
+    aux: bool = False
+    head_bias: bool = True
+    dilated: bool = True
+    depth: bool = False
+    norm: str = "batch"
+    norm_eps: float = 1e-5
+    dtype: str = "float32"
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
+        """Maps normalised images (N, H, W, 3) to `Outputs`; training with norm="batch" moves batch_stats."""
+        self._check_fields()
+        conv = functools.partial(Conv, dtype=self.dtype)
+        blocks = tuple(self.blocks) if self.blocks else None
+        if self.backbone == "vgg16":
+            middle, features = None, VGG(self.width, blocks, conv, name="backbone")(images)
+        else:
+            norm = functools.partial(
+                BatchNorm, mode=self.norm, eps=self.norm_eps, axis_name=self.axis_name, dtype=self.dtype
+            )
+            middle, features = ResNet(
+                self.backbone, self.variant, self.width, blocks, self.dilated, conv, norm, name="backbone"
+            )(images, train)
+
+        depth = None
+        if self.depth:
+            depth, features = DepthBranch(self.dtype, name="depth")(features)
+        head = functools.partial(Head, self.num_classes, self.head_bias, self.dtype)
+        main = head(name="head")(features)
+        aux = head(name="aux_head")(middle) if self.aux else None
+        # Resizing, softmax and statistics downstream need more than bfloat16.
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        return jax.tree.map(lambda x: x.astype(wide), Outputs(main, aux, features, depth))
+
+    def _check_fields(self) -> None:
+        for field, value, known in (
+            ("backbone", self.backbone, BACKBONES),
+            ("variant", self.variant, VARIANTS),
+            ("norm", self.norm, ("batch", "frozen")),
+        ):
+            if value not in known:
+                raise UserError(f"model.{field} = {value!r} is unknown; choose one of: {', '.join(known)}")
+        if self.aux and self.backbone == "vgg16":
+            raise UserError("model.aux = True needs a ResNet: there is no second level for vgg16")

@@ -1,0 +1,357 @@
+"""Layers that every network shares: convolution, batch normalisation, pooling, resizing, gradient reversal.
+
+This is the only file that knows how a convolution is lowered. On GPU (and wherever it runs best) a
+convolution is the library's; on CPU some shapes have an equal form that XLA compiles to far faster training
+code. The choice is made while tracing, from `jax.default_backend()`; both forms agree in float64 to rounding.
+
+All maps are NHWC; kernels are (height, width, in, out).
+"""
+
+import functools
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxuda.errors import UserError
+
+# Means (and deviations) that the published ImageNet weights expect, in the channel order of the input they
+# expect.
+_BGR_MEANS = {
+    "caffe": (104.00698793, 116.66876762, 122.67891434),
+    "vgg": (103.939, 116.779, 123.68),
+}
+_RGB_MEAN = (0.485, 0.456, 0.406)
+_RGB_STD = (0.229, 0.224, 0.225)
+
+head_init = nn.initializers.normal(0.01)
+backbone_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def use_cpu_forms() -> bool:
+    """Whether the forms below that only pay on CPU are chosen (decided while tracing)."""
+    return jax.default_backend() == "cpu"
+
+
+def normalise(images: jax.Array, kind: str) -> jax.Array:
+    """Prepares RGB images 0..255 for a backbone.
+
+    Args:
+      images: (N, H, W, 3), uint8 or float, RGB in 0..255.
+      kind: "caffe" or "vgg" (BGR in 0..255 minus the mean), or "imagenet" (RGB in 0..1, mean and deviation
+      removed).
+
+    Returns:
+      (N, H, W, 3) float32.
+
+    Raises:
+      UserError: unknown `kind`.
+    """
+    images = jnp.asarray(images, jnp.float32)
+    if kind in _BGR_MEANS:
+        return images[..., ::-1] - jnp.asarray(_BGR_MEANS[kind], jnp.float32)
+    if kind == "imagenet":
+        return (images / 255.0 - jnp.asarray(_RGB_MEAN)) / jnp.asarray(_RGB_STD)
+    raise UserError(f"unknown normalisation {kind!r}; known: {', '.join((*_BGR_MEANS, 'imagenet'))}")
+
+
+# Convolution ------------------------------------------------------------------------------------------------
+
+
+def conv2d(
+    x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1, padding: int = 0
+) -> jax.Array:
+    """Convolution of (N, H, W, A) with (kh, kw, A, B), zero `padding` on all four sides."""
+    if use_cpu_forms() and kernel.shape[:2] == (1, 1) and padding == 0:
+        return pointwise(x[:, ::stride, ::stride], kernel[0, 0])
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((padding, padding), (padding, padding)),
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def pointwise(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """1x1 convolution of (N, H, W, A) with (A, B) as a product of two matrices."""
+    return _matmul(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[-1])
+
+
+@jax.custom_vjp
+def _matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return x @ weight
+
+
+def _matmul_forward(x, weight):
+    return x @ weight, (x, weight)
+
+
+def _matmul_backward(saved, g):
+    # Automatic differentiation would write the weight's gradient transposed and copy it afterwards.
+    x, weight = saved
+    dx = lax.dot_general(g, weight, (((1,), (1,)), ((), ())))
+    dweight = lax.dot_general(x, g, (((0,), (0,)), ((), ())))
+    return dx, dweight
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def conv2d_sum(x: jax.Array, kernels: Sequence[jax.Array], dilations: Sequence[int]) -> jax.Array:
+    """Sum of 3x3 convolutions of one map with different dilations, each padded to keep the size.
+
+    Args:
+      x: (N, H, W, A).
+      kernels: one (3, 3, A, B) per dilation.
+      dilations: as many integers.
+
+    Returns:
+      (N, H, W, B).
+    """
+    if not use_cpu_forms():
+        return sum(conv2d(x, k, dilation=d, padding=d) for k, d in zip(kernels, dilations, strict=True))
+    # Few outputs and far taps: project to all taps at once, then add the shifted projections. Taps that
+    # coincide (the centres) are added before the product; taps that fall outside the map everywhere are left
+    # out.
+    taps: dict[tuple[int, int], jax.Array] = {}
+    for kernel, dilation in zip(kernels, dilations, strict=True):
+        for i, j in np.ndindex(3, 3):
+            offset = ((i - 1) * dilation, (j - 1) * dilation)
+            if abs(offset[0]) < x.shape[1] and abs(offset[1]) < x.shape[2]:
+                taps[offset] = taps[offset] + kernel[i, j] if offset in taps else kernel[i, j]
+    weight = jnp.concatenate(list(taps.values()), axis=1)
+    return _project_and_shift(x, weight, tuple(taps))
+
+
+def _shifted(x: jax.Array, rows: int, columns: int) -> jax.Array:
+    """y[:, i, j] = x[:, i + rows, j + columns], zero outside."""
+    zero = jnp.zeros((), x.dtype)
+    return lax.pad(x, zero, ((0, 0, 0), (-rows, rows, 0), (-columns, columns, 0), (0, 0, 0)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _project_and_shift(x: jax.Array, weight: jax.Array, offsets: tuple[tuple[int, int], ...]) -> jax.Array:
+    projected = (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], -1)
+    parts = jnp.split(projected, len(offsets), axis=-1)
+    return sum(_shifted(part, *offset) for part, offset in zip(parts, offsets, strict=True))
+
+
+def _project_and_shift_forward(x, weight, offsets):
+    return _project_and_shift(x, weight, offsets), (x, weight)
+
+
+def _project_and_shift_backward(offsets, saved, g):
+    x, weight = saved
+    spread = jnp.concatenate([_shifted(g, -rows, -columns) for rows, columns in offsets], axis=-1)
+    dx, dweight = _matmul_backward((x.reshape(-1, x.shape[-1]), weight), spread.reshape(-1, spread.shape[-1]))
+    return dx.reshape(x.shape), dweight
+
+
+_project_and_shift.defvjp(_project_and_shift_forward, _project_and_shift_backward)
+
+
+class Conv(nn.Module):
+    """Square convolution; `padding=None` keeps the size at stride 1 (odd kernels)."""
+
+    features: int
+    size: int
+    stride: int = 1
+    dilation: int = 1
+    padding: int | None = None
+    use_bias: bool = False
+    dtype: str = "float32"
+    kernel_init: nn.initializers.Initializer = backbone_init
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (self.size, self.size, x.shape[-1], self.features))
+        padding = self.dilation * (self.size // 2) if self.padding is None else self.padding
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        y = conv2d(x, kernel, self.stride, self.dilation, padding)
+        if self.use_bias:
+            y = y + self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
+        return y
+
+
+# Normalisation, join, pooling -------------------------------------------------------------------------------
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation as torch defines it, over the global batch.
+
+    mode="frozen" always uses the running statistics. mode="batch" uses those of the batch while training,
+    over all devices of `axis_name` (sums and counts first, then centred squares: sums of squares would cancel
+    in float32), and moves the running ones by 0.1 towards them, the variance unbiased. Statistics are float32
+    whatever the `dtype`. `eps` may be 0 (SDCA's frozen layers).
+    """
+
+    mode: str = "batch"
+    eps: float = 1e-5
+    axis_name: str | None = None
+    dtype: str = "float32"
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", self.scale_init, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+
+        x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
+        # Initialisation happens outside any device axis and must not depend on the image it is given.
+        if self.mode == "batch" and train and not self.is_initializing():
+            mean, var, count = batch_moments(x, self.axis_name)
+            unbiased = var * (count / jnp.maximum(count - 1, 1))
+            running_mean.value = 0.9 * running_mean.value + 0.1 * lax.stop_gradient(mean)
+            running_var.value = 0.9 * running_var.value + 0.1 * lax.stop_gradient(unbiased)
+        else:
+            mean, var = running_mean.value, running_var.value
+        y = (x - mean) * (scale * lax.rsqrt(var + self.eps)) + bias
+        return y.astype(self.dtype)
+
+
+def batch_moments(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean (A,), biased variance (A,) and count of positions of (N, H, W, A) over all devices."""
+    total = jnp.sum(x, axis=(0, 1, 2))
+    count = jnp.asarray(x.size // x.shape[-1], x.dtype)
+    if axis_name is not None:
+        total, count = lax.psum((total, count), axis_name)
+    mean = total / count
+    # The variance does not change with the mean to first order: the stop saves a pass in the backward
+    # direction.
+    squares = jnp.sum(jnp.square(x - lax.stop_gradient(mean)), axis=(0, 1, 2))
+    if axis_name is not None:
+        squares = lax.psum(squares, axis_name)
+    return mean, squares / count, count
+
+
+def residual_join(branch: jax.Array, shortcut: jax.Array) -> jax.Array:
+    """relu(branch + shortcut)."""
+    return _join(branch, shortcut) if use_cpu_forms() else nn.relu(branch + shortcut)
+
+
+@jax.custom_vjp
+def _join(branch: jax.Array, shortcut: jax.Array) -> jax.Array:
+    return jnp.maximum(branch, -shortcut) + shortcut
+
+
+def _join_forward(branch, shortcut):
+    y = _join(branch, shortcut)
+    return y, y
+
+
+def _join_backward(y, g):
+    # Only the result is kept, so that XLA:CPU cannot recompute the whole chain of joins inside each later
+    # gradient.
+    g = jnp.where(y > 0, g, jnp.zeros((), g.dtype))
+    return g, g
+
+
+_join.defvjp(_join_forward, _join_backward)
+
+
+def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0, ceil: bool = False) -> jax.Array:
+    """Maximum pooling of (N, H, W, A); `ceil` keeps a last window that starts inside the map."""
+    pads = [(0, 0)]
+    for length in x.shape[1:3]:
+        steps, rest = divmod(length + 2 * padding - size, stride)
+        extra = ceil and rest > 0 and (steps + 1) * stride < length + padding
+        pads.append((padding, padding + (stride - rest if extra else 0)))
+    pads.append((0, 0))
+    # The start must be a constant while tracing, else JAX does not see a maximum that it can differentiate.
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, size, size, 1), (1, stride, stride, 1), pads)
+
+
+# Resizing ---------------------------------------------------------------------------------------------------
+
+
+def resize_bilinear(x: jax.Array, size: tuple[int, int], align_corners: bool) -> jax.Array:
+    """Bilinear resize without antialiasing, as torch's `interpolate`.
+
+    Two small interpolation matrices multiply the map, so that value and gradient are plain matrix products.
+
+    Args:
+      x: (N, h, w, A) float.
+      size: (height, width) of the result, in the order of the array's axes.
+      align_corners: whether the corner centres of both grids coincide; otherwise pixel areas do.
+
+    Returns:
+      (N, height, width, A), the dtype of `x`.
+    """
+    height, width = size
+    if x.shape[1:3] == (height, width):
+        return x
+    rows = jnp.asarray(interpolation_matrix(x.shape[1], height, align_corners), x.dtype)
+    columns = jnp.asarray(interpolation_matrix(x.shape[2], width, align_corners), x.dtype)
+    x = jnp.einsum("Ww,nhwc->nhWc", columns, x, precision=lax.Precision.HIGHEST)
+    return jnp.einsum("Hh,nhWc->nHWc", rows, x, precision=lax.Precision.HIGHEST)
+
+
+@functools.lru_cache(maxsize=64)
+def interpolation_matrix(source: int, target: int, align_corners: bool) -> np.ndarray:
+    """(target, source) float64 matrix whose rows hold the one or two weights of each result."""
+    index = np.arange(target, dtype=np.float64)
+    if align_corners:
+        position = index * ((source - 1) / (target - 1) if target > 1 else 0.0)
+    else:
+        position = np.maximum((index + 0.5) * (source / target) - 0.5, 0.0)
+    low = np.minimum(position.astype(np.int64), source - 1)
+    high = np.minimum(low + 1, source - 1)
+    weight = np.clip(position - low, 0.0, 1.0)
+    matrix = np.zeros((target, source))
+    np.add.at(matrix, (np.arange(target), low), 1.0 - weight)
+    np.add.at(matrix, (np.arange(target), high), weight)
+    return matrix
+
+
+def resize_labels(labels: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Nearest-neighbour resize of labels (or depth) by torch's rule: result i takes source floor(i * in /
+    out).
+
+    The quotient and the product are rounded to single precision as torch does; for a few sizes this differs
+    from the exact floor.
+
+    Args:
+      labels: (..., H, W), any dtype; a NumPy array gives a NumPy array.
+      size: (height, width) of the result.
+
+    Returns:
+      (..., height, width), the dtype of `labels`.
+    """
+    rows = _nearest_indices(labels.shape[-2], size[0])
+    columns = _nearest_indices(labels.shape[-1], size[1])
+    return labels[..., rows, :][..., columns]
+
+
+def _nearest_indices(source: int, target: int) -> np.ndarray:
+    scale = np.float32(source) / np.float32(target)
+    index = np.floor(np.arange(target, dtype=np.float32) * scale).astype(np.int32)
+    return np.minimum(index, source - 1)
+
+
+# Gradient reversal ------------------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def gradient_reversal(x: jax.Array, scale: float | jax.Array) -> jax.Array:
+    """Identity whose gradient is multiplied by -`scale` (Ganin and Lempitsky, ICML 2015)."""
+    return x
+
+
+def _reversal_forward(x, scale):
+    return x, scale
+
+
+def _reversal_backward(scale, g):
+    return (-scale * g).astype(g.dtype), jnp.zeros_like(scale)
+
+
+gradient_reversal.defvjp(_reversal_forward, _reversal_backward)

@@ -1,0 +1,173 @@
+"""Runs a recipe: its stages one after the other, each only if it has not run, and the final table."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxuda import data, files, parallel, stages
+from jaxuda.errors import UserError
+from jaxuda.metrics import iou_table
+from jaxuda.prepare import prepare
+from jaxuda.stages import Domains, Stage
+from jaxuda.train import train
+from jaxuda.writers import RunLog
+
+
+def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, Any]:
+    """Runs or continues all stages of a config in a work folder.
+
+    Args:
+      config: as a file in `configs/` makes it.
+      workdir: the work folder; made if missing.
+      from_stage: sets this stage and all later ones aside first.
+
+    Returns:
+      What is written to results.json: the classes and, by stage, the scores.
+
+    Raises:
+      UserError: whatever the user can mend.
+      train.Interrupted: asked to stop; the same call continues.
+    """
+    with files.lock(workdir):
+        log = RunLog(workdir)
+        try:
+            domains = load_domains(config)
+            recipe = stages.plan(config, workdir, domains)
+            if from_stage and (aside := stages.set_aside(recipe, from_stage)):
+                log.say(f"set aside: {aside}")
+            statuses = {stage.name: stage.status() for stage in recipe}
+            _write_config(config, workdir)
+            log.say(header(config, workdir, domains, statuses))
+            for stage in recipe:
+                _run_stage(stage, config, domains, log, statuses[stage.name])
+            results = _results(config, recipe, domains)
+            files.write_json(workdir / "results.json", results)
+            log.say(final_table(results))
+            return results
+        finally:
+            log.close()
+
+
+def _run_stage(stage: Stage, config: ConfigDict, domains: Domains, log: RunLog, status: str) -> None:
+    if status == "done":
+        return
+    if status == "missing" and (origin := stage.adopt()):
+        log.say(f"{stage.name}: already finished with the same settings in {origin}, taken over from there")
+        return
+    stage.mark("started")
+    began = time.perf_counter()
+    train(stage, config, domains, log)
+    stage.mark("done")
+    log.say(f"{stage.name}: finished in {(time.perf_counter() - began) / 60:.1f} min")
+
+
+def load_domains(config: ConfigDict) -> Domains:
+    """Opens the datasets of a config; draws `streets` if it is not there yet.
+
+    Raises:
+      UserError: a dataset is not prepared (the command is named), or the classes of the domains differ.
+    """
+    for domain in (config.source, config.target):
+        if domain.name.startswith("streets/"):
+            prepare(domain.name, data_dir=config.data_dir or None)
+    source = open_records(config, "source", config.source.split)
+    if not source.labelled:
+        raise UserError(f"the source {source.name} has no labels: adaptation needs a labelled source")
+    target = open_records(config, "target", config.target.split)
+    try:
+        target_val = open_records(config, "target", config.evaluation.split)
+    except UserError:
+        # Images without a validation split are adapted to all the same; there is nothing to score then.
+        if config.target.name != "folder":
+            raise
+        target_val = None
+    for records in filter(None, (target, target_val)):
+        if records.label_space is not None and records.label_space.classes != source.label_space.classes:
+            raise UserError(
+                f"{source.name} and {records.name} have different classes: {', '.join(source.label_space.classes)} "
+                f"against {', '.join(records.label_space.classes)}; give both the same classes.json"
+            )
+    return Domains(source, target, target_val)
+
+
+def open_records(config: ConfigDict, domain: str, split: str) -> data.Records:
+    """One split of the "source" or the "target" of a config."""
+    place = config[domain]
+    if place.name == "folder" and not place.path:
+        raise UserError(f"say where the {domain} images lie: --config.{domain}.path=DIR")
+    return data.load(
+        place.name, split, label_space=config.label_space or None, data_dir=config.data_dir or None, path=place.path
+    )
+
+
+def header(config: ConfigDict, workdir: Path, domains: Domains, statuses: dict[str, str]) -> str:
+    """What a run is going to do, told before it starts."""
+    devices = parallel.choose_devices(config[config.pipeline[0]].batch, config.devices, config.platform)
+    plan = " -> ".join(name if status == "missing" else f"{name} ({status})" for name, status in statuses.items())
+    validation = f"{domains.target_val.name} ({len(domains.target_val)})" if domains.target_val else "none"
+    return "\n".join(
+        [
+            f"jaxuda {config.name}:{config.benchmark}, seed {config.seed}",
+            f"  devices     {len(devices)} of {jax.local_device_count()} {devices[0].platform} ({devices[0].device_kind})",
+            f"  stages      {plan}",
+            f"  source      {domains.source.name} ({len(domains.source)} images)",
+            f"  target      {domains.target.name} ({len(domains.target)} images), evaluated on {validation}",
+            f"  results in  {workdir}",
+        ]
+    )
+
+
+def _write_config(config: ConfigDict, workdir: Path) -> None:
+    packages = ("jaxuda", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    files.write_json(
+        workdir / "config.json", {"config": config.to_dict(), "versions": versions, "git": _git_revision()}
+    )
+
+
+def _git_revision() -> str | None:
+    """The commit of the code, with "+changes" if files differ from it; None outside a checkout."""
+    where = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        options = {"capture_output": True, "text": True, "check": True, "timeout": 10}
+        revision = subprocess.run([*where, "rev-parse", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run([*where, "status", "--porcelain", "-uno"], **options).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision + ("+changes" if changed else "")
+
+
+def _results(config: ConfigDict, recipe: list[Stage], domains: Domains) -> dict[str, Any]:
+    return {
+        "config": config.name,
+        "benchmark": config.benchmark,
+        "seed": config.seed,
+        "validation": domains.target_val.name if domains.target_val else None,
+        "classes": list(domains.source.label_space.classes),
+        "stages": {stage.name: stage.results() for stage in recipe},
+    }
+
+
+def final_table(results: dict[str, Any]) -> str:
+    """Per-class IoU of every training stage, and the scores that go with it."""
+    scored = {name: result for name, result in results["stages"].items() if "best_on_val_using_target_labels" in result}
+    if not scored:
+        return "no labelled validation images: nothing to score (see metrics.jsonl for the label-free figures)"
+    columns = {name.replace("_", " "): np.asarray(result["last"]["confusion"]) for name, result in scored.items()}
+    lines = [f"IoU in % on {results['validation']}, last checkpoint of each stage", ""]
+    lines += [iou_table(columns, results["classes"]), ""]
+    for name, result in scored.items():
+        mean, best = result["mean_of_last"], result["best_on_val_using_target_labels"]
+        lines.append(
+            f"{name.replace('_', ' ')}: mean of the last {mean['count']} evaluations {100 * mean['miou']:.1f}; "
+            f"best on val (uses target labels) {100 * best['miou']:.1f} at step {best['step']}"
+        )
+    return "\n".join(lines)

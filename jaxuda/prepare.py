@@ -1,0 +1,261 @@
+"""python -m jaxuda.prepare NAME: builds a dataset once from the user's files, checks it, counts its classes.
+
+A dataset is built aside, in `DATA_DIR/NAME/.preparing-CONFIG`, and renamed when it is complete. What a killed
+run left there is removed by the next one, which starts again.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from tqdm import tqdm
+
+from jaxuda.data import encoding, records
+from jaxuda.errors import UserError
+
+# Room for the embedded datasets and for what the file system itself needs.
+_SPARE_BYTES = 200 * 2**20
+
+
+def prepare(
+    name: str,
+    *,
+    manual_dir: str | os.PathLike | None = None,
+    path: str = "",
+    data_dir: str | os.PathLike | None = None,
+) -> list[Path]:
+    """Prepares a dataset unless it is prepared already.
+
+    Args:
+        name: "camvid" for all its configs or "camvid/day" for one; "folder" together with `path`.
+        manual_dir: where the user has the dataset's published files, if it has any.
+        path: the user's own folder, for "folder".
+        data_dir: where prepared datasets live; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+    Returns:
+        The folders of the prepared datasets, one for each config.
+
+    Raises:
+        UserError: files are missing or wrong, the disk is too full, or the name is unknown. Nothing is left
+            behind.
+    """
+    dataset, _, config = name.partition("/")
+    names = [name]
+    if dataset != "folder" and not config:
+        names = [f"{dataset}/{known}" for known in records.config_names(dataset)]
+    return [_prepare_config(name, manual_dir, path, data_dir) for name in names]
+
+
+def _prepare_config(
+    name: str, manual_dir: str | os.PathLike | None, path: str, data_dir: str | os.PathLike | None
+) -> Path:
+    final = records.prepared_folder(name, data_dir, path)
+    top = final.parent.parent  # of all configs of the dataset
+    with _writable(top), _locked(top):
+        if records.read_summary(final) is not None:
+            print(f"{name}: already prepared in {final}")
+            return final
+        if final.exists():
+            raise UserError(f"{final} exists but was not made by jaxuda.prepare; move it away and try again")
+        # Only a run that was killed can have left these: ours is the lock.
+        for leftover in top.glob(".preparing-*"):
+            shutil.rmtree(leftover)
+        staging = top / f".preparing-{final.parent.name}"
+        try:
+            built, summary = _build(name, manual_dir, path, staging)
+            final.parent.mkdir(exist_ok=True)
+            (built / records.SUMMARY).write_text(json.dumps(summary))
+            built.rename(final)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    print(f"{name}: prepared in {final}")
+    _print_summary(summary, name, data_dir, path)
+    return final
+
+
+def _build(
+    name: str, manual_dir: str | os.PathLike | None, path: str, staging: Path
+) -> tuple[Path, dict[str, Any]]:
+    """Builds one config below `staging` and reads it once to make its summary."""
+    dataset, _, config = name.partition("/")
+    cls = records.builder_class(dataset)
+    if dataset == "folder":
+        config, manual_dir = cls.config_of(path), path
+    builder = cls(data_dir=staging, config=config)
+    expected = getattr(cls, "PUBLISHED", {}).get(builder.builder_config.name, {})
+    needed = _SPARE_BYTES
+    if cls.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        items = builder.items(_existing_dir(manual_dir, name, cls.MANUAL_DOWNLOAD_INSTRUCTIONS))
+        counts = {split: len(files) for split, files in items.items()}
+        if expected and counts != expected:
+            print(f"warning: {name} has {_numbers(counts)} images; published are {_numbers(expected)}")
+        # Twice: tfds keeps all records in temporary files while it writes the final ones.
+        needed += 2 * sum(f.stat().st_size for files in items.values() for i in files for f in i[1:] if f)
+    _check_disk(staging.parent, needed)
+    _generate(builder, name, manual_dir)
+    built = Path(builder.data_path)
+    splits = {split: _summarise(built, split, name) for split in builder.info.splits}
+    classes = getattr(builder.builder_config, "classes", None)
+    return built, {"splits": splits, **({"classes": classes} if classes else {})}
+
+
+def _generate(
+    builder: tfds.core.GeneratorBasedBuilder, name: str, manual_dir: str | os.PathLike | None
+) -> None:
+    """Lets tfds write the records, with our progress bars in place of its own messages."""
+    split_generators = builder._split_generators
+
+    def with_progress(dl_manager: Any) -> dict[str, Iterable]:
+        generators = split_generators(dl_manager)
+        return {split: _Progress(examples, f"{name} {split}") for split, examples in generators.items()}
+
+    builder._split_generators = with_progress
+    config = tfds.download.DownloadConfig(
+        manual_dir=manual_dir, try_download_gcs=False, compute_stats=tfds.download.ComputeStatsMode.SKIP
+    )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(
+                download_config=config, download_dir=builder._data_dir_root, file_format="array_record"
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+        tfds.enable_progress_bar()
+
+
+def _summarise(built: Path, split: str, name: str) -> dict[str, Any]:
+    """Reads a split as it was written: ids in order, a hash of the content, pixels of every label id."""
+    reader = records.open_split(built, split)
+    digest, ids, pixels = hashlib.sha256(), [], np.zeros(256, np.int64)
+    for index in _Progress(range(len(reader)), f"{name} {split} check"):
+        record = reader[index]
+        for key in sorted(record):
+            digest.update(f"{key} {len(record[key])}\0".encode() + record[key])
+        ids.append(record["id"].decode())
+        if record.get("label"):
+            pixels += np.bincount(encoding.decode_label(record["label"]).ravel(), minlength=256)
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{name} {split}: ids are not unique")
+    present = {int(raw): int(pixels[raw]) for raw in np.flatnonzero(pixels)}
+    return {"labelled": bool(present), "sha256": digest.hexdigest(), "ids": ids, "pixels": present}
+
+
+def _print_summary(summary: dict[str, Any], name: str, data_dir: Any, path: str) -> None:
+    """Prints for each split how many images there are and how the classes share their pixels."""
+    for split, content in summary["splits"].items():
+        data = records.load(name, split, data_dir=data_dir, path=path)
+        print(f"  {split}: {len(data)} images{'' if data.labelled else ', unlabelled'}")
+        if data.labelled:
+            print(f"    {_frequencies(content['pixels'], data)}")
+
+
+def _frequencies(pixels: dict[int, int], data: records.Records) -> str:
+    counts = np.zeros(256, np.int64)
+    for raw, count in pixels.items():
+        counts[data.table[int(raw)]] += count
+    shares = [(counts[i] / counts.sum(), name) for i, name in enumerate(data.label_space.classes)]
+    text = ", ".join(f"{name} {share:.1%}" for share, name in sorted(shares, reverse=True))
+    return f"{text}; ignored {1 - sum(share for share, _ in shares):.1%}"
+
+
+def _existing_dir(manual_dir: str | os.PathLike | None, name: str, instructions: str) -> Path:
+    if not manual_dir:
+        raise UserError(f"{name} needs --manual_dir DIR: {instructions}")
+    folder = Path(manual_dir).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"--manual_dir {manual_dir}: there is no such folder; it must be {instructions}")
+    return folder
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"{folder}: {needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free")
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Makes a folder; problems of the file system in or around it are the user's to mend."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write the dataset below {folder}: {error}") from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a lock on a folder; the system frees it when the process ends, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process is preparing {folder.name}; waiting for it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class _Progress:
+    """Iterates with a progress bar on a terminal, or a line at the end elsewhere; keeps the length."""
+
+    def __init__(self, items: Iterable, text: str):
+        self._items, self._text = items, text
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator:
+        total = len(self._items) if hasattr(self._items, "__len__") else None
+        count = 0
+        for item in tqdm(self._items, self._text, total, unit="image", disable=not sys.stderr.isatty()):
+            count += 1
+            yield item
+        if not sys.stderr.isatty():
+            print(f"{self._text}: {count} images", file=sys.stderr)
+
+
+def _numbers(counts: dict[str, int]) -> str:
+    return ", ".join(f"{split} {count}" for split, count in counts.items())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code: 0 prepared, 2 the user must mend something, 130 interrupted."""
+    parser = argparse.ArgumentParser("python -m jaxuda.prepare", description="Prepares a dataset for jaxuda.")
+    parser.add_argument("name", help=f"{', '.join(records.DATASETS)}, or one config such as camvid/day")
+    parser.add_argument("--manual_dir", help="folder with the dataset's published files")
+    parser.add_argument("--path", default="", help="your own folder, for the dataset 'folder'")
+    parser.add_argument(
+        "--data_dir", help="where prepared data goes (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        prepare(**vars(arguments))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""A stage of a recipe: its resolved config, its folder, and whether it has run, as told by its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from jaxuda import data, files
+from jaxuda.errors import UserError
+
+SHARED = ("seed", "label_space", "source", "target", "evaluation", "preprocess", "model", "optim", "eval_every", "mean_of_last")
+SCRATCH = "scratch"
+
+
+class Domains(NamedTuple):
+    """The datasets of a run; `target_val` is None where the target has no such split."""
+
+    source: data.Records
+    target: data.Records
+    target_val: data.Records | None
+
+
+class Stage(NamedTuple):
+    """One stage of a run.
+
+    name: its name in `config.pipeline` and of its folder.
+    folder: workdir/name.
+    config: the run's shared sections overlaid with the stage's own; frozen.
+    init: where the weights come from: None, or (checkpoints folder, "last" | "best").
+    identity: everything that decides the stage's result, as plain JSON values.
+    """
+
+    name: str
+    folder: Path
+    config: FrozenConfigDict
+    init: tuple[Path, str] | None
+    identity: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal checksum of `identity`."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def record(self) -> Path:
+        """The file that says what the stage is and whether it is done."""
+        return self.folder / "stage.json"
+
+    def status(self) -> str:
+        """"missing", "started" or "done".
+
+        Raises:
+          UserError: the folder holds a stage with other settings.
+        """
+        saved = files.read_json(self.record)
+        if saved is None:
+            return "missing"
+        if saved["fingerprint"] != self.fingerprint:
+            changes = "\n".join(f"  {line}" for line in changed_fields(saved["identity"], self.identity))
+            raise UserError(
+                f"the stage '{self.name}' in {self.folder} was run with other settings:\n{changes}\n"
+                f"Go back to those settings, choose another --workdir, or add --from_stage {self.name}, which sets "
+                "the old stages aside and runs from there"
+            )
+        return saved["status"]
+
+    def mark(self, status: str) -> None:
+        """Writes the stage's record."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = {"name": self.name, "status": status, "fingerprint": self.fingerprint, "identity": self.identity}
+        files.write_json(self.record, record)
+
+    def results(self) -> dict[str, Any]:
+        """What a finished training stage reports."""
+        return files.read_json(self.folder / "results.json")
+
+    def adopt(self) -> Path | None:
+        """Takes over the same stage from a work folder beside this one, if one has finished it.
+
+        Source-only and oracle runs are shared by many recipes. Files are linked, not copied, where the system
+        can; deleting either folder leaves the other whole.
+
+        Returns:
+          The folder it was taken from, or None.
+        """
+        for record in sorted(self.folder.parent.parent.glob("*/*/stage.json")):
+            saved = files.read_json(record)
+            if saved["status"] == "done" and saved["fingerprint"] == self.fingerprint:
+                aside = self.folder.with_name(f".{self.name}.adopting")
+                shutil.rmtree(aside, ignore_errors=True)
+                shutil.copytree(record.parent, aside, copy_function=_link)
+                # The record is not linked: it may carry another name.
+                (aside / "stage.json").unlink()
+                os.replace(aside, self.folder)
+                self.mark("done")
+                return record.parent
+        return None
+
+
+def _link(source: str, destination: str) -> None:
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copy2(source, destination)
+
+
+def plan(config: ConfigDict, workdir: Path, domains: Domains) -> list[Stage]:
+    """The stages of `config.pipeline` in order; an oracle is left out where the target has no labels.
+
+    Raises:
+      UserError: a stage is not defined, or starts from one that does not come before it.
+    """
+    stages: dict[str, Stage] = {}
+    for name in config.pipeline:
+        if name not in config:
+            raise UserError(f"config.pipeline names the stage '{name}', but there is no config.{name}")
+        if config[name].domains[0] == "target" and not domains.target.labelled:
+            continue
+        stages[name] = _make_stage(name, config, workdir, domains, stages)
+    return list(stages.values())
+
+
+def _make_stage(
+    name: str, config: ConfigDict, workdir: Path, domains: Domains, earlier: Mapping[str, Stage]
+) -> Stage:
+    own = config[name]
+    resolved = ConfigDict({field: config[field] for field in SHARED}, convert_dict=True)
+    resolved = ConfigDict(json.loads(resolved.to_json()))
+    resolved.update(own.to_dict())
+    resolved.schedule_steps = own.schedule_steps or own.steps
+    datasets = {"source": domains.source.fingerprint, "target": domains.target.fingerprint}
+    if own.domains[0] == "target":
+        resolved.source, datasets["source"] = resolved.target, datasets["target"]
+    if "target" not in own.domains or own.domains == ("target",):
+        # What is not read must not change the fingerprint: baselines are shared between recipes.
+        del resolved["target"], datasets["target"]
+    datasets["evaluation"] = domains.target_val.fingerprint if domains.target_val else None
+
+    init, start = None, SCRATCH
+    if own.init != SCRATCH:
+        stage, _, which = own.init.partition(":")
+        if stage not in earlier:
+            known = ", ".join([SCRATCH, *earlier])
+            raise UserError(f"config.{name}.init = '{own.init}' is no stage that comes before it (possible: {known})")
+        init = (earlier[stage].folder / "checkpoints", which or "last")
+        start = [earlier[stage].fingerprint, which or "last"]
+
+    identity = json.loads(resolved.to_json()) | {"init": start, "data": datasets}
+    for place in ("source", "target"):
+        # Where the data lie does not matter, what they are does; that is in `data`.
+        identity.get(place, {}).pop("path", None)
+    return Stage(name, workdir / name, FrozenConfigDict(resolved), init, identity)
+
+
+def changed_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """"field: old -> new" for every difference between two trees of plain values."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        if old == new:
+            return []
+        if prefix == "init":
+            return ["init: the stage it starts from has changed"]
+        return [f"{prefix}: {old} -> {new}"]
+    lines = (
+        changed_fields(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
+        for key in sorted(old.keys() | new.keys())
+    )
+    return list(itertools.chain.from_iterable(lines))
+
+
+def set_aside(stages: list[Stage], first: str) -> Path | None:
+    """Moves the folders of stage `first` and all after it to `workdir/aside-N`.
+
+    Returns:
+      Where they are now, or None if there was nothing to move.
+
+    Raises:
+      UserError: there is no such stage.
+    """
+    names = [stage.name for stage in stages]
+    if first not in names:
+        raise UserError(f"--from_stage {first}: this recipe's stages are {', '.join(names)}")
+    old = [stage.folder for stage in stages[names.index(first) :] if stage.folder.exists()]
+    if not old:
+        return None
+    workdir = stages[0].folder.parent
+    aside = next(workdir / f"aside-{n}" for n in itertools.count(1) if not (workdir / f"aside-{n}").exists())
+    aside.mkdir()
+    for folder in old:
+        folder.rename(aside / folder.name)
+    return aside

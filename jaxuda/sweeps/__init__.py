@@ -1,0 +1,1 @@
+"""Forward-only walks over a dataset: evaluation, predictions, statistics, rankings, pseudo-labels."""

@@ -1,0 +1,126 @@
+"""Evaluation: one pass over a dataset, giving the confusion matrix and figures that need no labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxuda import data, parallel
+from jaxuda.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
+from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.sweeps.scores import make_scores, resize, resize_matrices
+from jaxuda.writers import progress_bar
+
+PyTree = Any
+
+
+class Evaluation(NamedTuple):
+    """confusion: (C, C) int64, row = label, or None without labels. figures: label-free, see `_label_free`."""
+
+    confusion: np.ndarray | None
+    figures: dict[str, float]
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers for JSON: mIoU, pixel accuracy and per-class IoU in 0..1, the figures, the confusion matrix."""
+        if self.confusion is None:
+            return dict(self.figures)
+        per_class = [None if np.isnan(value) else float(value) for value in iou(self.confusion)]
+        scores = {"miou": mean_iou(self.confusion), "pixel_accuracy": pixel_accuracy(self.confusion)}
+        return {**scores, **self.figures, "iou": per_class, "confusion": self.confusion.tolist()}
+
+
+def make_evaluator(
+    model: DeepLabV2, method: ModuleType, config: Any, devices: list[jax.Device]
+) -> Callable[[PyTree, data.Records], Evaluation]:
+    """`evaluate(variables, records) -> Evaluation`, compiled once for all its calls.
+
+    Images are resized to `config.evaluation.size` for the network; its scores are resized bilinearly to each
+    label's own size, then argmax, as the published evaluations do.
+    """
+    scores = make_scores(model, method, config)
+    classes = model.num_classes
+
+    @jax.jit
+    def evaluate_batch(variables: PyTree, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        values, probs = scores(variables, batch["image"])
+        sums = _label_free(probs, batch["counts"])
+        if "label" in batch:
+            predictions = jnp.argmax(resize(values, batch["rows"], batch["columns"]), -1)
+            sums["confusion"] = confusion_matrix(batch["label"], predictions, classes)
+        return sums
+
+    def evaluate(variables: PyTree, records: data.Records) -> Evaluation:
+        variables = parallel.everywhere(variables, devices)
+        grid = jax.eval_shape(scores, variables, _image_shape(config))[0].shape[1:3]
+        total: dict[str, np.ndarray] = {}
+        with progress_bar(len(records), "evaluate", "img") as bar:
+            for batch in sweep(records, config):
+                sums = evaluate_batch(variables, parallel.spread(_arrays(batch, grid, config), devices))
+                for name, value in jax.device_get(sums).items():
+                    total[name] = total.get(name, 0) + value.astype(np.int64 if name == "confusion" else np.float64)
+                bar.update(batch["count"])
+        return _finish(total)
+
+    return evaluate
+
+
+def sweep(records: data.Records, config: Any) -> Iterator[data.input.Batch]:
+    """One pass in order, images resized to `config.evaluation.size`."""
+    transform = data.build_transform({"resize": tuple(config.evaluation.size)})
+    return data.sweep_batches(records, transform, config.evaluation.batch)
+
+
+def _image_shape(config: Any) -> jax.ShapeDtypeStruct:
+    width, height = config.evaluation.size
+    return jax.ShapeDtypeStruct((config.evaluation.batch, height, width, 3), jnp.uint8)
+
+
+def _arrays(batch: dict[str, Any], grid: tuple[int, int], config: Any) -> dict[str, np.ndarray]:
+    """A sweep's batch as arrays of few shapes: labels padded with 255 to a common size, repeated images uncounted."""
+    count, full = batch["count"], len(batch["image"])
+    arrays = {"image": batch["image"], "counts": np.arange(full) < count}
+    if batch["label"] is not None:
+        sizes = [label.shape for label in batch["label"]]
+        sizes += sizes[-1:] * (full - count)
+        arrays["rows"], arrays["columns"] = resize_matrices(grid, sizes, config.align_corners)
+        arrays["label"] = np.full((full, arrays["rows"].shape[1], arrays["columns"].shape[1]), 255, np.uint8)
+        for padded, label in zip(arrays["label"], batch["label"], strict=False):
+            padded[: label.shape[0], : label.shape[1]] = label
+    return arrays
+
+
+def _label_free(probs: jax.Array, counts: jax.Array) -> dict[str, jax.Array]:
+    """Sums over the images of a batch from which `_finish` makes the figures for model selection without labels.
+
+    entropy: of the predictions, 0..1. diversity: entropy of the mean prediction, 0..1 (low = collapsed).
+    snd: soft neighbourhood density (Saito et al., Tune it the Right Way, ICCV 2021), the entropy of the softmax
+    over similarities between predictions of one image, temperature 0.05; higher = denser neighbourhoods.
+    """
+    n, height, width, classes = probs.shape
+    weight = counts.astype(probs.dtype)
+    entropy = -jnp.sum(probs * jnp.log(probs + 1e-30), -1) / jnp.log(classes)
+
+    flat = probs.reshape(n, height * width, classes)
+    some = flat[:, :: max(1, height * width // 256)]
+    some = some / jnp.linalg.norm(some, axis=-1, keepdims=True)
+    similar = jnp.einsum("nic,njc->nij", some, some) / 0.05
+    near = jax.nn.log_softmax(jnp.where(jnp.eye(some.shape[1], dtype=bool), -jnp.inf, similar))
+    density = -jnp.sum(jnp.where(jnp.isfinite(near), jnp.exp(near) * near, 0), -1)
+    return {
+        "images": jnp.sum(weight),
+        "entropy": jnp.sum(weight * jnp.mean(entropy, (1, 2))),
+        "prediction": jnp.einsum("n,npc->c", weight, flat) / (height * width),
+        "snd": jnp.sum(weight * jnp.mean(density, -1)),
+    }
+
+
+def _finish(total: dict[str, np.ndarray]) -> Evaluation:
+    images, prediction = total["images"], total["prediction"] / total["images"]
+    diversity = -np.sum(prediction * np.log(prediction + 1e-30)) / np.log(len(prediction))
+    figures = {"entropy": total["entropy"] / images, "diversity": diversity, "snd": total["snd"] / images}
+    return Evaluation(total.get("confusion"), {name: float(value) for name, value in figures.items()})

@@ -1,0 +1,66 @@
+"""What every sweep does first: class scores of a batch of images, and their resize to each image's own size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.models.layers import interpolation_matrix, normalise
+
+PyTree = Any
+BUCKET = 32  # images of mixed sizes share compiled code when they round up to the same multiple of this
+
+
+def make_scores(model: DeepLabV2, method: ModuleType, config: Any) -> Callable[[PyTree, jax.Array], tuple]:
+    """`scores(variables, images) -> (scores, probs)`, both (N, h, w, C) at network resolution.
+
+    `images` are (N, H, W, 3) uint8. `scores` are what is upsampled before the argmax: logits, or the
+    probabilities of a method that has its own `predict`.
+    """
+
+    def scores(variables: PyTree, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        images = normalise(images, config.preprocess)
+        if hasattr(method, "predict"):
+            probs = method.predict(variables, images, model=model, config=config)
+            return probs, probs
+        logits = model.apply(variables, images, train=False).main
+        return logits, jax.nn.softmax(logits)
+
+    return scores
+
+
+def resize_matrices(
+    grid: tuple[int, int], sizes: Sequence[tuple[int, int]], align_corners: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bilinear resizes from one grid to several sizes, as matrices of one shape, so that sizes are data.
+
+    Args:
+      grid: (h, w) of the scores.
+      sizes: (height, width) of each image of a batch of N.
+      align_corners: as in `resize_bilinear`.
+
+    Returns:
+      float32 (N, H, h) and (N, W, w), H and W being the largest size rounded up to a multiple of `BUCKET`; rows
+      beyond an image's own size are zero.
+    """
+    stacks = []
+    for axis in (0, 1):
+        longest = -(-max(size[axis] for size in sizes) // BUCKET) * BUCKET
+        stack = np.zeros((len(sizes), longest, grid[axis]), np.float32)
+        for row, size in zip(stack, sizes, strict=True):
+            row[: size[axis]] = interpolation_matrix(grid[axis], size[axis], align_corners)
+        stacks.append(stack)
+    return stacks[0], stacks[1]
+
+
+def resize(scores: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Scores (N, h, w, C) at (N, H, W, C), with the matrices of `resize_matrices`."""
+    highest = jax.lax.Precision.HIGHEST
+    wide = jnp.einsum("nWw,nhwc->nhWc", columns, scores, precision=highest)
+    return jnp.einsum("nHh,nhWc->nHWc", rows, wide, precision=highest)

@@ -1,0 +1,13 @@
+"""Eight fake CPU devices, a compile cache that all tests share, and a home for prepared datasets."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before anything imports jax.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+_CACHE = Path(tempfile.gettempdir()) / f"jaxuda-tests-{os.getuid()}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -1,0 +1,156 @@
+"""Five train steps of the reduced network against what the published loops computed in double precision."""
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_weights import golden, golden_keys, state_dict
+from ml_collections import ConfigDict
+
+from jaxuda import methods
+from jaxuda.interop.torch_checkpoint import LAYOUTS, load_torch, to_torch, torch_name
+from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.optim import make_optimizer
+from jaxuda.train_state import TrainState
+
+LITERAL = {"stem": 1, "block": 3, "shortcut": 4}
+MODEL = DeepLabV2(19, "resnet101", "caffe", blocks=(1, 1, 1, 1), aux=True, dtype="float64")
+
+
+def _config(run: str) -> ConfigDict:
+    """The settings that a run's name tells: update rule, learning rates, weights of the adaptation terms."""
+    rule, scale = run.split("_")[:2]
+    factor = 100.0 if scale == "lam100" else 1.0
+    return ConfigDict(
+        {
+            "lr": 2.5e-4 * (10 if scale == "lr10" else 1),
+            "schedule_steps": 250_000,
+            "align_corners": True,
+            "lambda_aux": 0.1,
+            "lambda_lovasz": 0.0,
+            "lambda_entropy": 0.001 * factor,
+            "lambda_entropy_aux": 0.0002 * factor,
+            "optim": {
+                "head_factor": 10.0,
+                "momentum": 0.9,
+                "weight_decay": 5e-4,
+                "power": 0.9,
+                "train_norm": False,
+                "repeat": LITERAL if rule != "dedup" else dict.fromkeys(LITERAL, 1),
+                "repeat_decay": "accumulate" if rule == "dup04" else "fresh",
+            },
+        }
+    )
+
+
+@functools.cache
+def _start() -> dict:
+    """The generated weights of the reduced network, as our variables."""
+    shapes = jax.eval_shape(functools.partial(MODEL.init, train=False), jax.random.key(0), jnp.zeros((1, 65, 65, 3)))
+    flat = flax.traverse_util.flatten_dict(shapes)
+    keys = [
+        (torch_name(path, MODEL, LAYOUTS["two_level"]), to_torch(np.empty(leaf.shape, bool)).shape)
+        for path, leaf in flat.items()
+    ]
+    return load_torch(state_dict(keys), MODEL)
+
+
+def _by_torch_name(tree: dict, collection: str) -> dict[str, np.ndarray]:
+    flat = flax.traverse_util.flatten_dict({collection: tree})
+    return {torch_name(p, MODEL, LAYOUTS["two_level"]): np.asarray(leaf, np.float64) for p, leaf in flat.items()}
+
+
+def _run(method: str, config: ConfigDict, arrays: dict[str, np.ndarray], steps: int = 5) -> tuple[list, list]:
+    """States (before the first step and after each) and metrics of each step, in double precision."""
+    variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), _start())
+    batch = {
+        "source": {"image": arrays["src_images"].astype(np.float64), "label": arrays["src_labels"]},
+        "target": {"image": arrays.get("trg_images", np.zeros(())).astype(np.float64)},
+    }
+    tx = make_optimizer(config)
+    states = [TrainState.create({"model": variables["params"]}, tx, variables["batch_stats"])]
+    step = jax.jit(functools.partial(methods.load(method).train_step, model=MODEL, tx=tx, config=config))
+    metrics = []
+    for _ in range(steps):
+        state, row = step(states[-1], batch, jax.random.key(0))
+        states.append(state)
+        metrics.append(row)
+    return states, metrics
+
+
+LOSSES = {
+    "ce": "loss_seg_src_main",
+    "ce_aux": "loss_seg_src_aux",
+    "entropy": "loss_ent_main",
+    "entropy_aux": "loss_ent_aux",
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "file", "run"),
+    [
+        ("source_only", "train_source", "dedup_lr1"),
+        ("source_only", "train_source", "dedup_lr10"),
+        ("source_only", "train_source", "dup04_lr1"),
+        ("minent", "train_minent", "dedup_lr1"),
+        ("minent", "train_minent", "dedup_lam100"),
+        ("minent", "train_minent", "dup04_lr10"),
+    ],
+)
+def test_trajectory(method: str, file: str, run: str) -> None:
+    arrays, keys = golden(file), golden_keys(file)["param_and_buffer_keys"]
+    with jax.enable_x64(True):
+        states, metrics = _run(method, _config(run), arrays)
+    run = f"{run}_double"
+    for ours, theirs in LOSSES.items():
+        if f"{run}_{theirs}_f64" in arrays:
+            np.testing.assert_allclose([row[ours] for row in metrics], arrays[f"{run}_{theirs}_f64"], rtol=1e-6)
+
+    named = [_by_torch_name(s.params["model"], "params") | _by_torch_name(s.batch_stats, "batch_stats") for s in states]
+    compared = [i for i, key in enumerate(keys) if not key.endswith("num_batches_tracked")]
+    assert {keys[i] for i in compared} == set(named[0])
+
+    def norms(values: dict[str, np.ndarray]) -> np.ndarray:
+        return np.array([np.linalg.norm(values[keys[i]]) for i in compared])
+
+    def change(after: int) -> dict[str, np.ndarray]:
+        return {key: named[after][key] - named[0][key] for key in named[0]}
+
+    def expect(ours: np.ndarray, name: str, rtol: float) -> None:
+        theirs = arrays[f"{run}_{name}_f64"][compared]
+        # A tensor that hardly moves is known to the rounding of its stored values only.
+        np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=1e-9 * theirs.max(), err_msg=name)
+
+    expect(norms(named[-1]), "l2", 1e-6)
+    expect(norms(change(1)), "step1_delta_l2", 1e-5)
+    expect(norms(change(-1)), "delta_l2", 1e-5)
+    np.testing.assert_allclose(
+        to_torch(states[-1].params["model"]["backbone"]["conv1"]["kernel"])[:8, :3, :7, :7],
+        arrays[f"{run}_conv1_slice"],
+        rtol=1e-5,
+        atol=1e-7,
+    )
+
+
+@pytest.mark.parametrize(("method", "file"), [("source_only", "train_source"), ("minent", "train_minent")])
+def test_first_gradients(method: str, file: str) -> None:
+    """With momentum and decay off and a learning rate of 1, the first update is minus the gradient."""
+    arrays, keys = golden(file), golden_keys(file)["param_and_buffer_keys"]
+    config = _config("dedup_lr1")
+    config.lr = 1.0
+    config.optim.update({"weight_decay": 0.0, "head_factor": 1.0})
+    with jax.enable_x64(True):
+        (before, after), _ = _run(method, config, arrays, steps=1)
+    start, end = (_by_torch_name(state.params["model"], "params") for state in (before, after))
+    for statistic, rtol in ((np.linalg.norm, 1e-6), (np.sum, 1e-5)):
+        name = "grad1_l2" if statistic is np.linalg.norm else "grad1_sum"
+        theirs = dict(zip(keys, arrays[f"dedup_lr1_double_{name}_f64"], strict=True))
+        trained = [key for key in start if theirs[key] != 0]
+        assert len(trained) > 20
+        ours = [statistic(start[key] - end[key]) for key in trained]
+        scale = max(abs(theirs[key]) for key in trained)
+        np.testing.assert_allclose(ours, [theirs[key] for key in trained], rtol=rtol, atol=1e-9 * scale)
+        assert all(np.array_equal(start[key], end[key]) for key in start if theirs[key] == 0)

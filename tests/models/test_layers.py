@@ -1,0 +1,219 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_weights import golden
+from jax import lax
+
+from jaxuda.errors import UserError
+from jaxuda.models import layers
+
+
+def relative_error(actual, expected):
+    return np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max()
+
+
+# Golden numbers
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("case", ["up0", "up1", "up2"])
+def test_resize_bilinear_and_its_gradient_match_golden(case, align_corners):
+    arrays = golden("resize")
+    x, cotangent = arrays[f"{case}_input"], arrays[f"{case}_cotangent"]
+    y, pullback = jax.vjp(lambda x: layers.resize_bilinear(x, cotangent.shape[1:3], align_corners), x)
+    key = f"{case}_ac{int(align_corners)}"
+    assert relative_error(y, arrays[f"{key}_output"]) < 1e-5
+    assert relative_error(pullback(jnp.asarray(cotangent))[0], arrays[f"{key}_grad_input"]) < 1e-5
+
+
+def test_resize_labels_matches_golden_maps_and_indices():
+    arrays = golden("resize")
+    for case in range(4):
+        expected = arrays[f"nearest{case}_output"]
+        actual = layers.resize_labels(arrays[f"nearest{case}_input"], expected.shape[1:])
+        np.testing.assert_array_equal(actual, expected)
+    for key, expected in arrays.items():
+        if key.startswith("nearest_index_"):
+            source, target = (int(n) for n in key.removeprefix("nearest_index_").split("_to_"))
+            ramp = np.broadcast_to(np.arange(source), (2, source))
+            np.testing.assert_array_equal(layers.resize_labels(ramp, (2, target))[1], expected)
+
+
+def batch_norm_variables(arrays):
+    return {
+        "params": {"scale": arrays["weight"], "bias": arrays["bias"]},
+        "batch_stats": {"mean": arrays["running_mean"], "var": arrays["running_var"]},
+    }
+
+
+def test_batch_norm_matches_golden():
+    arrays = golden("batchnorm")
+    variables, x = batch_norm_variables(arrays), arrays["x"]
+    frozen = layers.BatchNorm(mode="frozen", eps=0.0).apply(variables, x, True)
+    assert relative_error(frozen, arrays["frozen_output"]) < 1e-5
+    assert relative_error(layers.BatchNorm().apply(variables, x, False), arrays["bn_eval_output"]) < 1e-5
+    y, moved = layers.BatchNorm().apply(variables, x, True, mutable=["batch_stats"])
+    assert relative_error(y, arrays["bn_train_output"]) < 1e-5
+    assert relative_error(moved["batch_stats"]["mean"], arrays["bn_train_running_mean"]) < 1e-5
+    assert relative_error(moved["batch_stats"]["var"], arrays["bn_train_running_var"]) < 1e-5
+
+
+# Global batch
+
+
+def test_batch_norm_over_devices_equals_one_device():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x = rng.normal(3.0, 1.0, (4, 5, 3, 6))
+        cotangent = rng.normal(size=x.shape)
+        variables = layers.BatchNorm().init(jax.random.key(0), x, True)
+
+        def loss(params, x, cotangent, axis_name):
+            norm = layers.BatchNorm(axis_name=axis_name, dtype="float64")
+            y, moved = norm.apply({**variables, "params": params}, x, True, mutable=["batch_stats"])
+            total = jnp.sum(jnp.tanh(y) * cotangent)
+            return total if axis_name is None else lax.psum(total, axis_name), moved
+
+        grad = jax.value_and_grad(loss, has_aux=True)
+        (value, moved), gradient = grad(variables["params"], x, cotangent, None)
+
+        def step(x, cotangent):
+            result, gradient = grad(variables["params"], x, cotangent, "device")
+            return result, lax.pmean(gradient, "device")
+
+        (values, moved_n), gradients = jax.pmap(step, axis_name="device")(
+            x.reshape(4, 1, 5, 3, 6), cotangent.reshape(4, 1, 5, 3, 6)
+        )
+        np.testing.assert_allclose(values, np.full(4, value), rtol=1e-12)
+        jax.tree.map(lambda n, one: np.testing.assert_allclose(n[3], one, rtol=1e-11), moved_n, moved)
+        jax.tree.map(
+            lambda n, one: np.testing.assert_allclose(n[3], one, rtol=1e-10, atol=1e-12), gradients, gradient
+        )
+
+
+def test_batch_norm_keeps_small_variance_beside_large_mean():
+    x = np.random.default_rng(0).normal(1000.0, 0.1, (8, 9, 9, 4)).astype(np.float32)
+    _, var, count = layers.batch_moments(jnp.asarray(x), None)
+    assert count == 8 * 81
+    np.testing.assert_allclose(var, x.astype(np.float64).var((0, 1, 2)), rtol=1e-3)
+
+
+def test_batch_norm_statistics_do_not_move_at_initialisation():
+    variables = layers.BatchNorm(axis_name="device").init(jax.random.key(0), jnp.ones((2, 3, 3, 4)), True)
+    np.testing.assert_array_equal(variables["batch_stats"]["mean"], 0)
+    np.testing.assert_array_equal(variables["batch_stats"]["var"], 1)
+
+
+# Small layers against their definitions
+
+
+@pytest.mark.parametrize("ceil", [False, True])
+@pytest.mark.parametrize("length", [7, 8, 9, 10])
+@pytest.mark.parametrize(("size", "padding"), [(3, 1), (2, 0)])
+def test_max_pool(size, padding, length, ceil):
+    x = np.random.default_rng(0).normal(size=(1, length, 11, 2)).astype(np.float32)
+
+    def windows(n):  # starts inside the map or its left padding
+        last = n + 2 * padding - size
+        count = -(-last // 2) + 1 if ceil else last // 2 + 1
+        return [2 * i - padding for i in range(count) if 2 * i - padding < n]
+
+    expected = np.array(
+        [
+            [x[0, max(i, 0) : i + size, max(j, 0) : j + size].max((0, 1)) for j in windows(11)]
+            for i in windows(length)
+        ]
+    )
+    np.testing.assert_array_equal(layers.max_pool(jnp.asarray(x), size, 2, padding, ceil)[0], expected)
+
+
+def test_normalise():
+    pixel = np.array([[[[255, 0, 51]]]], np.uint8)
+    np.testing.assert_allclose(
+        layers.normalise(pixel, "caffe")[0, 0, 0],
+        [51 - 104.00698793, -116.66876762, 255 - 122.67891434],
+        rtol=1e-6,
+    )
+    np.testing.assert_allclose(
+        layers.normalise(pixel, "vgg")[0, 0, 0], [51 - 103.939, -116.779, 255 - 123.68], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        layers.normalise(pixel, "imagenet")[0, 0, 0],
+        [(1 - 0.485) / 0.229, -0.456 / 0.224, (0.2 - 0.406) / 0.225],
+        rtol=1e-5,
+    )
+    with pytest.raises(UserError, match="caffe, vgg, imagenet"):
+        layers.normalise(pixel, "pytorch")
+
+
+def test_gradient_reversal():
+    x = jnp.arange(3.0)
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(layers.gradient_reversal(x, 0.5) ** 2))(x)
+    assert value == 5
+    np.testing.assert_allclose(gradient, -0.5 * 2 * x)
+    scaled = jax.jit(jax.grad(lambda x, scale: jnp.sum(layers.gradient_reversal(x, scale))))(x, 0.25)
+    np.testing.assert_allclose(scaled, -0.25)
+
+
+# The forms chosen on CPU against the plain ones
+
+
+def plain_and_cpu(monkeypatch, function, *arguments):
+    """Outputs and gradients of both forms in float64."""
+    results = []
+    for cpu in (False, True):
+        monkeypatch.setattr(layers, "use_cpu_forms", lambda cpu=cpu: cpu)
+
+        def both(*arguments):  # a new function each time: the form is chosen while tracing
+            y, pullback = jax.vjp(function, *arguments)
+            return y, pullback(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+        results.append(jax.jit(both)(*arguments))
+    return results
+
+
+def check_equal(results):
+    plain, cpu = (jax.tree.leaves(result) for result in results)
+    for a, b in zip(plain, cpu, strict=True):
+        assert relative_error(b, np.asarray(a)) < 1e-12
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pointwise_convolution_on_cpu_equals_library(monkeypatch, stride):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x, kernel = rng.normal(size=(2, 7, 8, 5)), rng.normal(size=(1, 1, 5, 3))
+        check_equal(plain_and_cpu(monkeypatch, lambda x, k: layers.conv2d(x, k, stride), x, kernel))
+
+
+@pytest.mark.parametrize("size", [(30, 9), (5, 26)], ids=str)
+def test_sum_of_dilated_convolutions_on_cpu_equals_library(monkeypatch, size):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(2, *size, 5))
+        kernels = [rng.normal(size=(3, 3, 5, 4)) for _ in range(4)]
+        check_equal(
+            plain_and_cpu(monkeypatch, lambda x, *k: layers.conv2d_sum(x, k, (6, 12, 18, 24)), x, *kernels)
+        )
+
+
+def test_residual_join_on_cpu_equals_sum_and_relu(monkeypatch):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        check_equal(plain_and_cpu(monkeypatch, layers.residual_join, *rng.normal(size=(2, 2, 5, 5, 3))))
+
+
+def test_initial_weights_of_backbone_and_head():
+    keys = jax.random.split(jax.random.key(0))
+    backbone = layers.backbone_init(keys[0], (3, 3, 64, 128))
+    np.testing.assert_allclose(np.std(backbone), np.sqrt(2 / (9 * 128)), rtol=0.02)  # He, fan-out
+    np.testing.assert_allclose(np.std(layers.head_init(keys[1], (3, 3, 64, 128))), 0.01, rtol=0.02)
+
+
+def test_conv_keeps_size_and_adds_bias():
+    conv = layers.Conv(4, 3, dilation=2, use_bias=True, bias_init=nn.initializers.ones)
+    y, variables = conv.init_with_output(jax.random.key(0), jnp.zeros((1, 6, 7, 3)))
+    assert variables["params"]["kernel"].shape == (3, 3, 3, 4)
+    np.testing.assert_array_equal(y, np.ones((1, 6, 7, 4)))
