@@ -56,8 +56,9 @@ class Canvas:
         focal, u0, v0, _ = self.view
         nx, ny, nz = normal
         self.labels.append(label)
-        self.planes.append((nx / (focal * offset), -ny / (focal * offset),
-                            (nz - nx * u0 / focal + ny * v0 / focal) / offset))
+        self.planes.append(
+            (nx / (focal * offset), -ny / (focal * offset), (nz - nx * u0 / focal + ny * v0 / focal) / offset)
+        )
         return len(self.labels) - 1
 
     def ground(self, label: int) -> int:
@@ -130,8 +131,17 @@ def polygon(n: int, cx: float, cy: float, rx: float, ry: float) -> list[tuple[fl
 
 # ---- things on posts
 
-def _thin_box(canvas: Canvas, u: float, v0: float, v1: float, width: float, colour: Colour, surface: int,
-              least: int = THIN) -> tuple[int, int]:
+
+def _thin_box(
+    canvas: Canvas,
+    u: float,
+    v0: float,
+    v1: float,
+    width: float,
+    colour: Colour,
+    surface: int,
+    least: int = THIN,
+) -> tuple[int, int]:
     """Upright box centred on u, at least `least` final pixels wide; returns its left and right drawn columns."""
     wide = max(int(width + 0.5), least * SUPER)
     left = int(u - wide / 2)
@@ -139,7 +149,9 @@ def _thin_box(canvas: Canvas, u: float, v0: float, v1: float, width: float, colo
     return left, left + wide - 1
 
 
-def post(canvas: Canvas, colour: Colour, *, x: float, z: float, height: float, width: float, arm: float = 0.0) -> None:
+def post(
+    canvas: Canvas, colour: Colour, *, x: float, z: float, height: float, width: float, arm: float = 0.0
+) -> None:
     """A pole, optionally with a lamp arm that reaches `arm` metres to the right (negative: left)."""
     zoom = canvas.view.focal / z
     surface = canvas.upright(CLASS["pole"], z)
@@ -147,16 +159,28 @@ def post(canvas: Canvas, colour: Colour, *, x: float, z: float, height: float, w
     top = foot - height * zoom
     left, right = _thin_box(canvas, u, top, foot, width * zoom, colour, surface)
     third = max((right - left) // 3, 1)
-    cv2.rectangle(canvas.pixels, (left, int(top)), (left + third, int(foot)), (*shaded(colour, 1.3), surface), -1)
+    cv2.rectangle(
+        canvas.pixels, (left, int(top)), (left + third, int(foot)), (*shaded(colour, 1.3), surface), -1
+    )
     if arm:
         # at least THIN pixels in both directions, like the post itself
         thick = max(int(0.12 * zoom), THIN * SUPER)
         end = int(u + arm * zoom)
-        cv2.rectangle(canvas.pixels, (min(int(u), end), int(top)), (max(int(u), end), int(top) + thick - 1),
-                      (*colour, surface), -1)
+        cv2.rectangle(
+            canvas.pixels,
+            (min(int(u), end), int(top)),
+            (max(int(u), end), int(top) + thick - 1),
+            (*colour, surface),
+            -1,
+        )
         lamp = max(int(0.6 * zoom), THIN * SUPER)
-        cv2.rectangle(canvas.pixels, (end - lamp // 2, int(top)), (end + lamp // 2, int(top) + int(thick * 1.3)),
-                      (*shaded(colour, 0.8), surface), -1)
+        cv2.rectangle(
+            canvas.pixels,
+            (end - lamp // 2, int(top)),
+            (end + lamp // 2, int(top) + int(thick * 1.3)),
+            (*shaded(colour, 0.8), surface),
+            -1,
+        )
     canvas.cast_by_sun(quad_y(x - width / 2, x + width / 2, z - 0.1, z + 0.1), height)
 
 
@@ -170,15 +194,28 @@ def traffic_light(canvas: Canvas, case: Colour, lit: int, *, x: float, y: float,
     _thin_box(canvas, u, low - height, low, width, case, surface)
     for k, colour in enumerate(((250, 40, 30), (250, 180, 30), (40, 230, 110))):
         lamp = colour if k == lit else shaded(colour, 0.3)
-        cv2.circle(canvas.pixels, (int(u), int(low - height * (5 - 2 * k) / 6)), max(int(width * 0.32), 2), (*lamp, surface), -1)
+        cv2.circle(
+            canvas.pixels,
+            (int(u), int(low - height * (5 - 2 * k) / 6)),
+            max(int(width * 0.32), 2),
+            (*lamp, surface),
+            -1,
+        )
 
 
-_SIGNS = {"disc": polygon(12, 0, 0, 1, 1), "octagon": polygon(8, 0, 0, 1, 1), "square": polygon(4, 0, 0, 1.25, 1.25),
-          "triangle": [(-1.15, -0.85), (0.0, 1.1), (1.15, -0.85)], "board": [(-2.0, -0.9), (-2.0, 0.9), (2.0, 0.9), (2.0, -0.9)]}
+_SIGNS = {
+    "disc": polygon(12, 0, 0, 1, 1),
+    "octagon": polygon(8, 0, 0, 1, 1),
+    "square": polygon(4, 0, 0, 1.25, 1.25),
+    "triangle": [(-1.15, -0.85), (0.0, 1.1), (1.15, -0.85)],
+    "board": [(-2.0, -0.9), (-2.0, 0.9), (2.0, 0.9), (2.0, -0.9)],
+}
 SIGN_SHAPES = tuple(_SIGNS)
 
 
-def sign(canvas: Canvas, shape: str, rim: Colour, field: Colour, *, x: float, y: float, z: float, radius: float) -> None:
+def sign(
+    canvas: Canvas, shape: str, rim: Colour, field: Colour, *, x: float, y: float, z: float, radius: float
+) -> None:
     """A traffic sign centred at height y."""
     surface = canvas.upright(CLASS["sign"], z)
     centre = canvas.pixel(x, y, z)
@@ -193,8 +230,18 @@ def sign(canvas: Canvas, shape: str, rim: Colour, field: Colour, *, x: float, y:
 _ROUND = np.array(polygon(18, 0, 0, 1, 1))
 
 
-def blob(canvas: Canvas, rng: random.Random, colour: Colour, surface: int, *, u: float, v: float, rx: float, ry: float,
-         clumps: int) -> None:
+def blob(
+    canvas: Canvas,
+    rng: random.Random,
+    colour: Colour,
+    surface: int,
+    *,
+    u: float,
+    v: float,
+    rx: float,
+    ry: float,
+    clumps: int,
+) -> None:
     """A mass of leaves (drawn pixels): an irregular outline, then lighter clumps above and darker ones below."""
     wobble = np.array([0.82 + 0.3 * rng.random() for _ in _ROUND])
     outline = (_ROUND * wobble[:, None] * (rx, ry) + (u, v)).astype(np.int32)
@@ -202,12 +249,30 @@ def blob(canvas: Canvas, rng: random.Random, colour: Colour, surface: int, *, u:
     for _ in range(clumps):
         dx, dy = rng.uniform(-0.55, 0.55), rng.uniform(-0.6, 0.55)
         size = rng.uniform(0.25, 0.42)
-        cv2.ellipse(canvas.pixels, (int(u + dx * rx), int(v + dy * ry)), (int(size * rx) + 1, int(size * ry) + 1), 0, 0, 360,
-                    (*shaded(colour, 0.98 - 0.3 * dy), surface), -1)
+        cv2.ellipse(
+            canvas.pixels,
+            (int(u + dx * rx), int(v + dy * ry)),
+            (int(size * rx) + 1, int(size * ry) + 1),
+            0,
+            0,
+            360,
+            (*shaded(colour, 0.98 - 0.3 * dy), surface),
+            -1,
+        )
 
 
-def tree(canvas: Canvas, rng: random.Random, leaves: Colour, trunk: Colour, *, x: float, z: float, height: float,
-         spread: float, conifer: bool) -> None:
+def tree(
+    canvas: Canvas,
+    rng: random.Random,
+    leaves: Colour,
+    trunk: Colour,
+    *,
+    x: float,
+    z: float,
+    height: float,
+    spread: float,
+    conifer: bool,
+) -> None:
     """A tree of this height with a crown of this radius (metres); trunk and crown are both vegetation, as in Cityscapes."""
     zoom = canvas.view.focal / z
     surface = canvas.upright(CLASS["vegetation"], z)
@@ -217,17 +282,34 @@ def tree(canvas: Canvas, rng: random.Random, leaves: Colour, trunk: Colour, *, x
         for k in range(4):
             low, wide = 0.15 + 0.19 * k, spread * (1 - 0.2 * k)
             tip = min(low + 0.4, 1.0)
-            corners = [(u - wide * zoom, foot - low * height * zoom), (u, foot - tip * height * zoom),
-                       (u + wide * zoom, foot - low * height * zoom)]
-            cv2.fillConvexPoly(canvas.pixels, np.array(corners).astype(np.int32), (*shaded(leaves, 0.75 + 0.1 * k), surface))
+            corners = [
+                (u - wide * zoom, foot - low * height * zoom),
+                (u, foot - tip * height * zoom),
+                (u + wide * zoom, foot - low * height * zoom),
+            ]
+            cv2.fillConvexPoly(
+                canvas.pixels, np.array(corners).astype(np.int32), (*shaded(leaves, 0.75 + 0.1 * k), surface)
+            )
     else:
         crown = 0.36 * height
-        blob(canvas, rng, leaves, surface, u=u, v=foot - (height - crown) * zoom, rx=spread * zoom, ry=crown * zoom, clumps=8)
+        blob(
+            canvas,
+            rng,
+            leaves,
+            surface,
+            u=u,
+            v=foot - (height - crown) * zoom,
+            rx=spread * zoom,
+            ry=crown * zoom,
+            clumps=8,
+        )
     angles = np.arange(8) * (np.pi / 4)
     disc = np.stack([x + spread * np.cos(angles), 0 * angles, z + spread * np.sin(angles)], 1)
     if canvas.sun.shadow > 0:
         sx, sy, sz = canvas.sun.direction
-        canvas.cast(np.maximum(disc - np.array([sx, 0, sz]) / sy * height * 0.6, [-99, 0, 1]), canvas.sun.shadow * 0.8)
+        canvas.cast(
+            np.maximum(disc - np.array([sx, 0, sz]) / sy * height * 0.6, [-99, 0, 1]), canvas.sun.shadow * 0.8
+        )
 
 
 # ---- what lines the street
@@ -238,8 +320,9 @@ def _light(canvas: Canvas, normal: tuple[float, float, float]) -> float:
     return 1 - canvas.sun.direct * (1 - max(towards, 0.0))
 
 
-def panel(canvas: Canvas, label: int, colour: Colour, *, x: float, z0: float, z1: float, y0: float,
-          y1: float) -> tuple[int, float]:
+def panel(
+    canvas: Canvas, label: int, colour: Colour, *, x: float, z0: float, z1: float, y0: float, y1: float
+) -> tuple[int, float]:
     """Paints an upright rectangle along the street; returns its surface number and the light that falls on it."""
     side = 1 if x > 0 else -1
     light = _light(canvas, (-side, 0, 0))
@@ -248,7 +331,9 @@ def panel(canvas: Canvas, label: int, colour: Colour, *, x: float, z0: float, z1
     return surface, light
 
 
-def front(canvas: Canvas, label: int, colour: Colour, *, x0: float, x1: float, y0: float, y1: float, z: float) -> int:
+def front(
+    canvas: Canvas, label: int, colour: Colour, *, x0: float, x1: float, y0: float, y1: float, z: float
+) -> int:
     """Paints an upright rectangle that faces the camera; returns its surface number."""
     surface = canvas.upright(label, z)
     canvas.fill(quad_z(x0, x1, y0, y1, z), shaded(colour, _light(canvas, (0, 0, -1))), surface)
@@ -285,7 +370,9 @@ class Facade(NamedTuple):
     framed: bool
 
 
-def building(canvas: Canvas, style: Facade, *, x: float, z0: float, z1: float, near: float, base: float = 0.0) -> None:
+def building(
+    canvas: Canvas, style: Facade, *, x: float, z0: float, z1: float, near: float, base: float = 0.0
+) -> None:
     """Paints a building with its front along the street at x and its gable at z0.
 
     near: what lies nearer than this z on a front at x is out of the picture. base: height of what hides its foot.
@@ -293,12 +380,16 @@ def building(canvas: Canvas, style: Facade, *, x: float, z0: float, z1: float, n
     label, side = CLASS["building"], 1 if x > 0 else -1
     if z0 > near:
         deep = x + side * 14
-        surface = front(canvas, label, style.colour, x0=min(x, deep), x1=max(x, deep), y0=0, y1=style.height, z=z0)
+        surface = front(
+            canvas, label, style.colour, x0=min(x, deep), x1=max(x, deep), y0=0, y1=style.height, z=z0
+        )
         if z0 < 70:
             xs = np.arange(x + side * 1.2, x + side * 12, side * style.pitch * 1.3)
             ys = np.arange(style.storey + 0.9, style.height - 1.2, style.storey)
             if len(ys):
-                canvas.fill_many(grid_z(z0, xs, ys, style.window_width, style.window_height), style.window, surface)
+                canvas.fill_many(
+                    grid_z(z0, xs, ys, style.window_width, style.window_height), style.window, surface
+                )
     z0 = max(z0, near)
     surface, light = panel(canvas, label, style.colour, x=x, z0=z0, z1=z1, y0=0, y1=style.height)
     canvas.fill(quad_x(x, style.height - 0.5, style.height, z0, z1), shaded(style.roof, light), surface)
@@ -309,14 +400,21 @@ def building(canvas: Canvas, style: Facade, *, x: float, z0: float, z1: float, n
     ys = np.arange(style.storey + 0.8, style.height - style.window_height - 0.5, style.storey)
     if len(zs) and len(ys):
         if style.framed and z0 < 40:
-            canvas.fill_many(grid_x(x, zs - 0.18, ys - 0.18, style.window_width + 0.36, style.window_height + 0.36),
-                             shaded(style.frame, light), surface)
+            canvas.fill_many(
+                grid_x(x, zs - 0.18, ys - 0.18, style.window_width + 0.36, style.window_height + 0.36),
+                shaded(style.frame, light),
+                surface,
+            )
         canvas.fill_many(grid_x(x, zs, ys, style.window_width, style.window_height), style.window, surface)
     if len(zs):
-        canvas.fill_many(grid_x(x, zs, np.array([0.3]), style.pitch * 0.7, style.storey - 1.1), style.window, surface)
+        canvas.fill_many(
+            grid_x(x, zs, np.array([0.3]), style.pitch * 0.7, style.storey - 1.1), style.window, surface
+        )
 
 
-def wall(canvas: Canvas, colour: Colour, joint: Colour, *, x: float, z0: float, z1: float, height: float) -> None:
+def wall(
+    canvas: Canvas, colour: Colour, joint: Colour, *, x: float, z0: float, z1: float, height: float
+) -> None:
     """A wall along the street with courses and a coping."""
     surface, light = panel(canvas, CLASS["wall"], colour, x=x, z0=z0, z1=z1, y0=0, y1=height)
     ys = np.arange(0.4, height - 0.3, 0.5)
@@ -326,9 +424,13 @@ def wall(canvas: Canvas, colour: Colour, joint: Colour, *, x: float, z0: float, 
     canvas.fill(quad_x(x, height - 0.2, height, z0, z1), shaded(colour, light * 1.2), surface)
 
 
-def fence(canvas: Canvas, colour: Colour, mesh: Colour, *, x: float, z0: float, z1: float, height: float) -> None:
+def fence(
+    canvas: Canvas, colour: Colour, mesh: Colour, *, x: float, z0: float, z1: float, height: float
+) -> None:
     """A fence along the street: posts and rails before a mesh; what shows through is fence as well, as in Cityscapes."""
     surface, light = panel(canvas, CLASS["fence"], mesh, x=x, z0=z0, z1=z1, y0=0, y1=height)
     bar = shaded(colour, light)
     canvas.fill_many(grid_x(x, np.arange(z0, min(z1, 40), 0.8), np.array([0.0]), 0.3, height), bar, surface)
-    canvas.fill_many(grid_x(x, np.array([z0]), np.array([0.25 * height, height - 0.16]), z1 - z0, 0.16), bar, surface)
+    canvas.fill_many(
+        grid_x(x, np.array([z0]), np.array([0.25 * height, height - 0.16]), z1 - z0, 0.16), bar, surface
+    )

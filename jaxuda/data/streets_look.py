@@ -190,7 +190,7 @@ def _crop(tile: np.ndarray, rng: random.Random, width: int, height: int) -> np.n
     """A random part of a tile, which is repeated where the picture is larger."""
     if height <= _TILE and width <= _TILE:
         y, x = int(rng.random() * (_TILE - height + 1)), int(rng.random() * (_TILE - width + 1))
-        return tile[y:y + height, x:x + width]
+        return tile[y : y + height, x : x + width]
     return tile[np.arange(height)[:, None] % _TILE, np.arange(width) % _TILE]
 
 

@@ -33,14 +33,23 @@ def _mesh(faces: list[tuple[int, list[tuple[float, float, float]]]]) -> Mesh:
     normals = np.array([np.cross(a[1] - a[0], a[2] - a[0]) for a in arrays])
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
     outward = np.sign((normals * (np.array([a.mean(0) for a in arrays]) - centre)).sum(1, keepdims=True))
-    return Mesh(points, tuple(zip(starts.tolist(), ends.tolist(), strict=True)), starts, normals * outward,
-                np.array([m for m, _ in faces]))
+    return Mesh(
+        points,
+        tuple(zip(starts.tolist(), ends.tolist(), strict=True)),
+        starts,
+        normals * outward,
+        np.array([m for m, _ in faces]),
+    )
 
 
-def _sides(material: int, zy: list[tuple[float, float]], x: float, top_x: float | None = None, split: float = 0.0):
+def _sides(
+    material: int, zy: list[tuple[float, float]], x: float, top_x: float | None = None, split: float = 0.0
+):
     """The same polygon on both sides; points higher than `split` lie at top_x."""
+
     def at(sign):
         return [(sign * (x if top_x is None or y <= split else top_x), y, z) for z, y in zy]
+
     return [(material, at(-1)), (material, at(1))]
 
 
@@ -66,8 +75,12 @@ def _wheels(x: float, positions: Sequence[float], radius: float):
 
 
 def _box(material: int, half: float, y0: float, y1: float, z0: float, z1: float):
-    return (_sides(material, [(z0, y0), (z0, y1), (z1, y1), (z1, y0)], half) + _end(material, -half, half, y0, y1, z0)
-            + _end(material, -half, half, y0, y1, z1) + _slope(material, half, y1, z0, half, y1, z1))
+    return (
+        _sides(material, [(z0, y0), (z0, y1), (z1, y1), (z1, y0)], half)
+        + _end(material, -half, half, y0, y1, z0)
+        + _end(material, -half, half, y0, y1, z1)
+        + _slope(material, half, y1, z0, half, y1, z1)
+    )
 
 
 def _car_faces(length: float, belt: float, roof: float, hood: float, tail: float):
@@ -81,14 +94,26 @@ def _car_faces(length: float, belt: float, roof: float, hood: float, tail: float
     faces += _sides(PAINT, [(0.1, belt), (top0, roof), (top1, roof), (hood, belt)], 0.87, 0.7, belt)
     middle = (top0 + top1) / 2
     for z0, z1, lean0, lean1 in ((top0, middle - 0.06, 0.7, 0.0), (middle + 0.06, top1, 0.0, 0.7)):
-        faces += _sides(GLASS, [(z0 - lean0 * tail + 0.1, belt + 0.06), (z0 + 0.05, roof - 0.09),
-                                (z1 - 0.02, roof - 0.09), (z1 + lean1 * 0.75, belt + 0.06)], 0.86, 0.72, belt + 0.1)
+        faces += _sides(
+            GLASS,
+            [
+                (z0 - lean0 * tail + 0.1, belt + 0.06),
+                (z0 + 0.05, roof - 0.09),
+                (z1 - 0.02, roof - 0.09),
+                (z1 + lean1 * 0.75, belt + 0.06),
+            ],
+            0.86,
+            0.72,
+            belt + 0.1,
+        )
     faces += _slope(PAINT, 0.87, belt, 0.1, 0.7, roof, top0)
     faces += _slope(GLASS, 0.76, belt + 0.05, 0.12, 0.64, roof - 0.07, top0 - 0.06)
     faces += _slope(PAINT, 0.87, belt, hood, 0.7, roof, top1)
     faces += _slope(GLASS, 0.8, belt + 0.02, hood - 0.02, 0.66, roof - 0.06, top1 + 0.06)
     faces += _slope(PAINT, 0.7, roof, top0, 0.7, roof, top1)
-    faces += _end(DARK, -0.86, 0.86, 0.24, 0.38, -0.01) + _ends(TAIL, 0.56, 0.86, belt - 0.28, belt - 0.06, -0.01)
+    faces += _end(DARK, -0.86, 0.86, 0.24, 0.38, -0.01) + _ends(
+        TAIL, 0.56, 0.86, belt - 0.28, belt - 0.06, -0.01
+    )
     faces += _end(METAL, -0.27, 0.27, 0.45, 0.58, -0.02)
     faces += _end(DARK, -0.45, 0.45, 0.34, low - 0.12, length + 0.01)
     faces += _ends(LAMP, 0.5, 0.84, low - 0.24, low - 0.06, length + 0.01)
@@ -147,11 +172,17 @@ VEHICLES: dict[str, tuple[Mesh, ...]] = {
     "tram": (_mesh(_tram_faces()),),
     "truck": (_mesh(_cab_faces()), _mesh(_cargo_faces())),
 }
-EXTENT = {name: (float(max(m.points[:, 0].max() for m in parts)), float(max(m.points[:, 1].max() for m in parts)),
-                 float(max(m.points[:, 2].max() for m in parts))) for name, parts in VEHICLES.items()}
+EXTENT = {
+    name: (
+        float(max(m.points[:, 0].max() for m in parts)),
+        float(max(m.points[:, 1].max() for m in parts)),
+        float(max(m.points[:, 2].max() for m in parts)),
+    )
+    for name, parts in VEHICLES.items()
+}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _turned(name: str, heading: str) -> tuple[Mesh, ...]:
     """Parts of a vehicle that drives 'away', 'towards', 'left' or 'right', far parts first; nearest z is 0."""
     length = EXTENT[name][2]
@@ -167,13 +198,26 @@ def _turned(name: str, heading: str) -> tuple[Mesh, ...]:
     return tuple(sorted(parts, key=lambda p: -p.points[:, 2].mean()))
 
 
-def vehicle(canvas: Canvas, name: str, label: int, colours: np.ndarray, *, x: float, z: float, heading: str,
-            scale: float = 1.0) -> None:
+def vehicle(
+    canvas: Canvas,
+    name: str,
+    label: int,
+    colours: np.ndarray,
+    *,
+    x: float,
+    z: float,
+    heading: str,
+    scale: float = 1.0,
+) -> None:
     """Paints a vehicle whose nearest end stands at z (metres). colours: (7, 3), one per material."""
     half, height, length = (scale * e for e in EXTENT[name])
     across = heading in ("left", "right")
-    foot = quad_y(x - (length / 2 if across else half), x + (length / 2 if across else half), z,
-                  z + (2 * half if across else length))
+    foot = quad_y(
+        x - (length / 2 if across else half),
+        x + (length / 2 if across else half),
+        z,
+        z + (2 * half if across else length),
+    )
     canvas.cast_by_sun(foot, height * 0.9)
     canvas.cast(foot + [(-0.15, 0, -0.2), (-0.15, 0, 0.2), (0.15, 0, 0.2), (0.15, 0, -0.2)], 0.55)
     camera = np.array([0.0, canvas.view.height, 0.0])
@@ -218,56 +262,95 @@ def _bar(x0: float, y0: float, x1: float, y1: float, width: float) -> list[tuple
 
 
 def _walker(stride: float, arm: float) -> Figure:
-    return _figure([
-        (SKIN, False, _bar(-0.16, 1.38, -0.2 - arm, 0.85, 0.11)),
-        (TROUSERS, False, _bar(0.05, 0.9, stride, 0.05, 0.17)), (TROUSERS, False, _bar(-0.05, 0.9, -stride, 0.05, 0.17)),
-        (TYRE, False, _bar(stride - 0.06, 0.04, stride + 0.14, 0.04, 0.09)),
-        (TYRE, False, _bar(-stride - 0.06, 0.04, -stride + 0.14, 0.04, 0.09)),
-        (TOP, False, [(-0.23, 1.45), (0.23, 1.45), (0.19, 0.82), (-0.19, 0.82)]),
-        (TOP, False, _bar(0.17, 1.4, 0.22 + arm, 0.95, 0.12)),
-        (SKIN, False, polygon(10, 0, 1.6, 0.13, 0.16)),
-        (HAIR, False, [(-0.14, 1.62), (-0.1, 1.76), (0.1, 1.76), (0.14, 1.66)]),
-    ])
+    return _figure(
+        [
+            (SKIN, False, _bar(-0.16, 1.38, -0.2 - arm, 0.85, 0.11)),
+            (TROUSERS, False, _bar(0.05, 0.9, stride, 0.05, 0.17)),
+            (TROUSERS, False, _bar(-0.05, 0.9, -stride, 0.05, 0.17)),
+            (TYRE, False, _bar(stride - 0.06, 0.04, stride + 0.14, 0.04, 0.09)),
+            (TYRE, False, _bar(-stride - 0.06, 0.04, -stride + 0.14, 0.04, 0.09)),
+            (TOP, False, [(-0.23, 1.45), (0.23, 1.45), (0.19, 0.82), (-0.19, 0.82)]),
+            (TOP, False, _bar(0.17, 1.4, 0.22 + arm, 0.95, 0.12)),
+            (SKIN, False, polygon(10, 0, 1.6, 0.13, 0.16)),
+            (HAIR, False, [(-0.14, 1.62), (-0.1, 1.76), (0.1, 1.76), (0.14, 1.66)]),
+        ]
+    )
 
 
 def _wheel_pair(reach: float, radius: float, rim: float) -> list[tuple[int, bool, list[tuple[float, float]]]]:
     parts = []
     for x in (-reach, reach):
-        parts += [(TYRE, True, polygon(14, x, radius, radius, radius)),
-                  (SPOKES, True, polygon(12, x, radius, radius - rim, radius - rim))]
+        parts += [
+            (TYRE, True, polygon(14, x, radius, radius, radius)),
+            (SPOKES, True, polygon(12, x, radius, radius - rim, radius - rim)),
+        ]
     return parts
 
 
 def _cyclist(machine: str, ridden: bool) -> Figure:
     if machine == "bicycle":
         parts = _wheel_pair(0.52, 0.35, 0.08)
-        bars = ((-0.52, 0.35, -0.15, 0.85), (-0.52, 0.35, 0.0, 0.32), (0.0, 0.32, -0.17, 0.92), (0.0, 0.32, 0.4, 0.85),
-                (-0.15, 0.82, 0.4, 0.85), (0.52, 0.35, 0.38, 1.02), (0.3, 1.03, 0.46, 1.0), (-0.28, 0.95, -0.05, 0.93))
+        bars = (
+            (-0.52, 0.35, -0.15, 0.85),
+            (-0.52, 0.35, 0.0, 0.32),
+            (0.0, 0.32, -0.17, 0.92),
+            (0.0, 0.32, 0.4, 0.85),
+            (-0.15, 0.82, 0.4, 0.85),
+            (0.52, 0.35, 0.38, 1.02),
+            (0.3, 1.03, 0.46, 1.0),
+            (-0.28, 0.95, -0.05, 0.93),
+        )
         parts += [(FRAME, True, _bar(*bar, 0.08)) for bar in bars]
-        rider = ((TROUSERS, _bar(-0.15, 0.98, 0.12, 0.62, 0.16)), (TROUSERS, _bar(0.12, 0.64, 0.02, 0.22, 0.13)),
-                 (TOP, [(-0.28, 0.95), (-0.02, 0.93), (0.26, 1.42), (0.02, 1.52)]), (TOP, _bar(0.15, 1.4, 0.4, 1.05, 0.11)),
-                 (SKIN, polygon(10, 0.22, 1.62, 0.13, 0.15)),
-                 (HELMET, [(0.06, 1.64), (0.1, 1.78), (0.3, 1.8), (0.38, 1.66)]))
+        rider = (
+            (TROUSERS, _bar(-0.15, 0.98, 0.12, 0.62, 0.16)),
+            (TROUSERS, _bar(0.12, 0.64, 0.02, 0.22, 0.13)),
+            (TOP, [(-0.28, 0.95), (-0.02, 0.93), (0.26, 1.42), (0.02, 1.52)]),
+            (TOP, _bar(0.15, 1.4, 0.4, 1.05, 0.11)),
+            (SKIN, polygon(10, 0.22, 1.62, 0.13, 0.15)),
+            (HELMET, [(0.06, 1.64), (0.1, 1.78), (0.3, 1.8), (0.38, 1.66)]),
+        )
     else:
         parts = _wheel_pair(0.68, 0.32, 0.14)
-        parts += [(TYRE, True, [(-0.45, 0.25), (-0.4, 0.55), (0.4, 0.6), (0.45, 0.25)]),
-                  (FRAME, True, [(-0.95, 0.85), (-0.5, 0.62), (0.1, 0.62), (0.45, 0.9), (0.1, 1.0), (-0.3, 0.82)]),
-                  (FRAME, True, _bar(0.68, 0.32, 0.4, 1.05, 0.14)), (FRAME, True, [(0.45, 0.6), (0.95, 0.55), (0.9, 0.68)]),
-                  (SPOKES, True, [(0.4, 0.85), (0.62, 0.95), (0.5, 1.3), (0.38, 1.1)]),
-                  (SPOKES, True, _bar(-0.85, 0.3, -0.1, 0.28, 0.1)), (TYRE, True, _bar(-0.75, 0.87, 0.0, 0.83, 0.12))]
-        rider = ((TROUSERS, _bar(-0.3, 0.95, 0.12, 0.78, 0.2)), (TROUSERS, _bar(0.12, 0.8, -0.02, 0.34, 0.16)),
-                 (TOP, [(-0.45, 0.9), (-0.1, 0.88), (0.16, 1.42), (-0.16, 1.52)]), (TOP, _bar(0.0, 1.38, 0.42, 1.05, 0.14)),
-                 (HELMET, polygon(10, 0.06, 1.64, 0.18, 0.18)), (HAIR, _bar(0.08, 1.64, 0.24, 1.62, 0.1)))
+        parts += [
+            (TYRE, True, [(-0.45, 0.25), (-0.4, 0.55), (0.4, 0.6), (0.45, 0.25)]),
+            (FRAME, True, [(-0.95, 0.85), (-0.5, 0.62), (0.1, 0.62), (0.45, 0.9), (0.1, 1.0), (-0.3, 0.82)]),
+            (FRAME, True, _bar(0.68, 0.32, 0.4, 1.05, 0.14)),
+            (FRAME, True, [(0.45, 0.6), (0.95, 0.55), (0.9, 0.68)]),
+            (SPOKES, True, [(0.4, 0.85), (0.62, 0.95), (0.5, 1.3), (0.38, 1.1)]),
+            (SPOKES, True, _bar(-0.85, 0.3, -0.1, 0.28, 0.1)),
+            (TYRE, True, _bar(-0.75, 0.87, 0.0, 0.83, 0.12)),
+        ]
+        rider = (
+            (TROUSERS, _bar(-0.3, 0.95, 0.12, 0.78, 0.2)),
+            (TROUSERS, _bar(0.12, 0.8, -0.02, 0.34, 0.16)),
+            (TOP, [(-0.45, 0.9), (-0.1, 0.88), (0.16, 1.42), (-0.16, 1.52)]),
+            (TOP, _bar(0.0, 1.38, 0.42, 1.05, 0.14)),
+            (HELMET, polygon(10, 0.06, 1.64, 0.18, 0.18)),
+            (HAIR, _bar(0.08, 1.64, 0.24, 1.62, 0.1)),
+        )
     return _figure(parts + ([(material, False, polygon) for material, polygon in rider] if ridden else []))
 
 
 WALKERS = (_walker(0.08, 0.02), _walker(0.2, 0.08), _walker(0.3, 0.14))
-CYCLES = {(machine, ridden): _cyclist(machine, ridden)
-          for machine in ("bicycle", "motorcycle") for ridden in (False, True)}
+CYCLES = {
+    (machine, ridden): _cyclist(machine, ridden)
+    for machine in ("bicycle", "motorcycle")
+    for ridden in (False, True)
+}
 
 
-def figure(canvas: Canvas, template: Figure, colours: np.ndarray, *, label: int, machine: int | None = None, x: float,
-           z: float, scale: float = 1.0, stretch: float = 1.0) -> None:
+def figure(
+    canvas: Canvas,
+    template: Figure,
+    colours: np.ndarray,
+    *,
+    label: int,
+    machine: int | None = None,
+    x: float,
+    z: float,
+    scale: float = 1.0,
+    stretch: float = 1.0,
+) -> None:
     """Paints a flat figure at (x, z) metres; stretch narrows (a three-quarter view) or, negative, mirrors it.
 
     colours: (8, 3), one per material. Parts of the machine get the label `machine`, all others `label`.
@@ -283,6 +366,6 @@ def figure(canvas: Canvas, template: Figure, colours: np.ndarray, *, label: int,
     below = canvas.upright(machine, z) if machine is not None else surface
     shades = colours.tolist()
     for start, end, material, mechanical in template.parts:
-        cv2.fillConvexPoly(canvas.pixels, corners[start:end], (*shades[material], below if mechanical else surface))
-
-
+        cv2.fillConvexPoly(
+            canvas.pixels, corners[start:end], (*shades[material], below if mechanical else surface)
+        )

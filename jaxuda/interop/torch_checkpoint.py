@@ -69,8 +69,9 @@ def load_torch(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any
     shapes = _shapes(model, state)
     names = {path: torch_name(path, model, layout) for path in shapes}
 
+    known = set(names.values())
     problems = [f"missing: {name}" for name in names.values() if name not in state]
-    problems += [f"not part of the network: {name}" for name in state if name not in set(names.values())]
+    problems += [f"not part of the network: {name}" for name in state if name not in known]
     leaves = {}
     for path, name in names.items():
         if name not in state:

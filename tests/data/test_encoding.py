@@ -1,0 +1,134 @@
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxuda.data import encoding
+
+RNG = np.random.default_rng(0)
+
+
+def _bytes(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def test_round_trips():
+    image = RNG.integers(0, 256, (5, 7, 3), np.uint8)
+    np.testing.assert_array_equal(encoding.decode_image(encoding.encode_image(image)), image)
+    label = RNG.integers(0, 256, (5, 7), np.uint8)
+    np.testing.assert_array_equal(encoding.decode_label(encoding.encode_label(label)), label)
+    depth = RNG.integers(0, 65536, (5, 7), np.uint16)
+    decoded = encoding.decode_depth(encoding.encode_depth(depth))
+    assert decoded.dtype == np.uint16
+    np.testing.assert_array_equal(decoded, depth)
+
+
+def test_wrong_arrays_are_refused():
+    with pytest.raises(ValueError, match="label must be uint8 with 2 axes"):
+        encoding.encode_label(np.zeros((4, 4), np.int32))
+    with pytest.raises(ValueError, match="depth must be uint16"):
+        encoding.decode_depth(encoding.encode_label(np.zeros((4, 4), np.uint8)))
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        encoding.decode_image(b"")
+
+
+def test_inverse_depth():
+    depth = encoding.inverse_depth(np.array([[0, 1, 65535]], np.uint16))
+    assert depth.dtype == np.float32
+    np.testing.assert_array_equal(depth, [[65536, 32768, 1]])
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "RGB", "CMYK"])
+def test_every_kind_of_image_becomes_rgb(mode):
+    picture = Image.fromarray(np.full((4, 6, 3), (200, 30, 90), np.uint8)).convert(mode)
+    decoded = encoding.decode_image(_bytes(picture, "JPEG" if mode == "CMYK" else "PNG"))
+    assert decoded.shape == (4, 6, 3)
+    expected = np.asarray(picture.convert("RGB"), int)
+    assert np.abs(decoded - expected).max() <= (6 if mode == "CMYK" else 0)
+
+
+def test_jpeg_agrees_with_pillow():
+    ramp = np.linspace(0, 255, 32 * 48 * 3).reshape(32, 48, 3).astype(np.uint8)
+    data = _bytes(Image.fromarray(ramp), "JPEG", quality=95)
+    difference = encoding.decode_image(data).astype(int) - np.asarray(Image.open(io.BytesIO(data)))
+    assert np.abs(difference).max() <= 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    picture = Image.fromarray(np.zeros((16, 32, 3), np.uint8))
+    picture.paste((255, 0, 0), (0, 0, 8, 8))  # red corner: top left as stored
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = _bytes(picture, "JPEG", exif=exif, quality=95)
+    upright = encoding.decode_image(data)
+    assert upright.shape[:2] == ((32, 16) if orientation > 4 else (16, 32))
+    corners = [upright[2, 2], upright[2, -3], upright[-3, -3], upright[-3, 2]]  # clockwise from top left
+    # As the standard has it: where the first row and column of the file are shown.
+    assert (
+        int(np.argmax([c[0] for c in corners]))
+        == {1: 0, 2: 1, 3: 2, 4: 3, 5: 0, 6: 1, 7: 2, 8: 3}[orientation]
+    )
+    assert encoding.check_image(data) == upright.shape[:2]
+
+
+def test_check_image_sees_what_opencv_hides():
+    whole = _bytes(Image.fromarray(RNG.integers(0, 256, (40, 40, 3), np.uint8)), "JPEG")
+    assert encoding.check_image(whole) == (40, 40)
+    with pytest.raises(ValueError, match="truncated"):
+        encoding.check_image(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="no JPEG or PNG"):
+        encoding.check_image(b"hello")
+    with pytest.raises(ValueError, match="is BMP, not JPEG or PNG"):
+        encoding.check_image(_bytes(Image.new("RGB", (4, 4)), "BMP"))
+
+
+def test_label_files_are_read_as_ids():
+    ids = np.array([[0, 1, 2], [3, 2, 1]], np.uint8)
+    palette = Image.fromarray(ids, "P")
+    palette.putpalette([128, 64, 128, 0, 0, 0, 9, 9, 9, 70, 70, 70])
+    wide = Image.fromarray(ids.astype(np.uint16))
+    for picture in (Image.fromarray(ids), palette, wide):
+        read = encoding.read_label_file(_bytes(picture))
+        assert read.dtype == np.uint8
+        np.testing.assert_array_equal(read, ids)
+    binary = Image.fromarray((ids > 1) * np.uint8(255)).convert("1")
+    np.testing.assert_array_equal(encoding.read_label_file(_bytes(binary)), ids > 1)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_few_bits_of_grey_are_not_stretched(bits):
+    import struct
+    import zlib
+
+    # Pillow writes no such file: one row, four pixels with the values 0, 1, 2, 3.
+    row = {2: bytes([0b00011011]), 4: bytes([0x01, 0x23])}[bits]
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + row))
+    np.testing.assert_array_equal(encoding.read_label_file(data + chunk(b"IEND", b"")), [[0, 1, 2, 3]])
+
+
+def test_label_files_without_ids_are_refused():
+    with pytest.raises(ValueError, match="holds colours"):
+        encoding.read_label_file(_bytes(Image.new("RGB", (2, 2))))
+    with pytest.raises(ValueError, match="is JPEG; labels must be PNG"):
+        encoding.read_label_file(_bytes(Image.new("L", (2, 2)), "JPEG"))
+    with pytest.raises(ValueError, match="holds the id 300"):
+        encoding.read_label_file(_bytes(Image.fromarray(np.full((2, 2), 300, np.uint16))))
+
+
+def test_tensorflow_is_never_imported():
+    code = "import sys, jaxuda.prepare, jaxuda.data, jaxuda.data.camvid, jaxuda.data.folder, jaxuda.data.encoding as e\n"
+    code += "e.features(depth=True)\nassert 'tensorflow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
