@@ -1,10 +1,10 @@
 """`streets`: two domains of drawn street scenes with exact labels and inverse depth, the embedded default.
 
-`game` is clean and saturated, like a game engine; `camera` looks like a dull dashboard camera, and its streets
-are narrower, lower and busier. Nothing is downloaded: every scene follows from (domain, split, index, seed). It
-is a stand-in to learn, test and demonstrate with: numbers measured on it say nothing about real benchmarks.
+`game` is clean and saturated, like a game engine; `camera` looks like a dull dashboard camera, and its
+streets are narrower, lower and busier. Nothing is downloaded: every scene follows from (domain, split, index,
+seed). It is a stand-in to learn, test and demonstrate with: its numbers say nothing about real benchmarks.
 
-`streets_look.py` holds the constants that set the distance between the looks, `streets_scene.py` those of the
+`scenes/look.py` holds the constants that set the distance between the looks, `scenes/plan.py` those of the
 contents; `experiments/streets_requirements.py` measures what is asked of both.
 """
 
@@ -16,8 +16,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxuda.data import encoding
-from jaxuda.data.streets_look import finish
-from jaxuda.data.streets_scene import STATISTICS, paint_scene
+from jaxuda.data.scenes.look import finish
+from jaxuda.data.scenes.plan import STATISTICS
+from jaxuda.data.scenes.scene import paint_scene
 
 SPLITS = {"train": 512, "val": 100}
 
@@ -35,7 +36,7 @@ def draw_scene(
         seed: another seed gives another set of scenes.
 
     Returns:
-        image (H, W, 3) uint8 RGB; label (H, W) uint8 Cityscapes train ids; depth (H, W) uint16, in centimetres
+        image (H, W, 3) uint8 RGB; label (H, W) uint8 Cityscapes train ids; depth (H, W) uint16, centimetres
         less one, so that the inverse depth is 65536 / (depth + 1); 65535 is the sky.
 
     Raises:

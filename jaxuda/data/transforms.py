@@ -128,12 +128,18 @@ def resize_image(image: np.ndarray, size: tuple[int, int], interpolation: str = 
 def resize_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes (H, W, ...) of any dtype to `size` (width, height) by the nearest pixel.
 
-    Output i takes input floor((i + 0.5) * in / out): Pillow's rule for NEAREST, computed in integers.
+    Output i takes input floor((i + 0.5) * in / out): Pillow's rule for NEAREST, to the bit.
     """
-    (height, width), (new_width, new_height) = array.shape[:2], size
-    rows = (2 * np.arange(new_height) + 1) * height // (2 * new_height)
-    columns = (2 * np.arange(new_width) + 1) * width // (2 * new_width)
+    rows, columns = (_nearest(*lengths) for lengths in zip(array.shape, size[::-1], strict=False))
     return array[rows[:, None], columns]
+
+
+def _nearest(length: int, new_length: int) -> np.ndarray:
+    # Pillow adds up the step in double precision; where (i + 0.5) * in / out is a whole number, that rounding
+    # decides.
+    step = length / new_length
+    positions = np.cumsum(np.r_[0.5 * step, np.full(new_length - 1, step)])
+    return np.minimum(positions.astype(np.int64), length - 1)
 
 
 def _resize(record: Record, size: tuple[int, int], resampling: Image.Resampling) -> Record:

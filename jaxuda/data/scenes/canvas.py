@@ -1,8 +1,8 @@
 """A perspective canvas that keeps colour, label and exact inverse depth of all that is painted on it.
 
-World coordinates are metres: x to the right, y up from the ground, z forward, with the camera at (0, height, 0)
-looking along z. A plane n.P = c of that world has an inverse depth that is affine in image coordinates, so that a
-polygon needs three numbers for it, and the inverse depth of a whole picture costs one pass at the end.
+World coordinates are metres: x to the right, y up from the ground, z forward, the camera at (0, height, 0)
+looking along z. A plane n.P = c of that world has an inverse depth that is affine in image coordinates, so
+that a polygon needs three numbers for it, and the inverse depth of a whole picture costs one pass at the end.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,11 @@ NEAR = 0.4  # metres; nothing is drawn closer
 
 Colour = tuple[float, float, float]
 
+_FLIP = np.array((1.0, -1.0))  # image rows count downwards
+
 
 class View(NamedTuple):
-    """The camera: focal length, vanishing point (both in drawn, that is supersampled, pixels) and height in metres."""
+    """The camera: focal length and vanishing point in drawn (supersampled) pixels, height in metres."""
 
     focal: float
     u0: float
@@ -32,7 +34,7 @@ class View(NamedTuple):
 
 
 class Sun(NamedTuple):
-    """Direction towards the sun (unit vector), share of direct light, darkness of cast shadows (0: overcast)."""
+    """Unit vector to the sun, share of direct light, darkness of cast shadows (0: overcast)."""
 
     direction: tuple[float, float, float]
     direct: float
@@ -40,10 +42,11 @@ class Sun(NamedTuple):
 
 
 class Canvas:
-    """A picture being painted far to near: colour and surface number per pixel, one plane and label per surface."""
+    """A picture painted far to near: colour and surface per pixel, one plane and label per surface."""
 
     def __init__(self, size: tuple[int, int], view: View, sun: Sun):
         self.size, self.view, self.sun = size, view, sun
+        self._eye, self._centre = np.array((0.0, view.height)), np.array((view.u0, view.v0))
         # four channels (R, G, B, surface): one OpenCV call paints colour, label and depth together
         self.pixels = np.zeros((size[1] * SUPER, size[0] * SUPER, 4), np.uint16)
         self.shade = np.full((size[1], size[0]), 255, np.uint8)  # light that reaches the ground
@@ -68,14 +71,8 @@ class Canvas:
 
     def project(self, points: np.ndarray) -> np.ndarray:
         """World points (..., 3) to drawn pixels (..., 2) int32."""
-        focal, u0, v0, height = self.view
-        scale = focal / np.maximum(points[..., 2], NEAR)
-        out = np.empty(points.shape[:-1] + (2,), np.float64)
-        out[..., 0] = points[..., 0] * scale + u0
-        out[..., 1] = (height - points[..., 1]) * scale + v0
-        # OpenCV keeps 16 fractional bits: stay far inside 32 bits
-        np.maximum(out, -16000, out=out)
-        return np.minimum(out, 16000, out=out).astype(np.int32)
+        scale = self.view.focal / np.maximum(points[..., 2:], NEAR)
+        return ((points[..., :2] * _FLIP + self._eye) * scale + self._centre).astype(np.int32)
 
     def pixel(self, x: float, y: float, z: float) -> tuple[float, float]:
         scale = self.view.focal / max(z, NEAR)
@@ -91,16 +88,16 @@ class Canvas:
             cv2.fillPoly(self.pixels, list(self.project(polygons)), (*colour, surface))
 
     def cast(self, ground_points: np.ndarray, strength: float) -> None:
-        """Darkens the ground below the convex hull of world points (N, 3) lying on it."""
-        hull = cv2.convexHull(self.project(ground_points) // SUPER)
-        cv2.fillConvexPoly(self.shade, hull, 255 * (1 - strength))
+        """Darkens a convex polygon of world points (N, 3) lying on the ground."""
+        cv2.fillConvexPoly(self.shade, self.project(ground_points) // SUPER, 255 * (1 - strength))
 
     def cast_by_sun(self, footprint: np.ndarray, height: float) -> None:
         """Shadow of a thing of this height (metres) on this footprint (N, 3)."""
         if self.sun.shadow > 0:
             sx, sy, sz = self.sun.direction
             shift = np.array([-sx / sy * height, 0, -sz / sy * height])
-            self.cast(np.concatenate([footprint, footprint + shift]), self.sun.shadow)
+            both = self.project(np.concatenate([footprint, footprint + shift])) // SUPER
+            cv2.fillConvexPoly(self.shade, cv2.convexHull(both), 255 * (1 - self.sun.shadow))
 
 
 def quad_x(x: float, y0: float, y1: float, z0: float, z1: float) -> np.ndarray:
@@ -136,7 +133,7 @@ def light_on(canvas: Canvas, normal: tuple[float, float, float]) -> float:
 def panel(
     canvas: Canvas, label: int, colour: Colour, *, x: float, z0: float, z1: float, y0: float, y1: float
 ) -> tuple[int, float]:
-    """Paints an upright rectangle along the street; returns its surface number and the light that falls on it."""
+    """Paints an upright rectangle along the street; returns its surface number and the light on it."""
     side = 1 if x > 0 else -1
     light = light_on(canvas, (-side, 0, 0))
     surface = canvas.surface(label, (1, 0, 0), x)

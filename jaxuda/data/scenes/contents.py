@@ -10,7 +10,7 @@ import numpy as np
 from jaxuda.data.scenes import furniture, models
 from jaxuda.data.scenes.canvas import CLASS, Canvas
 from jaxuda.data.scenes.look import Paint
-from jaxuda.data.scenes.plan import Side, Street, sample_tree
+from jaxuda.data.scenes.plan import Side, Street
 
 Thing = tuple[float, Callable[[], None]]  # nearest z, and what paints it
 
@@ -32,7 +32,17 @@ def pavement_things(canvas: Canvas, street: Street, paint: Paint, rng: random.Ra
         z = first + rng.uniform(1, 10)
         while lined and z < 70:
             if clear(z):
-                add(z, _tree, canvas, paint, rng, stats, line, z, rng.uniform(4.5, 8))
+                add(
+                    z,
+                    furniture.tree,
+                    canvas,
+                    paint,
+                    rng,
+                    x=line,
+                    z=z,
+                    height=rng.uniform(4.5, 8),
+                    conifers=stats.conifers,
+                )
             z += rng.uniform(*stats.tree_gap)
         z = first + rng.uniform(2, 12)
         while z < 40:

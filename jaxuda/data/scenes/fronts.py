@@ -6,7 +6,18 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxuda.data.scenes import furniture
-from jaxuda.data.scenes.canvas import CLASS, Canvas, Colour, front, grid_x, grid_z, panel, quad_x, quad_y, shaded
+from jaxuda.data.scenes.canvas import (
+    CLASS,
+    Canvas,
+    Colour,
+    front,
+    grid_x,
+    grid_z,
+    panel,
+    quad_x,
+    quad_y,
+    shaded,
+)
 from jaxuda.data.scenes.look import Paint
 from jaxuda.data.scenes.plan import FAR, Side, Statistics, Street
 
@@ -32,7 +43,7 @@ def building(
 ) -> None:
     """Paints a building with its front along the street at x and its gable at z0.
 
-    near: what lies nearer than this z on a front at x is out of the picture. base: height of what hides its foot.
+    What lies nearer than z = near on a front at x is out of the picture; what hides its foot is `base` high.
     """
     label, side = CLASS["building"], 1 if x > 0 else -1
     if z0 > near:
@@ -84,7 +95,7 @@ def wall(
 def fence(
     canvas: Canvas, colour: Colour, mesh: Colour, *, x: float, z0: float, z1: float, height: float
 ) -> None:
-    """A fence along the street: posts and rails before a mesh; what shows through is fence as well, as in Cityscapes."""
+    """A fence along the street: bars before a mesh; what shows through is fence as well, as in Cityscapes."""
     surface, light = panel(canvas, CLASS["fence"], mesh, x=x, z0=z0, z1=z1, y0=0, y1=height)
     bar = shaded(colour, light)
     canvas.fill_many(grid_x(x, np.arange(z0, min(z1, 40), 0.8), np.array([0.0]), 0.3, height), bar, surface)
@@ -124,7 +135,15 @@ def paint_fronts(canvas: Canvas, street: Street, side: Side, paint: Paint, rng: 
         else:
             for z in np.linspace(z1, z0, max(int((z1 - z0) / 4), 2)).tolist():
                 if z > street.near(back):
-                    _tree(canvas, paint, rng, stats, x + side.sign * rng.uniform(2, 5), z, rng.uniform(5, 9))
+                    furniture.tree(
+                        canvas,
+                        paint,
+                        rng,
+                        x=x + side.sign * rng.uniform(2, 5),
+                        z=z,
+                        height=rng.uniform(5, 9),
+                        conifers=stats.conifers,
+                    )
         z0 = max(z0, near)
         if kind == "wall":
             wall(canvas, paint("wall"), paint("joint"), x=x, z0=z0, z1=z1, height=rng.uniform(1.9, 3.2))
@@ -153,7 +172,7 @@ def _facade(stats: Statistics, paint: Paint, rng: random.Random) -> Facade:
     pitch = rng.uniform(*stats.pitch)
     return Facade(
         colour=paint("building"), window=paint("window"), frame=paint("frame"), shop=paint("shop"),
-        roof=paint("roof"), height=rng.uniform(*stats.facade_height), storey=rng.uniform(3.0, 3.8), pitch=pitch,
-        window_width=pitch * rng.uniform(0.4, 0.62), window_height=rng.uniform(*stats.window_height),
-        framed=rng.random() < stats.framed,
+        roof=paint("roof"), height=rng.uniform(*stats.facade_height), storey=rng.uniform(3.0, 3.8),
+        pitch=pitch, window_width=pitch * rng.uniform(0.4, 0.62),
+        window_height=rng.uniform(*stats.window_height), framed=rng.random() < stats.framed,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 
 from jaxuda.data.scenes.canvas import CLASS, SUPER, THIN, Canvas, Colour, polygon, quad_y, shaded
+from jaxuda.data.scenes.look import Paint
 
 
 def _thin_box(
@@ -18,7 +19,7 @@ def _thin_box(
     surface: int,
     least: int = THIN,
 ) -> tuple[int, int]:
-    """Upright box centred on u, at least `least` final pixels wide; returns its left and right drawn columns."""
+    """Upright box centred on u, at least `least` final pixels wide; returns its first and last column."""
     wide = max(int(width + 0.5), least * SUPER)
     left = int(u - wide / 2)
     cv2.rectangle(canvas.pixels, (left, int(v0)), (left + wide - 1, int(v1)), (*colour, surface), -1)
@@ -102,6 +103,7 @@ def sign(
 
 
 _ROUND = np.array(polygon(18, 0, 0, 1, 1))
+_DISC = np.array([(x, 0, z) for x, z in polygon(8, 0, 0, 1, 1)])
 
 
 def blob(
@@ -116,7 +118,7 @@ def blob(
     ry: float,
     clumps: int,
 ) -> None:
-    """A mass of leaves (drawn pixels): an irregular outline, then lighter clumps above and darker ones below."""
+    """Leaves (drawn pixels): an irregular outline, then lighter clumps above and darker ones below."""
     wobble = np.array([0.82 + 0.3 * rng.random() for _ in _ROUND])
     outline = (_ROUND * wobble[:, None] * (rx, ry) + (u, v)).astype(np.int32)
     cv2.fillPoly(canvas.pixels, [outline], (*shaded(colour, 0.85), surface))
@@ -136,23 +138,16 @@ def blob(
 
 
 def tree(
-    canvas: Canvas,
-    rng: random.Random,
-    leaves: Colour,
-    trunk: Colour,
-    *,
-    x: float,
-    z: float,
-    height: float,
-    spread: float,
-    conifer: bool,
+    canvas: Canvas, paint: Paint, rng: random.Random, *, x: float, z: float, height: float, conifers: float
 ) -> None:
-    """A tree of this height with a crown of this radius (metres); trunk and crown are both vegetation, as in Cityscapes."""
+    """A tree, with this chance a conifer; its trunk is vegetation too, as in Cityscapes. Height in metres."""
+    spread = height * rng.uniform(0.22, 0.34)
+    leaves, trunk = paint("leaves"), paint("trunk")
     zoom = canvas.view.focal / z
     surface = canvas.upright(CLASS["vegetation"], z)
     u, foot = canvas.pixel(x, 0, z)
     _thin_box(canvas, u, foot - height * 0.6 * zoom, foot, 0.28 * zoom, trunk, surface, least=2)
-    if conifer:
+    if rng.random() < conifers:
         for k in range(4):
             low, wide = 0.15 + 0.19 * k, spread * (1 - 0.2 * k)
             tip = min(low + 0.4, 1.0)
@@ -166,21 +161,12 @@ def tree(
             )
     else:
         crown = 0.36 * height
-        blob(
-            canvas,
-            rng,
-            leaves,
-            surface,
-            u=u,
-            v=foot - (height - crown) * zoom,
-            rx=spread * zoom,
-            ry=crown * zoom,
-            clumps=8,
-        )
-    angles = np.arange(8) * (np.pi / 4)
-    disc = np.stack([x + spread * np.cos(angles), 0 * angles, z + spread * np.sin(angles)], 1)
+        middle = foot - (height - crown) * zoom
+        # far trees are a few pixels: details would not be seen
+        clumps = min(max(int(crown * zoom / 4), 2), 8)
+        blob(canvas, rng, leaves, surface, u=u, v=middle, rx=spread * zoom, ry=crown * zoom, clumps=clumps)
     if canvas.sun.shadow > 0:
         sx, sy, sz = canvas.sun.direction
-        canvas.cast(
-            np.maximum(disc - np.array([sx, 0, sz]) / sy * height * 0.6, [-99, 0, 1]), canvas.sun.shadow * 0.8
-        )
+        reach = height * 0.6 / sy  # the shadow of the middle of the crown
+        disc = _DISC * spread + (x - sx * reach, 0, max(z - sz * reach, spread + 1))
+        canvas.cast(disc, canvas.sun.shadow * 0.8)

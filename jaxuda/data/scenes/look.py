@@ -1,4 +1,4 @@
-"""How the two `streets` domains look: colours, textures, light and sensor, with the constants that set their distance."""
+"""How the two domains look: colours, textures, light and sensor, and what sets the distance between them."""
 
 import functools
 import random
@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxuda.data.scenes.canvas import CLASS, SUPER, Canvas, Colour
 
-# The distance between the domains: 0 gives `camera` the colours (or the light, texture and sensor) of `game`, 1 those
-# written below, and values between or somewhat above 1 mix them.
+# The distance between the domains: 0 gives `camera` the colours (or the light, texture and sensor) of `game`,
+# 1 those written below; values between mix them.
 PALETTE_SHIFT = 1.0
 LOOK_SHIFT = 1.0
 
@@ -111,7 +111,7 @@ _PALETTES = {
     "engine": ([(190, 30, 36), (40, 50, 60)], [(84, 52, 50), (52, 54, 56)]),
 }
 
-# Strength of the surface texture by class in (game, camera): fine grain, clumps of a few pixels, large patches.
+# Strength of the surface texture by class in (game, camera): fine grain, clumps, large patches.
 _TEXTURE = {
     "road": ((0.03, 0.02, 0.02), (0.07, 0.04, 0.09)),
     "sidewalk": ((0.02, 0.02, 0.02), (0.06, 0.05, 0.08)),
@@ -171,7 +171,7 @@ _TILE = 512
 
 @functools.lru_cache(maxsize=1)
 def _noise_tiles() -> tuple[np.ndarray, ...]:
-    """Periodic noise of unit variance: grain, clumps, patches, clouds (each _TILE x _TILE), and sensor noise (x 3)."""
+    """Periodic noise of unit variance: grain, clumps, patches, clouds (_TILE x _TILE), sensor noise (x 3)."""
     rng = np.random.default_rng(20)
     tiles = []
     for sigma in (0.6, 1.6, 7.0, 16.0):
@@ -206,7 +206,7 @@ def _texture(canvas: Canvas, domain: str, rng: random.Random, label: np.ndarray)
     width, height = canvas.size
     grain, clumps, patches, clouds, _ = _noise_tiles()
     strength = _texture_strength(domain)
-    # one strength map per scale; the grain of the ground is laid out in perspective, so that it narrows far away
+    # The ground has clumps of its own, laid out in perspective, so that they narrow far away.
     factor = 1 + strength[:, 0][label] * _crop(grain, rng, width, height)
     factor += strength[:, 1][label] * _crop(clumps, rng, width, height)
     factor += strength[:, 2][label] * _crop(patches, rng, width, height)

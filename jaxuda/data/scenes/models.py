@@ -1,4 +1,4 @@
-"""What moves in the `streets` scenes: vehicles as closed shapes of planar faces, people and riders as flat figures."""
+"""What moves: vehicles as closed shapes of planar faces, people and riders as flat figures."""
 
 import functools
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ PAINT, GLASS, DARK, TAIL, LAMP, METAL, SECOND = range(7)
 
 
 class Mesh(NamedTuple):
-    """Convex planar faces that look outward: points (P, 3), bounds of each face, first point, unit normal, material."""
+    """Convex planar faces: points (P, 3); of each face its bounds, first point, outward normal, material."""
 
     points: np.ndarray
     bounds: tuple[tuple[int, int], ...]
@@ -182,9 +182,12 @@ EXTENT = {
 }
 
 
+_AROUND = np.array([(-0.15, 0, -0.2), (-0.15, 0, 0.2), (0.15, 0, 0.2), (0.15, 0, -0.2)])
+
+
 @functools.cache
 def _turned(name: str, heading: str) -> tuple[Mesh, ...]:
-    """Parts of a vehicle that drives 'away', 'towards', 'left' or 'right', far parts first; nearest z is 0."""
+    """Parts of a vehicle heading 'away', 'towards', 'left' or 'right', far parts first; nearest z is 0."""
     length = EXTENT[name][2]
     half = EXTENT[name][0]
     rotation, shift = {
@@ -219,7 +222,7 @@ def vehicle(
         z + (2 * half if across else length),
     )
     canvas.cast_by_sun(foot, height * 0.9)
-    canvas.cast(foot + [(-0.15, 0, -0.2), (-0.15, 0, 0.2), (0.15, 0, 0.2), (0.15, 0, -0.2)], 0.55)
+    canvas.cast(foot + _AROUND, 0.55)
     camera = np.array([0.0, canvas.view.height, 0.0])
     for part in _turned(name, heading):
         world = part.points * scale + (x, 0, z)
@@ -239,7 +242,7 @@ SKIN, TOP, TROUSERS, HAIR, FRAME, TYRE, SPOKES, HELMET = range(8)
 
 
 class Figure(NamedTuple):
-    """Flat polygons: points (P, 2), and for each its (start, end, material, belongs to the machine below a rider)."""
+    """Flat polygons: points (P, 2), and of each (start, end, material, belongs to the machine)."""
 
     points: np.ndarray
     parts: tuple[tuple[int, int, int, bool], ...]
@@ -247,10 +250,10 @@ class Figure(NamedTuple):
 
 def _figure(parts: list[tuple[int, bool, list[tuple[float, float]]]]) -> Figure:
     points, spans, start = [], [], 0
-    for material, machine, polygon in parts:
-        points += polygon
-        spans.append((start, start + len(polygon), material, machine))
-        start += len(polygon)
+    for material, machine, corners in parts:
+        points += corners
+        spans.append((start, start + len(corners), material, machine))
+        start += len(corners)
     return Figure(np.array(points, np.float64), tuple(spans))
 
 

@@ -61,7 +61,7 @@ STATISTICS = {
         conifers=0.3,
         parked=0.4,
         cars=(2, 5),
-        people=(2, 7),
+        people=(1, 5),
         cyclists=(0, 2),
         motorcycles=(0, 2),
         stands=0.3,
@@ -91,7 +91,7 @@ STATISTICS = {
         conifers=0.08,
         parked=0.6,
         cars=(1, 4),
-        people=(3, 10),
+        people=(2, 7),
         cyclists=(0, 2),
         motorcycles=(0, 2),
         stands=0.35,
@@ -106,7 +106,7 @@ STATISTICS = {
 
 
 class Side(NamedTuple):
-    """One side of the street, distances from the camera in metres, always positive; sign: -1 left, 1 right."""
+    """One side of the street; metres from the camera, always positive. sign: -1 left, 1 right."""
 
     sign: int
     road: float  # end of the lanes

@@ -2,6 +2,7 @@
 
 import random
 
+import cv2
 import numpy as np
 
 from jaxuda.data.scenes import contents, furniture
@@ -48,9 +49,9 @@ def _sky(canvas: Canvas, paint: Paint) -> None:
     """Sky, and a skyline where the street ends."""
     rows = int(canvas.view.v0) + 2
     share = (np.linspace(0, 1, rows) ** 1.5)[:, None]
-    canvas.pixels[:rows, :, :3] = ((1 - share) * paint("sky") + share * paint("skyline")).astype(np.uint16)[
-        :, None
-    ]
+    column = np.zeros((rows, 1, 4), np.uint16)  # surface 0 is the sky
+    column[:, 0, :3] = (1 - share) * paint("sky") + share * paint("skyline")
+    canvas.pixels[:rows] = cv2.repeat(column, 1, canvas.pixels.shape[1])
     rng, end = paint.rng, 0.6 * FAR * SUPER * canvas.size[0] / canvas.view.focal
     x = -end
     while x < end:
@@ -102,9 +103,7 @@ def _ground(canvas: Canvas, street: Street, paint: Paint, rng: random.Random) ->
         x, z = rng.uniform(-street.left.road, street.right.road), rng.uniform(4, 40)
         strip(x, x + rng.uniform(0.5, 2), paint("patch"), road, z, z + rng.uniform(1, 6))
     for side in (street.left, street.right):
-        strip(
-            side.sign * (side.curb - 0.25), side.sign * side.curb, shaded(asphalt, 0.8), road
-        )  # gutter
+        strip(side.sign * (side.curb - 0.25), side.sign * side.curb, shaded(asphalt, 0.8), road)  # gutter
         if side.curb - side.road > 1:
             strip(side.sign * (side.road - 0.07), side.sign * (side.road + 0.07), line, road)
     for k in range(1, street.lanes):

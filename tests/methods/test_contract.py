@@ -1,0 +1,141 @@
+"""What every method must keep to. A method joins by existing and by being a stage of some config."""
+
+import functools
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from jaxuda import methods, parallel
+from jaxuda.checkpoints import Checkpoints
+from jaxuda.optim import make_optimizer
+from jaxuda.stages import SHARED
+from jaxuda.train import _to_float, make_model, make_step
+from jaxuda.train_state import TrainState
+
+CLASSES = 5
+BATCH = 8
+METHODS = methods.names()
+
+
+def stage_config(method: str, **changes) -> ConfigDict:
+    """The first stage that trains with `method` in any config, on a network of a few thousand weights."""
+    for file in sorted((Path(__file__).parents[2] / "configs").glob("*.py")):
+        if file.stem in ("__init__", "common"):
+            continue
+        config = importlib.import_module(f"configs.{file.stem}").get_config("streets")
+        for name in config.pipeline:
+            if config[name].get("train") == method:
+                resolved = ConfigDict({field: config[field] for field in SHARED}, convert_dict=True)
+                resolved.update(config[name].to_dict())
+                resolved.schedule_steps = 10
+                resolved.model.update({"width": 8, "blocks": (1, 1, 1, 1)} | changes)
+                return resolved
+    raise AssertionError(f"no config has a stage with train='{method}'")
+
+
+def make_batch(seed: int = 0, ignored: bool = False) -> dict:
+    rng = np.random.default_rng(seed)
+    shape = (BATCH, 32, 48)
+    labels = rng.integers(0, CLASSES, (BATCH, 4, 6)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
+    labels[:, :3] = 255
+    image = lambda: rng.integers(0, 256, (*shape, 3), np.uint8)  # noqa: E731
+    source = {
+        "image": image(),
+        "label": np.full_like(labels, 255) if ignored else labels,
+        "depth": rng.random(shape, np.float32),
+    }
+    return {"source": source, "target": {"image": image()}}
+
+
+@functools.cache
+def setup(method: str, dtype: str = "float32", norm: str = "batch"):
+    """(initial state on the host, uncompiled step) of a method."""
+    config = stage_config(method, dtype=dtype, norm=norm)
+    model, module, tx = make_model(config, CLASSES), methods.load(method), make_optimizer(config)
+    batch = make_batch()
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 48, 3)))
+    variables = jax.tree.map(lambda x: jnp.asarray(x, dtype), variables)
+    extra_params, extra = module.init(
+        jax.random.key(1), model=model, batch=_to_float(batch, "imagenet"), config=config, artifacts={}
+    )
+    extra_params = jax.tree.map(lambda x: jnp.asarray(x, dtype), extra_params)
+    params = {"model": variables["params"], **extra_params}
+    state = TrainState.create(params, tx, variables.get("batch_stats", {}), extra)
+    return jax.device_get(state), make_step(module, model, tx, config)
+
+
+def run(method: str, devices: int, steps: int, **options) -> TrainState:
+    start, step = setup(method, **options)
+    chosen = jax.local_devices()[:devices]
+    compiled, state = parallel.compile_step(step, chosen), parallel.replicate(start, chosen)
+    for index in range(steps):
+        state, _ = compiled(state, parallel.shard(make_batch(index), chosen))
+    return parallel.first(state, chosen)
+
+
+def assert_close(ours: TrainState, theirs: TrainState, rtol: float) -> None:
+    paths = jax.tree_util.tree_leaves_with_path(theirs)
+    for (path, expected), actual in zip(paths, jax.tree.leaves(ours), strict=True):
+        # Relative to the tensor: single entries that happen to be near zero carry its rounding.
+        scale = max(np.abs(expected).max(), 1e-12)
+        error = np.abs(np.asarray(actual, np.float64) - expected).max() / scale
+        assert error <= rtol, f"{jax.tree_util.keystr(path)}: {error}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_finite_moving_and_traced_once(method: str) -> None:
+    start, step = setup(method)
+    traces = []
+
+    def counted(state: TrainState, batch: dict) -> tuple:
+        traces.append(1)
+        return step(state, batch)
+
+    compiled, state = jax.jit(counted), start
+    for index in range(3):
+        state, metrics = compiled(state, make_batch(index))
+        assert all(np.isfinite(value) for value in metrics.values()), metrics
+        assert "loss" in metrics
+    assert len(traces) == 1
+    assert state.step == 3
+    for player, tree in start.params.items():
+        for part, leaves in tree.items():
+            moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), leaves, state.params[player][part])
+            assert all(jax.tree.leaves(moved)), f"{player}.{part} has parameters that did not move"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_labels_ignored(method: str) -> None:
+    start, step = setup(method)
+    state, metrics = jax.jit(step)(start, make_batch(ignored=True))
+    assert all(np.isfinite(value) for value in metrics.values()), metrics
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+@pytest.mark.parametrize("method", METHODS)
+def test_devices_agree(method: str, norm: str) -> None:
+    """1, 2 and 8 devices end in the same parameters after 3 steps on the same global batches."""
+    with jax.enable_x64(True):
+        one, *others = (run(method, devices, 3, dtype="float64", norm=norm) for devices in (1, 2, 8))
+    assert one.params["model"]["head"]["kernel0"].dtype == np.float64
+    for other in others:
+        assert_close(other, one, 1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_step_after_restore_is_the_same_step(method: str, tmp_path: Path) -> None:
+    start, step = setup(method)
+    compiled = jax.jit(step)
+    before = jax.device_get(compiled(start, make_batch(0))[0])
+    saved = Checkpoints(tmp_path)
+    saved.save(1, before)
+    restored = saved.restore(saved.newest(), start)
+    saved.close()
+    after, again = (compiled(state, make_batch(1))[0] for state in (before, restored))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), jax.device_get(again))
