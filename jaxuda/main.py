@@ -23,14 +23,6 @@ from ml_collections import ConfigDict, config_flags
 from jaxuda.errors import UserError
 
 INTERRUPTED, MISTAKE = 75, 2
-_FLAGS = flags.FlagValues()
-config_flags.DEFINE_config_file("config", None, "the recipe", lock_config=True, flag_values=_FLAGS)
-flags.DEFINE_string("workdir", "", "where results go", flag_values=_FLAGS)
-flags.DEFINE_list("seeds", [], "one run per seed", flag_values=_FLAGS)
-flags.DEFINE_string("from_stage", "", "set this stage and all after it aside", flag_values=_FLAGS)
-flags.DEFINE_enum("mode", "run", ["run", "eval", "predict"], "what to do", flag_values=_FLAGS)
-flags.DEFINE_string("checkpoint", "", "a stage's folder", flag_values=_FLAGS)
-flags.DEFINE_string("images", "", "a glob of images to label", flag_values=_FLAGS)
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
@@ -43,14 +35,20 @@ def parse(argv: list[str]) -> flags.FlagValues:
             break
     else:
         raise UserError(f"which recipe? Add --config configs/minent.py\n\n{__doc__}")
+    args = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=args, sys_argv=argv)
+    for name in ("workdir", "from_stage", "checkpoint", "images"):
+        flags.DEFINE_string(name, "", "", flag_values=args)
+    flags.DEFINE_list("seeds", [], "", flag_values=args)
+    flags.DEFINE_enum("mode", "run", ["run", "eval", "predict"], "", flag_values=args)
     try:
-        _FLAGS.unparse_flags()
-        rest = _FLAGS(argv)[1:]
+        rest = args(argv)[1:]
+        _ = args.config.name  # a config that could not be loaded says so only when it is used
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(str(error).strip("'\"")) from error
     if rest:
         raise UserError(f"not understood: {' '.join(rest)} (flags start with --)")
-    return _FLAGS
+    return args
 
 
 def run_seeds(config: ConfigDict, seeds: list[int], workdir: str, from_stage: str) -> None:

@@ -58,7 +58,12 @@ def compile_step(step: Callable, devices: list[jax.Device]) -> Callable:
     """
     if len(devices) == 1:
         return jax.jit(partial(step, axis_name=None), donate_argnums=0)
-    return jax.pmap(partial(step, axis_name=AXIS), axis_name=AXIS, devices=devices, donate_argnums=0)
+    compiled = jax.pmap(partial(step, axis_name=AXIS), axis_name=AXIS, devices=devices, donate_argnums=0)
+    if devices[0].platform != "cpu":
+        return compiled
+    # Steps that queue up on fake CPU devices share one thread pool, where their collectives can wait for each
+    # other for ever.
+    return lambda state, batch: jax.block_until_ready(compiled(state, batch))
 
 
 def replicate(tree: PyTree, devices: list[jax.Device]) -> PyTree:

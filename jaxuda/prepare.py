@@ -23,6 +23,7 @@ from absl import logging
 from tqdm import tqdm
 
 from jaxuda.data import encoding, records
+from jaxuda.data.labels import IGNORE
 from jaxuda.errors import UserError
 
 # Room for the embedded datasets and for what the file system itself needs.
@@ -74,7 +75,8 @@ def _prepare_config(
             shutil.rmtree(leftover)
         staging = top / f".preparing-{final.parent.name}"
         try:
-            built, summary = _build(name, manual_dir, path, staging)
+            with _quiet_tfds():
+                built, summary = _build(name, manual_dir, path, staging)
             final.parent.mkdir(exist_ok=True)
             (built / records.SUMMARY).write_text(json.dumps(summary))
             built.rename(final)
@@ -125,17 +127,10 @@ def _generate(
     config = tfds.download.DownloadConfig(
         manual_dir=manual_dir, try_download_gcs=False, compute_stats=tfds.download.ComputeStatsMode.SKIP
     )
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(
-                download_config=config, download_dir=builder._data_dir_root, file_format="array_record"
-            )
-    finally:
-        logging.set_verbosity(verbosity)
-        tfds.enable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(
+            download_config=config, download_dir=builder._data_dir_root, file_format="array_record"
+        )
 
 
 def _summarise(built: Path, split: str, name: str) -> dict[str, Any]:
@@ -170,7 +165,7 @@ def _frequencies(pixels: dict[int, int], data: records.Records) -> str:
         counts[data.table[int(raw)]] += count
     shares = [(counts[i] / counts.sum(), name) for i, name in enumerate(data.label_space.classes)]
     text = ", ".join(f"{name} {share:.1%}" for share, name in sorted(shares, reverse=True))
-    return f"{text}; ignored {1 - sum(share for share, _ in shares):.1%}"
+    return f"{text}; ignored {counts[IGNORE] / counts.sum():.1%}"
 
 
 def _existing_dir(manual_dir: str | os.PathLike | None, name: str, instructions: str) -> Path:
@@ -186,6 +181,19 @@ def _check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(f"{folder}: {needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free")
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Errors alone, and no progress bars but ours."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        tfds.enable_progress_bar()
 
 
 @contextlib.contextmanager

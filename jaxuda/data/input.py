@@ -68,11 +68,12 @@ def make_input(
     """
     if batch < 1 or batch % process_count:
         raise UserError(f"a batch of {batch} does not divide over {process_count} processes")
-    domains = {"source": _stream(source, source_transform, seed, "source")}
+    count = steps * batch
+    domains = {"source": _stream(source, source_transform, seed, "source", count)}
     if target is not None:
         if target_transform is None:
             raise UserError("the target has no transform")
-        domains["target"] = _stream(target, target_transform, seed, "target")
+        domains["target"] = _stream(target, target_transform, seed, "target", count)
     examples = ZipMapDataset(list(domains.values()))
     batches = examples.batch(batch // process_count, batch_fn=_Collate(tuple(domains)))
     batches = batches[process_index::process_count][start:steps]
@@ -118,8 +119,10 @@ def _copied(batch: Batch) -> Batch:
     }
 
 
-def _stream(records: Sequence[Record], transform: Transform, seed: int, domain: str) -> grain.MapDataset:
-    """All records of a domain, shuffled, repeated for ever and transformed."""
+def _stream(
+    records: Sequence[Record], transform: Transform, seed: int, domain: str, count: int
+) -> grain.MapDataset:
+    """The first `count` records of a domain that is shuffled, repeated for ever and transformed."""
     if not len(records):
         raise UserError(f"the {domain} dataset is empty")
     if isinstance(records, Records):
@@ -129,9 +132,10 @@ def _stream(records: Sequence[Record], transform: Transform, seed: int, domain: 
             raise UserError(f"{records.name} has no labels and cannot be a source")
     # Domains draw from unrelated streams, and so do runs whose seeds follow each other.
     domain_seed = np.random.SeedSequence([seed, domain == "target"]).generate_state(1)[0]
-    dataset = grain.MapDataset.source(records).seed(int(domain_seed)).shuffle().repeat()
+    epochs = max(1, -(-count // len(records)))
+    dataset = grain.MapDataset.source(records).seed(int(domain_seed)).shuffle().repeat(epochs)
     keys = ("image", "id") if domain == "target" else ("image", "label", "depth", "id")
-    return dataset.random_map(_TransformKeys(transform, keys))
+    return dataset.random_map(_TransformKeys(transform, keys))[:count]
 
 
 class _TransformKeys:

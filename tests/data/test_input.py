@@ -128,7 +128,7 @@ def test_a_dataset_may_be_smaller_than_a_batch():
 def test_mixed_sizes_are_explained(num_workers):
     records = _records(2)
     records[0] = {**records[0], "image": records[0]["image"][:10]}
-    with pytest.raises(UserError, match="images of a batch differ in size: .*; give the transform a resize"):
+    with pytest.raises(UserError, match=r"images of a batch differ in size: .*; give the transform a resize"):
         _batches(records, spec={}, num_workers=num_workers)
 
 

@@ -36,7 +36,7 @@ def test_smaller_spaces_keep_the_order_of_the_nineteen():
             assert (space.palette[index] == nineteen.palette[nineteen.classes.index(name)]).all()
 
 
-# Written out from the published tables, independently of the code; every id that is not named must be ignored.
+# Written out from the published tables, not taken from the code; every id that is missing must be ignored.
 _CITYSCAPES_19 = """7:0 8:1 11:2 12:3 13:4 17:5 19:6 20:7 21:8 22:9 23:10 24:11 25:12 26:13 27:14 28:15
     31:16 32:17 33:18"""
 _TABLES = {

@@ -1,0 +1,273 @@
+"""The command line, end to end on tiny data."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tiny
+
+from jaxuda import checkpoints, parallel, prepare
+from jaxuda.main import INTERRUPTED, MISTAKE, main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("data")
+    source = tiny.draw_folder(folder / "source", "tiny_source", 0)
+    target = tiny.draw_folder(folder / "target", "tiny_target", 30)
+    for path in (source, target):
+        prepare.prepare("folder", path=str(path), data_dir=folder / "tfds")
+    return {"source": source, "target": target, "data_dir": folder / "tfds"}
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    """A work folder in which the whole recipe has run."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    os.chdir(ROOT)
+    assert main(["jaxuda", *tiny.arguments("minent", workdir=workdir, **data)]) == 0
+    return workdir
+
+
+def final_state(workdir: Path, stage: str) -> dict[str, np.ndarray]:
+    saved = checkpoints.Checkpoints(workdir / stage / "checkpoints")
+    try:
+        return saved.read(saved.newest())
+    finally:
+        saved.close()
+
+
+def assert_same_states(ours: Path, theirs: Path) -> None:
+    for stage in ("source_only", "adapt", "oracle"):
+        expected = final_state(theirs, stage)
+        actual = final_state(ours, stage)
+        assert expected.keys() == actual.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(actual[name], array, err_msg=f"{stage}: {name}")
+
+
+def test_run_writes_what_the_work_folder_promises(finished: Path) -> None:
+    for name in ("config.json", "log.txt", "metrics.jsonl", "results.json", "tensorboard/adapt"):
+        assert (finished / name).exists(), name
+    results = json.loads((finished / "results.json").read_text())
+    assert results["classes"] == list(tiny.CLASSES)
+    assert list(results["stages"]) == ["source_only", "adapt", "oracle"]
+    for result in results["stages"].values():
+        assert 0 <= result["last"]["miou"] <= result["best_on_val_using_target_labels"]["miou"] <= 1
+        assert np.sum(result["last"]["confusion"]) == 6 * 32 * 48
+    steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps if row["stage"] == "adapt" and "loss" in row] == [1, 2, 3, 4, 5, 6]
+    log = (finished / "log.txt").read_text()
+    assert re.search(r"source only\s+adapt\s+oracle", log) and "mIoU (3)" in log
+
+
+def test_same_command_again_does_nothing_twice(finished: Path, data: dict, capsys) -> None:
+    before = (finished / "metrics.jsonl").read_text()
+    assert main(["jaxuda", *tiny.arguments("minent", workdir=finished, **data)]) == 0
+    assert (finished / "metrics.jsonl").read_text() == before
+    assert "adapt (done)" in capsys.readouterr().out
+
+
+def test_changed_stage_is_named_and_can_be_run_again(finished: Path, data: dict, tmp_path, capsys) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    words = ["jaxuda", *tiny.arguments("minent", workdir=workdir, **data), "--config.adapt.lr=0.001"]
+    assert main(words) == MISTAKE
+    message = capsys.readouterr().err
+    assert "lr: 0.005 -> 0.001" in message and "--from_stage adapt" in message and "Traceback" not in message
+    assert main([*words, "--from_stage=adapt"]) == 0
+    assert (workdir / "aside-1" / "adapt" / "results.json").exists()
+    assert "source_only (done)" in capsys.readouterr().out
+
+
+def test_baselines_are_shared_between_recipes(finished: Path, data: dict, capsys) -> None:
+    workdir = finished.parent / "other"
+    words = [w for w in tiny.arguments("source_only", workdir=workdir, **data) if "config.adapt" not in w]
+    assert main(["jaxuda", *words]) == 0
+    assert capsys.readouterr().out.count("already finished with the same settings") == 2
+    np.testing.assert_equal(final_state(workdir, "oracle"), final_state(finished, "oracle"))
+
+
+def test_eval_and_predict(finished: Path, data: dict, tmp_path, capsys) -> None:
+    words = ["jaxuda", *tiny.arguments("minent", workdir=tmp_path, **data), f"--checkpoint={finished / 'adapt'}"]
+    assert main([*words, "--mode=eval"]) == 0
+    scored = float(re.search(r"mIoU \(3\)\s+([\d.]+)", capsys.readouterr().out)[1])
+    results = json.loads((finished / "results.json").read_text())
+    assert scored == pytest.approx(100 * results["stages"]["adapt"]["last"]["miou"], abs=0.06)
+
+    assert main([*words, "--mode=predict", f"--images={data['target']}/images/val/*.png"]) == 0
+    ids = cv2.imread(str(tmp_path / "predictions" / "ids" / "0.png"), cv2.IMREAD_UNCHANGED)
+    colour = cv2.imread(str(tmp_path / "predictions" / "colour" / "0.png"))[..., ::-1]
+    assert ids.shape == (32, 48) and ids.max() < 3
+    np.testing.assert_array_equal(colour, np.array([[0, 90, 40], [80, 90, 40], [160, 90, 40]])[ids])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["source_only", "adapt", "oracle"])
+def test_killed_run_continues_to_the_same_parameters(finished: Path, data: dict, tmp_path, stage: str) -> None:
+    workdir = tmp_path / "run"
+    # Nothing to adopt: the undisturbed run lies elsewhere.
+    words = [sys.executable, "-m", "jaxuda.main", *tiny.arguments("minent", workdir=workdir, **data)]
+    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"]}
+    run = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if line.startswith(f"{stage} 5/6"):  # the checkpoints are those of steps 2, 3 and 4
+            run.send_signal(signal.SIGKILL)
+            break
+    run.wait()
+    assert run.returncode == -signal.SIGKILL
+    again = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"{stage}: continues from step 4" in again.stdout
+    assert_same_states(workdir, finished)
+    steps = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps if row["stage"] == stage and "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_terminated_run_saves_and_says_so(finished: Path, data: dict, tmp_path) -> None:
+    workdir = tmp_path / "run"
+    more = ["--config.source_only.steps=2000", "--config.checkpoint_every=100000", "--config.eval_every=100000"]
+    words = [sys.executable, "-m", "jaxuda.main", *tiny.arguments("minent", workdir=workdir, **data), *more]
+    run = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if line.startswith("source_only 5/2000"):
+            run.terminate()
+            break
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == INTERRUPTED, errors
+    saved = checkpoints.Checkpoints(workdir / "source_only" / "checkpoints")
+    assert saved.newest() >= 5
+    assert f"SIGTERM: saved step {saved.newest()} of 2000" in errors
+
+
+def test_damaged_checkpoint_is_reported_and_the_one_before_used(finished: Path, data: dict, tmp_path, capsys) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / "oracle" / "results.json").unlink()
+    record = json.loads((workdir / "oracle" / "stage.json").read_text())
+    (workdir / "oracle" / "stage.json").write_text(json.dumps(record | {"status": "started"}))
+    newest = workdir / "oracle" / "checkpoints" / "6" / "default"
+    file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert main(["jaxuda", *tiny.arguments("minent", workdir=workdir, **data)]) == 0
+    told = capsys.readouterr().out
+    assert "6 is left out: the content of" in told and "oracle: continues from step 4" in told
+    assert_same_states(workdir, finished)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--config.adapt.lambda_entrpy=1"], "lambda_entropy"),
+        (["--config.devices=3", "--config.source_only.batch=4"], "use one of [1, 2, 4]"),
+        (["--config.platform=gpu"], "JAX only found cpu"),
+        (["--config.adapt.init=nowhere"], "is no stage that comes before it"),
+        (["--config.adapt.train=nothing"], "there is no method 'nothing'"),
+        (["--from_stage=nothing"], "this recipe's stages are"),
+        (["--mode=predict", "--checkpoint=nowhere", "--images=*.nothing"], "matches no file"),
+        (["--mode=eval", "--checkpoint=nowhere"], "is not the folder of a training stage"),
+        (["--config.source.path="], "--config.source.path=DIR"),
+        (["stray"], "not understood: stray"),
+    ],
+)
+def test_mistakes_are_named(data: dict, tmp_path, capsys, words: list[str], expected: str) -> None:
+    assert main(["jaxuda", *tiny.arguments("minent", workdir=tmp_path / "run", **data), *words]) == MISTAKE
+    message = capsys.readouterr().err
+    assert expected in message and message.startswith("error: ") and "Traceback" not in message
+
+
+def test_missing_dataset_names_the_command(tmp_path, capsys) -> None:
+    words = ["--config=configs/minent.py:camvid", f"--workdir={tmp_path / 'run'}", f"--config.data_dir={tmp_path}"]
+    assert main(["jaxuda", *words]) == MISTAKE
+    expected = f"python -m jaxuda.prepare camvid --manual_dir DIR --data_dir {tmp_path}"
+    assert expected in capsys.readouterr().err
+
+
+def test_unknown_benchmark_and_missing_config(capsys) -> None:
+    assert main(["jaxuda", "--config=configs/minent.py:mars"]) == MISTAKE
+    assert "no benchmark 'mars'" in capsys.readouterr().err
+    assert main(["jaxuda", "--config=configs/missing.py"]) == MISTAKE
+    assert "missing.py" in capsys.readouterr().err
+    assert main(["jaxuda"]) == MISTAKE
+    assert "--config" in capsys.readouterr().err
+
+
+def test_folder_in_use_is_refused(finished: Path, data: dict, capsys) -> None:
+    from jaxuda import files
+
+    with files.lock(finished):
+        assert main(["jaxuda", *tiny.arguments("minent", workdir=finished, **data)]) == MISTAKE
+    assert f"in use by pid {os.getpid()} on" in capsys.readouterr().err
+
+
+def test_full_disk_loses_nothing(finished: Path, data: dict, tmp_path, capsys, monkeypatch) -> None:
+    workdir = tmp_path / "run"
+    usage = shutil.disk_usage
+    saves = []
+
+    def nearly_full(path):
+        saves.append(path)
+        return usage(path)._replace(free=1000) if len(saves) > 2 else usage(path)
+
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", nearly_full)
+    words = ["jaxuda", *tiny.arguments("minent", workdir=workdir, **data)]
+    assert main(words) == MISTAKE
+    message = capsys.readouterr().err
+    assert "cannot save the checkpoint of step 4" in message and "make room" in message
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", usage)
+    assert main(words) == 0
+    assert "source_only: continues from step 3" in capsys.readouterr().out
+    assert_same_states(workdir, finished)
+
+
+def test_loss_that_is_not_finite_names_step_and_images(data: dict, tmp_path, capsys) -> None:
+    words = tiny.arguments("minent", workdir=tmp_path / "run", **data)
+    assert main(["jaxuda", *words, "--config.source_only.lr=1e30"]) == MISTAKE
+    message = capsys.readouterr().err
+    assert re.search(r"(ce|loss) is (nan|inf) at step \d", message) and "train/" in message.replace("train_", "train/")
+
+
+def test_several_seeds_end_with_mean_and_spread(data: dict, tmp_path, capsys) -> None:
+    words = tiny.arguments("minent", workdir=tmp_path / "run", **data)
+    assert main(["jaxuda", *words, "--seeds=0,1"]) == 0
+    assert re.search(r"\| folder \| minent: adapt \| 2 \| [\d.]+ ± [\d.]+", capsys.readouterr().out)
+    assert (tmp_path / "run" / "seed1" / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_devices_share_the_work(data: dict, finished: Path, tmp_path) -> None:
+    """Two devices, full command: the same losses as one, up to rounding."""
+    workdir = tmp_path / "run"
+    assert len(parallel.choose_devices(2)) == 2
+    words = tiny.arguments("minent", workdir=workdir, **data)
+    assert main(["jaxuda", *words, "--config.devices=1"]) == 0
+
+    def losses(folder: Path) -> list[float]:
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in rows if "loss" in row and row["stage"] == "source_only"][:3]
+
+    np.testing.assert_allclose(losses(workdir), losses(finished), rtol=1e-3)
+
+
+def test_help_is_readable(capsys) -> None:
+    assert main(["jaxuda", "--help"]) == 0
+    assert "--from_stage" in capsys.readouterr().out
+

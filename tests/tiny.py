@@ -1,0 +1,53 @@
+"""A tiny dataset of the user's own kind, and the command line that trains on it within seconds."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+CLASSES = ("ground", "box", "sky")
+
+
+def draw_folder(folder: Path, name: str, shift: int, images: int = 6, labelled: bool = True) -> Path:
+    """images/{train,val}, labels/{train,val} and classes.json: coloured boxes between ground and sky."""
+    rng = np.random.default_rng(shift)
+    for split in ("train", "val"):
+        (folder / "images" / split).mkdir(parents=True)
+        if labelled:
+            (folder / "labels" / split).mkdir(parents=True)
+        for index in range(images):
+            label = np.zeros((32, 48), np.uint8)
+            label[:12] = 2
+            row, column = rng.integers(8, 18), rng.integers(0, 36)
+            label[row : row + 10, column : column + 12] = 1
+            colours = np.array([[90, 90, 90], [200, 60, 40], [60, 120, 230]]) + shift
+            image = (colours[label] + rng.normal(0, 8, (*label.shape, 3))).clip(0, 255).astype(np.uint8)
+            cv2.imwrite(str(folder / "images" / split / f"{index}.png"), image[..., ::-1])
+            if labelled:
+                cv2.imwrite(str(folder / "labels" / split / f"{index}.png"), label)
+    if labelled:
+        classes = [{"name": c, "ids": [i], "color": [80 * i, 90, 40]} for i, c in enumerate(CLASSES)]
+        (folder / "classes.json").write_text(json.dumps({"name": name, "classes": classes}))
+    return folder
+
+
+def arguments(config: str, source: Path, target: Path, data_dir: Path, workdir: Path, *more: str) -> list[str]:
+    """Words after `python -m jaxuda.main` for a run of a few steps."""
+    stages = ("source_only", "adapt", "oracle")
+    return [
+        f"--config=configs/{config}.py:folder",
+        f"--workdir={workdir}",
+        f"--config.source.path={source}",
+        f"--config.target.path={target}",
+        f"--config.data_dir={data_dir}",
+        "--config.source.resize=(48, 32)",
+        "--config.target.resize=(48, 32)",
+        "--config.evaluation.size=(48, 32)",
+        "--config.model.width=8",
+        "--config.log_every=1",
+        "--config.eval_every=3",
+        "--config.checkpoint_every=2",
+        *(f"--config.{stage}.{field}" for stage in stages for field in ("steps=6", "batch=2")),
+        *more,
+    ]
