@@ -61,7 +61,9 @@ def run_seeds(config: ConfigDict, seeds: list[int], workdir: str, from_stage: st
         seeded.seed = seed
         default = Path("runs") / f"{config.name}-{config.benchmark}-seed{seed}"
         folder = Path(workdir) if workdir else default
-        results.append(pipeline.run(seeded, folder / f"seed{seed}" if workdir and len(seeds) > 1 else folder, from_stage))
+        results.append(
+            pipeline.run(seeded, folder / f"seed{seed}" if workdir and len(seeds) > 1 else folder, from_stage)
+        )
     if len(seeds) > 1:
         print(table.summary(results))
 
@@ -78,7 +80,12 @@ def main(argv: list[str] | None = None) -> int:
 
         try:
             if args.mode == "run":
-                run_seeds(args.config, [int(s) for s in args.seeds] or [args.config.seed], args.workdir, args.from_stage)
+                run_seeds(
+                    args.config,
+                    [int(s) for s in args.seeds] or [args.config.seed],
+                    args.workdir,
+                    args.from_stage,
+                )
             elif args.mode == "eval":
                 use.evaluate(args.config, args.checkpoint)
             else:
@@ -86,6 +93,9 @@ def main(argv: list[str] | None = None) -> int:
         except train.Interrupted as reason:
             print(reason, file=sys.stderr)
             return INTERRUPTED
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE

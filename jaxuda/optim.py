@@ -104,7 +104,11 @@ def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
         return sgd(schedule, optim["momentum"], optim["weight_decay"], repeat, optim["repeat_decay"])
 
     transforms = {group: segmenter(1.0, optim["repeat"][group]) for group in ("stem", "block", "shortcut")}
-    transforms |= {"norm": segmenter(1.0), "head": segmenter(optim["head_factor"]), "frozen": optax.set_to_zero()}
+    transforms |= {
+        "norm": segmenter(1.0),
+        "head": segmenter(optim["head_factor"]),
+        "frozen": optax.set_to_zero(),
+    }
 
     def groups(params: PyTree) -> PyTree:
         return jax.tree_util.tree_map_with_path(

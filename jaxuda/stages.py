@@ -16,7 +16,18 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from jaxuda import data, files
 from jaxuda.errors import UserError
 
-SHARED = ("seed", "label_space", "source", "target", "evaluation", "preprocess", "model", "optim", "eval_every", "mean_of_last")
+SHARED = (
+    "seed",
+    "label_space",
+    "source",
+    "target",
+    "evaluation",
+    "preprocess",
+    "model",
+    "optim",
+    "eval_every",
+    "mean_of_last",
+)
 SCRATCH = "scratch"
 
 
@@ -55,7 +66,7 @@ class Stage(NamedTuple):
         return self.folder / "stage.json"
 
     def status(self) -> str:
-        """"missing", "started" or "done".
+        """ "missing", "started" or "done".
 
         Raises:
           UserError: the folder holds a stage with other settings.
@@ -75,7 +86,12 @@ class Stage(NamedTuple):
     def mark(self, status: str) -> None:
         """Writes the stage's record."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        record = {"name": self.name, "status": status, "fingerprint": self.fingerprint, "identity": self.identity}
+        record = {
+            "name": self.name,
+            "status": status,
+            "fingerprint": self.fingerprint,
+            "identity": self.identity,
+        }
         files.write_json(self.record, record)
 
     def results(self) -> dict[str, Any]:
@@ -149,7 +165,9 @@ def _make_stage(
         stage, _, which = own.init.partition(":")
         if stage not in earlier:
             known = ", ".join([SCRATCH, *earlier])
-            raise UserError(f"config.{name}.init = '{own.init}' is no stage that comes before it (possible: {known})")
+            raise UserError(
+                f"config.{name}.init = '{own.init}' is no stage that comes before it (possible: {known})"
+            )
         init = (earlier[stage].folder / "checkpoints", which or "last")
         start = [earlier[stage].fingerprint, which or "last"]
 
@@ -161,7 +179,7 @@ def _make_stage(
 
 
 def changed_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """"field: old -> new" for every difference between two trees of plain values."""
+    """ "field: old -> new" for every difference between two trees of plain values."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         if old == new:
             return []

@@ -43,7 +43,9 @@ def summary(runs: list[dict[str, Any]]) -> str:
         for stage, result in run["stages"].items():
             if "mean_of_last" not in result:
                 continue
-            title = stage.replace("_", " ") if stage in ("source_only", "oracle") else f"{run['config']}: {stage}"
+            title = (
+                stage.replace("_", " ") if stage in ("source_only", "oracle") else f"{run['config']}: {stage}"
+            )
             if title == stage.replace("_", " ") and (run["benchmark"], run["seed"], stage) in baselines:
                 continue  # the same baseline, seen in an earlier method's run
             baselines.add((run["benchmark"], run["seed"], stage))
@@ -56,7 +58,11 @@ def summary(runs: list[dict[str, Any]]) -> str:
         lines.append(f"| {benchmark} | {title} | {len(scores['last'])} | {cells} |")
     classes = ", ".join(sorted({f"{len(run['classes'])} on {run['benchmark']}" for run in runs}))
     return "\n".join(
-        [*lines, "", f"mIoU in %, mean ± standard deviation over seeds; classes: {classes}. *Chosen with target labels."]
+        [
+            *lines,
+            "",
+            f"mIoU in %, mean ± standard deviation over seeds; classes: {classes}. *Chosen with target labels.",
+        ]
     )
 
 

@@ -54,7 +54,10 @@ def make_step(method: Any, model: DeepLabV2, tx: optax.GradientTransformation, c
 
 def _to_float(batch: PyTree, preprocess: str) -> PyTree:
     """Normalised float32 images and int32 labels."""
-    convert = {"image": lambda image: normalise(image, preprocess), "label": lambda label: label.astype(jnp.int32)}
+    convert = {
+        "image": lambda image: normalise(image, preprocess),
+        "label": lambda label: label.astype(jnp.int32),
+    }
     return {
         domain: {name: convert.get(name, lambda x: x)(value) for name, value in arrays.items()}
         for domain, arrays in batch.items()
@@ -157,7 +160,9 @@ class _StopSignals:
 
     def __enter__(self) -> _StopSignals:
         self.asked = ""
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -192,7 +197,9 @@ class _Loop:
         files.write_json_lines(self._history, rows)
         self._log.rewind(self._stage.name, step)
 
-    def run(self, step: Callable, evaluate: Callable, state: TrainState, start: int, batches: Iterator) -> None:
+    def run(
+        self, step: Callable, evaluate: Callable, state: TrainState, start: int, batches: Iterator
+    ) -> None:
         """Steps `start` + 1 .. config.steps, from a state on the host."""
         name, last = self._stage.name, self._stage.config.steps
         state = parallel.replicate(state, self._devices)
@@ -208,19 +215,21 @@ class _Loop:
                 self._pending.append((done, metrics, ids))
                 bar.update()
 
-                ends = done == last or bool(stop.asked)
+                stopping = stop.asked  # read once: a signal may come at any moment
                 evaluates = done == last or done % self._config.eval_every == 0
-                saves = ends or evaluates or done % self._config.checkpoint_every == 0
+                saves = bool(stopping) or evaluates or done % self._config.checkpoint_every == 0
                 if saves or done % self._config.log_every == 0:
                     # Before saving: a state after a non-finite loss must not become a checkpoint.
                     bar.set_postfix_str(self._write_metrics())
                 if saves:
                     host = parallel.first(state, self._devices)
-                    self._saved.save(done, host, self._evaluation(evaluate, host, done) if evaluates else None)
+                    self._saved.save(
+                        done, host, self._evaluation(evaluate, host, done) if evaluates else None
+                    )
                     self._since, self._waited = time.perf_counter(), 0.0
-                if stop.asked and done < last:
+                if stopping and done < last:
                     raise Interrupted(
-                        f"{stop.asked}: saved step {done} of {last} of the stage '{name}'; "
+                        f"{stopping}: saved step {done} of {last} of the stage '{name}'; "
                         "the same command continues from there"
                     )
 
@@ -266,7 +275,9 @@ class _Loop:
         self._log.scalars(self._stage.name, step, scalars)
         if "miou" not in summary:
             return None
-        self._log.say(f"{self._stage.name} step {step}: mIoU {100 * summary['miou']:.2f} on {self._validation.name}")
+        self._log.say(
+            f"{self._stage.name} step {step}: mIoU {100 * summary['miou']:.2f} on {self._validation.name}"
+        )
         return {"miou": summary["miou"]}
 
     def results(self) -> dict[str, Any]:

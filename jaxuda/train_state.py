@@ -42,7 +42,12 @@ class TrainState:
         return cls(jnp.zeros((), jnp.int32), params, tx.init(params), batch_stats, extra)
 
     def apply_gradients(
-        self, grads: dict[str, PyTree], tx: optax.GradientTransformation, *, axis_name: str | None, **changes: PyTree
+        self,
+        grads: dict[str, PyTree],
+        tx: optax.GradientTransformation,
+        *,
+        axis_name: str | None,
+        **changes: PyTree,
     ) -> TrainState:
         """One optimizer update.
 

@@ -28,7 +28,9 @@ class RunLog:
         tqdm.write(text)
         sys.stdout.flush()
         with open(self._workdir / "log.txt", "a") as file:
-            file.write("".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n" for line in text.splitlines()))
+            file.write(
+                "".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n" for line in text.splitlines())
+            )
 
     def scalars(self, stage: str, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, and one point per curve."""
@@ -46,7 +48,9 @@ class RunLog:
         path = self._workdir / "metrics.jsonl"
         if path.exists():
             rows = files.read_json_lines(path)
-            files.write_json_lines(path, [row for row in rows if row["stage"] != stage or row["step"] <= step])
+            files.write_json_lines(
+                path, [row for row in rows if row["stage"] != stage or row["step"] <= step]
+            )
 
     def close(self) -> None:
         """Flushes the curves."""

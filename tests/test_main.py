@@ -104,7 +104,11 @@ def test_baselines_are_shared_between_recipes(finished: Path, data: dict, capsys
 
 
 def test_eval_and_predict(finished: Path, data: dict, tmp_path, capsys) -> None:
-    words = ["jaxuda", *tiny.arguments("minent", workdir=tmp_path, **data), f"--checkpoint={finished / 'adapt'}"]
+    words = [
+        "jaxuda",
+        *tiny.arguments("minent", workdir=tmp_path, **data),
+        f"--checkpoint={finished / 'adapt'}",
+    ]
     assert main([*words, "--mode=eval"]) == 0
     scored = float(re.search(r"mIoU \(3\)\s+([\d.]+)", capsys.readouterr().out)[1])
     results = json.loads((finished / "results.json").read_text())
@@ -119,7 +123,9 @@ def test_eval_and_predict(finished: Path, data: dict, tmp_path, capsys) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["source_only", "adapt", "oracle"])
-def test_killed_run_continues_to_the_same_parameters(finished: Path, data: dict, tmp_path, stage: str) -> None:
+def test_killed_run_continues_to_the_same_parameters(
+    finished: Path, data: dict, tmp_path, stage: str
+) -> None:
     workdir = tmp_path / "run"
     # Nothing to adopt: the undisturbed run lies elsewhere.
     words = [sys.executable, "-m", "jaxuda.main", *tiny.arguments("minent", workdir=workdir, **data)]
@@ -142,7 +148,11 @@ def test_killed_run_continues_to_the_same_parameters(finished: Path, data: dict,
 @pytest.mark.slow
 def test_terminated_run_saves_and_says_so(finished: Path, data: dict, tmp_path) -> None:
     workdir = tmp_path / "run"
-    more = ["--config.source_only.steps=2000", "--config.checkpoint_every=100000", "--config.eval_every=100000"]
+    more = [
+        "--config.source_only.steps=2000",
+        "--config.checkpoint_every=100000",
+        "--config.eval_every=100000",
+    ]
     words = [sys.executable, "-m", "jaxuda.main", *tiny.arguments("minent", workdir=workdir, **data), *more]
     run = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in run.stdout:
@@ -156,7 +166,9 @@ def test_terminated_run_saves_and_says_so(finished: Path, data: dict, tmp_path) 
     assert f"SIGTERM: saved step {saved.newest()} of 2000" in errors
 
 
-def test_damaged_checkpoint_is_reported_and_the_one_before_used(finished: Path, data: dict, tmp_path, capsys) -> None:
+def test_damaged_checkpoint_is_reported_and_the_one_before_used(
+    finished: Path, data: dict, tmp_path, capsys
+) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     (workdir / "oracle" / "results.json").unlink()
@@ -195,7 +207,11 @@ def test_mistakes_are_named(data: dict, tmp_path, capsys, words: list[str], expe
 
 
 def test_missing_dataset_names_the_command(tmp_path, capsys) -> None:
-    words = ["--config=configs/minent.py:camvid", f"--workdir={tmp_path / 'run'}", f"--config.data_dir={tmp_path}"]
+    words = [
+        "--config=configs/minent.py:camvid",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data_dir={tmp_path}",
+    ]
     assert main(["jaxuda", *words]) == MISTAKE
     expected = f"python -m jaxuda.prepare camvid --manual_dir DIR --data_dir {tmp_path}"
     assert expected in capsys.readouterr().err
@@ -242,7 +258,10 @@ def test_loss_that_is_not_finite_names_step_and_images(data: dict, tmp_path, cap
     words = tiny.arguments("minent", workdir=tmp_path / "run", **data)
     assert main(["jaxuda", *words, "--config.source_only.lr=1e30"]) == MISTAKE
     message = capsys.readouterr().err
-    assert re.search(r"(ce|loss) is (nan|inf) at step \d", message) and "train/" in message.replace("train_", "train/")
+    assert re.search(
+        r"ce is nan at step \d of the stage 'source_only', on the images {'source': \['\d", message
+    )
+    assert "--config.source_only.lr" in message
 
 
 def test_several_seeds_end_with_mean_and_spread(data: dict, tmp_path, capsys) -> None:
@@ -270,4 +289,3 @@ def test_devices_share_the_work(data: dict, finished: Path, tmp_path) -> None:
 def test_help_is_readable(capsys) -> None:
     assert main(["jaxuda", "--help"]) == 0
     assert "--from_stage" in capsys.readouterr().out
-

@@ -39,7 +39,9 @@ class ImageFiles(Sequence):
             raise UserError(f"--images '{pattern}' matches no file")
         stems = [path.stem for path in self._paths]
         # Predictions are named after the image; two of one name would overwrite each other.
-        self._names = stems if len(set(stems)) == len(stems) else ["_".join(path.parts[-2:]) for path in self._paths]
+        self._names = (
+            stems if len(set(stems)) == len(stems) else ["_".join(path.parts[-2:]) for path in self._paths]
+        )
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -53,7 +55,14 @@ class ImageFiles(Sequence):
 
 
 def predict(
-    variables: PyTree, images: Sequence, folder: Path, *, model: DeepLabV2, method: Any, config: Any, space: Any
+    variables: PyTree,
+    images: Sequence,
+    folder: Path,
+    *,
+    model: DeepLabV2,
+    method: Any,
+    config: Any,
+    space: Any,
 ) -> None:
     """Writes `folder`/colour/ID.png and `folder`/ids/ID.png (grey, train ids) at each image's own size.
 
