@@ -157,9 +157,7 @@ def unflatten(arrays: dict[str, np.ndarray], like: PyTree, where: str) -> PyTree
         if name not in arrays:
             raise UserError(f"{where} holds no '{name}': it is of another network or method")
         if arrays[name].shape != np.shape(leaf):
-            raise UserError(
-                f"{where}: '{name}' has shape {arrays[name].shape}, this network needs {np.shape(leaf)}"
-            )
+            raise UserError(f"{where}: '{name}' has shape {arrays[name].shape}, this network needs {np.shape(leaf)}")
     return jax.tree.unflatten(structure, [arrays[name] for name in names])
 
 
@@ -177,13 +175,9 @@ def read_variables(folder: Path, which: str = "last") -> tuple[dict[str, np.ndar
     try:
         step = checkpoints.best() if which == "best" else checkpoints.newest()
         if step is None:
-            raise UserError(
-                f"there is no whole checkpoint in {folder}: run its stage again with --from_stage"
-            )
+            raise UserError(f"there is no whole checkpoint in {folder}: run its stage again with --from_stage")
         arrays = checkpoints.read(step)
     finally:
         checkpoints.close()
     model = {name.replace("params.model.", "params.", 1): array for name, array in arrays.items()}
-    return {
-        name: array for name, array in model.items() if name.startswith(("params.", "batch_stats."))
-    }, step
+    return {name: array for name, array in model.items() if name.startswith(("params.", "batch_stats."))}, step

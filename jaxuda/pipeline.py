@@ -115,9 +115,7 @@ def open_records(config: ConfigDict, domain: str, split: str) -> data.Records:
 def header(config: ConfigDict, workdir: Path, domains: Domains, statuses: dict[str, str]) -> str:
     """What a run is going to do, told before it starts."""
     devices = parallel.choose_devices(config[config.pipeline[0]].batch, config.devices, config.platform)
-    plan = " -> ".join(
-        name if status == "missing" else f"{name} ({status})" for name, status in statuses.items()
-    )
+    plan = " -> ".join(name if status == "missing" else f"{name} ({status})" for name, status in statuses.items())
     validation = f"{domains.target_val.name} ({len(domains.target_val)})" if domains.target_val else "none"
     return "\n".join(
         [
@@ -164,18 +162,10 @@ def _results(config: ConfigDict, recipe: list[Stage], domains: Domains) -> dict[
 
 def final_table(results: dict[str, Any]) -> str:
     """Per-class IoU of every training stage, and the scores that go with it."""
-    scored = {
-        name: result
-        for name, result in results["stages"].items()
-        if "best_on_val_using_target_labels" in result
-    }
+    scored = {name: result for name, result in results["stages"].items() if "best_on_val_using_target_labels" in result}
     if not scored:
-        return (
-            "no labelled validation images: nothing to score (see metrics.jsonl for the label-free figures)"
-        )
-    columns = {
-        name.replace("_", " "): np.asarray(result["last"]["confusion"]) for name, result in scored.items()
-    }
+        return "no labelled validation images: nothing to score (see metrics.jsonl for the label-free figures)"
+    columns = {name.replace("_", " "): np.asarray(result["last"]["confusion"]) for name, result in scored.items()}
     lines = [f"IoU in % on {results['validation']}, last checkpoint of each stage", ""]
     lines += [iou_table(columns, results["classes"]), ""]
     for name, result in scored.items():

@@ -87,9 +87,7 @@ def _prepare_config(
     return final
 
 
-def _build(
-    name: str, manual_dir: str | os.PathLike | None, path: str, staging: Path
-) -> tuple[Path, dict[str, Any]]:
+def _build(name: str, manual_dir: str | os.PathLike | None, path: str, staging: Path) -> tuple[Path, dict[str, Any]]:
     """Builds one config below `staging` and reads it once to make its summary."""
     dataset, _, config = name.partition("/")
     cls = records.builder_class(dataset)
@@ -113,9 +111,7 @@ def _build(
     return built, {"splits": splits, **({"classes": classes} if classes else {})}
 
 
-def _generate(
-    builder: tfds.core.GeneratorBasedBuilder, name: str, manual_dir: str | os.PathLike | None
-) -> None:
+def _generate(builder: tfds.core.GeneratorBasedBuilder, name: str, manual_dir: str | os.PathLike | None) -> None:
     """Lets tfds write the records, with our progress bars in place of its own messages."""
     split_generators = builder._split_generators
 

@@ -144,9 +144,7 @@ def plan(config: ConfigDict, workdir: Path, domains: Domains) -> list[Stage]:
     return list(stages.values())
 
 
-def _make_stage(
-    name: str, config: ConfigDict, workdir: Path, domains: Domains, earlier: Mapping[str, Stage]
-) -> Stage:
+def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, earlier: Mapping[str, Stage]) -> Stage:
     own = config[name]
     resolved = ConfigDict({field: config[field] for field in SHARED}, convert_dict=True)
     resolved = ConfigDict(json.loads(resolved.to_json()))
@@ -165,9 +163,7 @@ def _make_stage(
         stage, _, which = own.init.partition(":")
         if stage not in earlier:
             known = ", ".join([SCRATCH, *earlier])
-            raise UserError(
-                f"config.{name}.init = '{own.init}' is no stage that comes before it (possible: {known})"
-            )
+            raise UserError(f"config.{name}.init = '{own.init}' is no stage that comes before it (possible: {known})")
         init = (earlier[stage].folder / "checkpoints", which or "last")
         start = [earlier[stage].fingerprint, which or "last"]
 

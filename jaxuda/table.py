@@ -43,9 +43,7 @@ def summary(runs: list[dict[str, Any]]) -> str:
         for stage, result in run["stages"].items():
             if "mean_of_last" not in result:
                 continue
-            title = (
-                stage.replace("_", " ") if stage in ("source_only", "oracle") else f"{run['config']}: {stage}"
-            )
+            title = stage.replace("_", " ") if stage in ("source_only", "oracle") else f"{run['config']}: {stage}"
             if title == stage.replace("_", " ") and (run["benchmark"], run["seed"], stage) in baselines:
                 continue  # the same baseline, seen in an earlier method's run
             baselines.add((run["benchmark"], run["seed"], stage))

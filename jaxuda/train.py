@@ -160,9 +160,7 @@ class _StopSignals:
 
     def __enter__(self) -> _StopSignals:
         self.asked = ""
-        self._before = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -197,9 +195,7 @@ class _Loop:
         files.write_json_lines(self._history, rows)
         self._log.rewind(self._stage.name, step)
 
-    def run(
-        self, step: Callable, evaluate: Callable, state: TrainState, start: int, batches: Iterator
-    ) -> None:
+    def run(self, step: Callable, evaluate: Callable, state: TrainState, start: int, batches: Iterator) -> None:
         """Steps `start` + 1 .. config.steps, from a state on the host."""
         name, last = self._stage.name, self._stage.config.steps
         state = parallel.replicate(state, self._devices)
@@ -223,9 +219,7 @@ class _Loop:
                     bar.set_postfix_str(self._write_metrics())
                 if saves:
                     host = parallel.first(state, self._devices)
-                    self._saved.save(
-                        done, host, self._evaluation(evaluate, host, done) if evaluates else None
-                    )
+                    self._saved.save(done, host, self._evaluation(evaluate, host, done) if evaluates else None)
                     self._since, self._waited = time.perf_counter(), 0.0
                 if stopping and done < last:
                     raise Interrupted(
@@ -275,9 +269,7 @@ class _Loop:
         self._log.scalars(self._stage.name, step, scalars)
         if "miou" not in summary:
             return None
-        self._log.say(
-            f"{self._stage.name} step {step}: mIoU {100 * summary['miou']:.2f} on {self._validation.name}"
-        )
+        self._log.say(f"{self._stage.name} step {step}: mIoU {100 * summary['miou']:.2f} on {self._validation.name}")
         return {"miou": summary["miou"]}
 
     def results(self) -> dict[str, Any]:

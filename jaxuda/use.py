@@ -34,14 +34,10 @@ def restore(checkpoint: str, num_classes: int) -> tuple[DeepLabV2, dict[str, Any
       UserError: there is no such stage, or it has no whole checkpoint of this network.
     """
     if not checkpoint:
-        raise UserError(
-            "say which model: --checkpoint DIR, a stage's folder such as runs/minent-streets-seed0/adapt"
-        )
+        raise UserError("say which model: --checkpoint DIR, a stage's folder such as runs/minent-streets-seed0/adapt")
     record = files.read_json(Path(checkpoint) / "stage.json")
     if record is None or "train" not in record["identity"]:
-        raise UserError(
-            f"{checkpoint} is not the folder of a training stage (it has no stage.json that says so)"
-        )
+        raise UserError(f"{checkpoint} is not the folder of a training stage (it has no stage.json that says so)")
     config = FrozenConfigDict(record["identity"])
     model = make_model(config, num_classes)
     width, height = config.evaluation.size

@@ -28,9 +28,7 @@ class RunLog:
         tqdm.write(text)
         sys.stdout.flush()
         with open(self._workdir / "log.txt", "a") as file:
-            file.write(
-                "".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n" for line in text.splitlines())
-            )
+            file.write("".join(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n" for line in text.splitlines()))
 
     def scalars(self, stage: str, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, and one point per curve."""
@@ -48,9 +46,7 @@ class RunLog:
         path = self._workdir / "metrics.jsonl"
         if path.exists():
             rows = files.read_json_lines(path)
-            files.write_json_lines(
-                path, [row for row in rows if row["stage"] != stage or row["step"] <= step]
-            )
+            files.write_json_lines(path, [row for row in rows if row["stage"] != stage or row["step"] <= step])
 
     def close(self) -> None:
         """Flushes the curves."""
@@ -65,6 +61,4 @@ def is_interactive() -> bool:
 
 def progress_bar(total: int, title: str, unit: str, initial: int = 0) -> tqdm:
     """A progress bar on the terminal; silent when the output is none (the log's lines then tell)."""
-    return tqdm(
-        total=total, initial=initial, desc=title, unit=unit, disable=not is_interactive(), dynamic_ncols=True
-    )
+    return tqdm(total=total, initial=initial, desc=title, unit=unit, disable=not is_interactive(), dynamic_ncols=True)

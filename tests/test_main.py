@@ -123,9 +123,7 @@ def test_eval_and_predict(finished: Path, data: dict, tmp_path, capsys) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["source_only", "adapt", "oracle"])
-def test_killed_run_continues_to_the_same_parameters(
-    finished: Path, data: dict, tmp_path, stage: str
-) -> None:
+def test_killed_run_continues_to_the_same_parameters(finished: Path, data: dict, tmp_path, stage: str) -> None:
     workdir = tmp_path / "run"
     # Nothing to adopt: the undisturbed run lies elsewhere.
     words = [sys.executable, "-m", "jaxuda.main", *tiny.arguments("minent", workdir=workdir, **data)]
@@ -166,9 +164,7 @@ def test_terminated_run_saves_and_says_so(finished: Path, data: dict, tmp_path) 
     assert f"SIGTERM: saved step {saved.newest()} of 2000" in errors
 
 
-def test_damaged_checkpoint_is_reported_and_the_one_before_used(
-    finished: Path, data: dict, tmp_path, capsys
-) -> None:
+def test_damaged_checkpoint_is_reported_and_the_one_before_used(finished: Path, data: dict, tmp_path, capsys) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     (workdir / "oracle" / "results.json").unlink()
@@ -258,9 +254,7 @@ def test_loss_that_is_not_finite_names_step_and_images(data: dict, tmp_path, cap
     words = tiny.arguments("minent", workdir=tmp_path / "run", **data)
     assert main(["jaxuda", *words, "--config.source_only.lr=1e30"]) == MISTAKE
     message = capsys.readouterr().err
-    assert re.search(
-        r"ce is nan at step \d of the stage 'source_only', on the images {'source': \['\d", message
-    )
+    assert re.search(r"ce is nan at step \d of the stage 'source_only', on the images {'source': \['\d", message)
     assert "--config.source_only.lr" in message
 
 

@@ -32,9 +32,7 @@ def draw_folder(folder: Path, name: str, shift: int, images: int = 6, labelled: 
     return folder
 
 
-def arguments(
-    config: str, source: Path, target: Path, data_dir: Path, workdir: Path, *more: str
-) -> list[str]:
+def arguments(config: str, source: Path, target: Path, data_dir: Path, workdir: Path, *more: str) -> list[str]:
     """Words after `python -m jaxuda.main` for a run of a few steps."""
     stages = ("source_only", "adapt", "oracle")
     return [

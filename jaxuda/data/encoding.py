@@ -110,9 +110,7 @@ def read_label_file(data: bytes) -> np.ndarray:
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot be read as an image ({_text(error)})") from error
     if label.ndim != 2 or mode not in ("1", "L", "P", "I;16", "I"):
-        raise ValueError(
-            f"holds colours (mode {mode}), not class ids; save it as a grey or palette PNG of ids"
-        )
+        raise ValueError(f"holds colours (mode {mode}), not class ids; save it as a grey or palette PNG of ids")
     bits = data[24]  # IHDR: bit depth
     if mode == "L" and bits in (2, 4):
         label = label // (255 // (2**bits - 1))
@@ -128,9 +126,7 @@ def _text(error: Exception) -> str:
 
 def _expect(array: np.ndarray, name: str, dtype: type, ndim: int) -> None:
     if array.dtype != dtype or array.ndim != ndim:
-        raise ValueError(
-            f"{name} must be {np.dtype(dtype)} with {ndim} axes, not {array.dtype} {array.shape}"
-        )
+        raise ValueError(f"{name} must be {np.dtype(dtype)} with {ndim} axes, not {array.dtype} {array.shape}")
 
 
 def _png(array: np.ndarray) -> bytes:

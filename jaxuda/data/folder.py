@@ -113,9 +113,7 @@ def _files(root: Path, folder: Path, suffixes: tuple[str, ...], complaints: Comp
         if not name.isprintable() or "\\" in name:
             complaints.add(f"{shown}: its name has characters that cannot be part of a file name everywhere")
         elif not file.exists() or not file.resolve().is_relative_to(root):
-            complaints.add(
-                f"{shown}: is a link that leads out of the folder; put a copy or a hard link there"
-            )
+            complaints.add(f"{shown}: is a link that leads out of the folder; put a copy or a hard link there")
         elif file.is_dir():
             complaints.add(f"{shown}: is a link to a folder; put the folder itself there")
         elif file.suffix.lower() not in suffixes:
@@ -190,9 +188,7 @@ def read_classes(file: Path) -> dict[str, Any] | None:
 def _read_class(index: int, entry: Any, complaints: Complaints) -> dict[str, Any]:
     where = f"class {index}"
     if not isinstance(entry, dict) or not _is_text(entry.get("name")):
-        complaints.add(
-            f'{where}: must be {{"name": ..., "ids": [...], "color": [r, g, b]}} with a text as name'
-        )
+        complaints.add(f'{where}: must be {{"name": ..., "ids": [...], "color": [r, g, b]}} with a text as name')
         return {}
     where = f"class {index} ({entry['name']})"
     ids = entry.get("ids", [entry["id"]] if "id" in entry else None)

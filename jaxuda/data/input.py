@@ -119,9 +119,7 @@ def _copied(batch: Batch) -> Batch:
     }
 
 
-def _stream(
-    records: Sequence[Record], transform: Transform, seed: int, domain: str, count: int
-) -> grain.MapDataset:
+def _stream(records: Sequence[Record], transform: Transform, seed: int, domain: str, count: int) -> grain.MapDataset:
     """The first `count` records of a domain that is shuffled, repeated for ever and transformed."""
     if not len(records):
         raise UserError(f"the {domain} dataset is empty")
@@ -164,8 +162,7 @@ def _stack(records: Sequence[Record]) -> Batch:
         sizes = ", ".join(f"{name} {width}x{height}" for (width, height), name in shapes.items())
         raise UserError(f"images of a batch differ in size: {sizes}; give the transform a resize or a crop")
     return {
-        key: [r[key] for r in records] if key == "id" else np.stack([r[key] for r in records])
-        for key in records[0]
+        key: [r[key] for r in records] if key == "id" else np.stack([r[key] for r in records]) for key in records[0]
     }
 
 
@@ -231,9 +228,7 @@ def _sweep_batch(rows: list[Record], batch: int) -> Batch:
     }
 
 
-def prefetch_to_device(
-    batches: Iterable[Batch], put: Callable[[Any], Any], depth: int = 2
-) -> Iterator[Batch]:
+def prefetch_to_device(batches: Iterable[Batch], put: Callable[[Any], Any], depth: int = 2) -> Iterator[Batch]:
     """Keeps `depth` batches on their way to the device while one is in use.
 
     Args:

@@ -171,9 +171,7 @@ def lookup_table(dataset: str, space: str | LabelSpace) -> np.ndarray:
         names = _SUPER_RAW.get(dataset) or {r: _SUPER[n] for r, n in names.items() if n in _SUPER}
     missing = sorted(set(space.classes) - set(names.values()))
     if missing:
-        raise UserError(
-            f"{dataset} has no labels for {', '.join(missing)}, which label space {space.name} asks for"
-        )
+        raise UserError(f"{dataset} has no labels for {', '.join(missing)}, which label space {space.name} asks for")
     return table_by_name(names, space)
 
 

@@ -122,9 +122,7 @@ def load(
     folder = prepared_folder(name, data_dir, path)
     summary = read_summary(folder)
     if summary is None:
-        raise UserError(
-            f"{name} is not prepared in {root(data_dir)}; run\n  {prepare_command(name, data_dir, path)}"
-        )
+        raise UserError(f"{name} is not prepared in {root(data_dir)}; run\n  {prepare_command(name, data_dir, path)}")
     if split not in summary["splits"]:
         raise UserError(f"{name} has no split {split!r}; it has {', '.join(summary['splits'])}")
     dataset = name.partition("/")[0]
@@ -149,17 +147,13 @@ def _folder_labels(
     else:
         space = labels.label_space(wanted)
         if not set(space.classes) & set(names.values()):
-            raise UserError(
-                f"the classes.json names none of the classes of {wanted}: {', '.join(space.classes)}"
-            )
+            raise UserError(f"the classes.json names none of the classes of {wanted}: {', '.join(space.classes)}")
     return space, labels.table_by_name(names, space)
 
 
 def root(data_dir: str | os.PathLike | None) -> Path:
     """The folder of prepared datasets: the argument, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return (
-        Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
-    )
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
 
 
 def builder_class(dataset: str) -> type[tfds.core.GeneratorBasedBuilder]:
@@ -188,9 +182,7 @@ def prepared_folder(name: str, data_dir: str | os.PathLike | None, path: str = "
     builder = builder_class(dataset)
     if dataset == "folder":
         if config or not path:
-            raise UserError(
-                "the dataset 'folder' is named without a config and needs the path of the user's folder"
-            )
+            raise UserError("the dataset 'folder' is named without a config and needs the path of the user's folder")
         config = builder.config_of(path).name
     elif config not in config_names(dataset):
         choices = ", ".join(f"{dataset}/{known}" for known in config_names(dataset))

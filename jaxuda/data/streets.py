@@ -60,9 +60,7 @@ class Streets(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _info(self) -> tfds.core.DatasetInfo:
         # In the order of drawing, so that index i is the same scene on every machine.
-        return tfds.core.DatasetInfo(
-            builder=self, features=encoding.features(depth=True), disable_shuffling=True
-        )
+        return tfds.core.DatasetInfo(builder=self, features=encoding.features(depth=True), disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, "Scenes"]:
         del dl_manager  # nothing to download

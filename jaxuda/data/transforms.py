@@ -78,9 +78,7 @@ def build_transform(spec: Mapping[str, Any] | None) -> Transform:
     Raises:
         UserError: a field is unknown, or its value makes no sense.
     """
-    spec = {
-        key: tuple(v) if isinstance(v, list) else v for key, v in dict(spec or {}).items() if v is not None
-    }
+    spec = {key: tuple(v) if isinstance(v, list) else v for key, v in dict(spec or {}).items() if v is not None}
     known = [field.name for field in fields(TransformSpec)]
     unknown = sorted(set(spec) - set(known))
     if unknown:
@@ -105,9 +103,7 @@ def _problem(key: str, value: Any) -> str:
     length = 4 if key == "jitter" else 2
     if not isinstance(value, tuple) or len(value) != length or not _numbers(value):
         return f"must be {length} numbers"
-    if key in ("resize", "base", "crop", "short_side") and not all(
-        isinstance(v, int) and v > 0 for v in value
-    ):
+    if key in ("resize", "base", "crop", "short_side") and not all(isinstance(v, int) and v > 0 for v in value):
         return "must be positive integers"
     if key in ("short_side", "scale", "blur") and not 0 < value[0] <= value[1]:
         return "must be 0 < low <= high"

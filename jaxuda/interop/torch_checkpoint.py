@@ -62,9 +62,7 @@ def load_torch(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any
       UserError: an entry is missing, left over or of another shape; the text lists them. Only counters of
         batches (`num_batches_tracked`), which no computation needs, are passed over.
     """
-    state = {
-        k: np.asarray(v) for k, v in _flattened(state_dict).items() if not k.endswith("num_batches_tracked")
-    }
+    state = {k: np.asarray(v) for k, v in _flattened(state_dict).items() if not k.endswith("num_batches_tracked")}
     layout = _find_layout(state, model)
     shapes = _shapes(model, state)
     names = {path: torch_name(path, model, layout) for path in shapes}
@@ -79,14 +77,10 @@ def load_torch(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any
         array = from_torch(state[name])
         if array.shape != shapes[path]:
             expected = to_torch(np.empty(shapes[path], bool)).shape
-            problems.append(
-                f"shape of {name}: {state[name].shape} in the checkpoint, {expected} in the network"
-            )
+            problems.append(f"shape of {name}: {state[name].shape} in the checkpoint, {expected} in the network")
         leaves[path] = jnp.asarray(array, jnp.float32)
     if problems:
-        listed = "\n  ".join(
-            problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else [])
-        )
+        listed = "\n  ".join(problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else []))
         raise UserError(
             f"the torch checkpoint does not fit {type(model).__name__}; compare the fields of config.model"
             f" (backbone, variant, num_classes, aux, depth, head_bias) with it:\n  {listed}"
@@ -173,9 +167,7 @@ def _shapes(model: nn.Module, state: Mapping[str, np.ndarray]) -> dict[tuple[str
     if isinstance(model, FCDiscriminator):
         channels = state["0.weight"].shape[1] if "0.weight" in state else 1
     elif not isinstance(model, DeepLabV2):
-        raise UserError(
-            f"torch weights can be read for DeepLabV2 and FCDiscriminator, not {type(model).__name__}"
-        )
+        raise UserError(f"torch weights can be read for DeepLabV2 and FCDiscriminator, not {type(model).__name__}")
     image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(variables).items()}

@@ -62,9 +62,7 @@ def lovasz_softmax(probs: jax.Array, labels: jax.Array, *, axis_name: str | None
     weights = lax.map(lambda row: _jaccard_steps(*row), (fixed, owners))
     present = jnp.any(owners, axis=1)
     if axis_name is not None:
-        weights = lax.dynamic_slice_in_dim(
-            weights, lax.axis_index(axis_name) * labels.size, labels.size, axis=1
-        )
+        weights = lax.dynamic_slice_in_dim(weights, lax.axis_index(axis_name) * labels.size, labels.size, axis=1)
     total = global_sum(jnp.where(present[:, None], errors * weights, 0), axis_name)
     return total / jnp.maximum(jnp.sum(present), 1)
 

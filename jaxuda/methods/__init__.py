@@ -27,7 +27,5 @@ def names() -> list[str]:
 def load(name: str) -> ModuleType:
     """The method called `name`; raises UserError with the known names if there is none."""
     if name not in names():
-        raise UserError(
-            f"there is no method '{name}' (known: {', '.join(names())}); mend the stage's field `train`"
-        )
+        raise UserError(f"there is no method '{name}' (known: {', '.join(names())}); mend the stage's field `train`")
     return importlib.import_module(f"{__name__}.{name}")

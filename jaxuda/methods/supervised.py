@@ -13,9 +13,7 @@ from jaxuda.models.layers import resize_bilinear, resize_labels
 PyTree = Any
 
 
-def init(
-    key: jax.Array, *, model: DeepLabV2, batch: PyTree, config: Any, artifacts: PyTree
-) -> tuple[dict, tuple]:
+def init(key: jax.Array, *, model: DeepLabV2, batch: PyTree, config: Any, artifacts: PyTree) -> tuple[dict, tuple]:
     """For methods that add neither parameters nor state to the model's."""
     return {}, ()
 
@@ -36,9 +34,7 @@ def forward(
       The outputs at network resolution and the moved running statistics.
     """
     variables = {"params": params, "batch_stats": batch_stats}
-    outputs, updated = model.clone(axis_name=axis_name).apply(
-        variables, images, train=True, mutable=["batch_stats"]
-    )
+    outputs, updated = model.clone(axis_name=axis_name).apply(variables, images, train=True, mutable=["batch_stats"])
     return outputs, updated.get("batch_stats", batch_stats)
 
 

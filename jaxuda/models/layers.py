@@ -60,9 +60,7 @@ def normalise(images: jax.Array, kind: str) -> jax.Array:
 # Convolution ------------------------------------------------------------------------------------------------
 
 
-def conv2d(
-    x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1, padding: int = 0
-) -> jax.Array:
+def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1, padding: int = 0) -> jax.Array:
     """Convolution of (N, H, W, A) with (kh, kw, A, B), zero `padding` on all four sides."""
     if use_cpu_forms() and kernel.shape[:2] == (1, 1) and padding == 0:
         return pointwise(x[:, ::stride, ::stride], kernel[0, 0])

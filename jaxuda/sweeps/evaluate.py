@@ -62,9 +62,7 @@ def make_evaluator(
             for batch in sweep(records, config):
                 sums = evaluate_batch(variables, parallel.spread(_arrays(batch, grid, config), devices))
                 for name, value in jax.device_get(sums).items():
-                    total[name] = total.get(name, 0) + value.astype(
-                        np.int64 if name == "confusion" else np.float64
-                    )
+                    total[name] = total.get(name, 0) + value.astype(np.int64 if name == "confusion" else np.float64)
                 bar.update(batch["count"])
         return _finish(total)
 

@@ -39,9 +39,7 @@ class ImageFiles(Sequence):
             raise UserError(f"--images '{pattern}' matches no file")
         stems = [path.stem for path in self._paths]
         # Predictions are named after the image; two of one name would overwrite each other.
-        self._names = (
-            stems if len(set(stems)) == len(stems) else ["_".join(path.parts[-2:]) for path in self._paths]
-        )
+        self._names = stems if len(set(stems)) == len(stems) else ["_".join(path.parts[-2:]) for path in self._paths]
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -70,10 +70,7 @@ def test_exif_orientation_is_applied(orientation):
     assert upright.shape[:2] == ((32, 16) if orientation > 4 else (16, 32))
     corners = [upright[2, 2], upright[2, -3], upright[-3, -3], upright[-3, 2]]  # clockwise from top left
     # As the standard has it: where the first row and column of the file are shown.
-    assert (
-        int(np.argmax([c[0] for c in corners]))
-        == {1: 0, 2: 1, 3: 2, 4: 3, 5: 0, 6: 1, 7: 2, 8: 3}[orientation]
-    )
+    assert int(np.argmax([c[0] for c in corners])) == {1: 0, 2: 1, 3: 2, 4: 3, 5: 0, 6: 1, 7: 2, 8: 3}[orientation]
     assert encoding.check_image(data) == upright.shape[:2]
 
 
@@ -110,9 +107,7 @@ def test_few_bits_of_grey_are_not_stretched(bits):
     row = {2: bytes([0b00011011]), 4: bytes([0x01, 0x23])}[bits]
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + row))

@@ -105,9 +105,7 @@ def test_processes_share_the_global_batch_in_order():
 
 
 def test_every_epoch_has_every_record_in_another_order():
-    ids = [
-        name for batch in _batches(_records(6), batch=3, steps=8, spec={}) for name in batch["source"]["id"]
-    ]
+    ids = [name for batch in _batches(_records(6), batch=3, steps=8, spec={}) for name in batch["source"]["id"]]
     epochs = [ids[i : i + 6] for i in range(0, 24, 6)]
     assert all(sorted(epoch) == [f"0-{i}" for i in range(6)] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
@@ -136,9 +134,7 @@ def test_wrong_arguments_are_explained():
     with pytest.raises(UserError, match="a batch of 4 does not divide over 3 processes"):
         _batches(process_count=3)
     with pytest.raises(UserError, match="the target dataset is empty"):
-        make_input(
-            _records(1), [], batch=1, steps=1, source_transform=None, target_transform=build_transform({})
-        )
+        make_input(_records(1), [], batch=1, steps=1, source_transform=None, target_transform=build_transform({}))
 
 
 @pytest.mark.parametrize("count", [5, 6])

@@ -120,9 +120,7 @@ def test_camvid_published_numbers():
 
 
 def test_camvid_complains_of_what_is_missing(tmp_path, capsys):
-    assert "camvid/day needs --manual_dir DIR: the folder CamVid of" in _fails(
-        capsys, "camvid", "--data_dir", tmp_path
-    )
+    assert "camvid/day needs --manual_dir DIR: the folder CamVid of" in _fails(capsys, "camvid", "--data_dir", tmp_path)
     missing = tmp_path / "nowhere"
     assert f"--manual_dir {missing}: there is no such folder" in _fails(
         capsys, "camvid", "--manual_dir", missing, "--data_dir", tmp_path
@@ -154,9 +152,7 @@ def test_folder_round_trip(tmp_path):
     for index in range(3):
         record = data[index]
         assert record.keys() == {"image", "label", "id"}
-        np.testing.assert_array_equal(
-            record["image"], np.asarray(Image.open(root / f"images/train/{index}.png"))
-        )
+        np.testing.assert_array_equal(record["image"], np.asarray(Image.open(root / f"images/train/{index}.png")))
         np.testing.assert_array_equal(record["label"].ravel()[:6], [0, 0, 1, 2, 255, 255])
     np.testing.assert_array_equal(data[-1]["image"], data[2]["image"])
     with pytest.raises(IndexError):
@@ -357,9 +353,7 @@ def test_records_feed_workers(tmp_path):
     runs = []
     for num_workers in (0, 1):
         options = {"batch": 2, "steps": 3, "num_workers": num_workers}
-        with make_input(
-            data, data, **options, source_transform=transform, target_transform=transform
-        ) as batches:
+        with make_input(data, data, **options, source_transform=transform, target_transform=transform) as batches:
             runs.append(list(batches))
     for first, second in zip(*runs, strict=True):
         np.testing.assert_array_equal(first["source"]["label"], second["source"]["label"])
@@ -370,9 +364,7 @@ def test_records_feed_workers(tmp_path):
 def test_unknown_names(tmp_path):
     with pytest.raises(UserError, match="unknown dataset 'street'; known: streets, camvid, folder"):
         load("street/game", "train", data_dir=tmp_path)
-    with pytest.raises(
-        UserError, match="unknown dataset 'camvid/night'; choose from camvid/day, camvid/dusk"
-    ):
+    with pytest.raises(UserError, match="unknown dataset 'camvid/night'; choose from camvid/day, camvid/dusk"):
         load("camvid/night", "train", data_dir=tmp_path)
     with pytest.raises(UserError, match="camvid/day takes no path"):
         load("camvid/day", "train", data_dir=tmp_path, path="x")

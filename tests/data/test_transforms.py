@@ -144,9 +144,7 @@ def test_photometric_transforms_touch_the_image_alone():
 def test_jitter_strengths():
     picture = np.full((4, 4, 3), (100, 60, 20), np.uint8)
     levels = [
-        build_transform({"jitter": (0.5, 0, 0, 0)})({"image": picture}, np.random.default_rng(s))["image"][
-            0, 0
-        ]
+        build_transform({"jitter": (0.5, 0, 0, 0)})({"image": picture}, np.random.default_rng(s))["image"][0, 0]
         for s in range(50)
     ]
     assert 48 <= min(v[0] for v in levels) < 60

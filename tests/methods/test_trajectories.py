@@ -49,9 +49,7 @@ def _config(run: str) -> ConfigDict:
 @functools.cache
 def _start() -> dict:
     """The generated weights of the reduced network, as our variables."""
-    shapes = jax.eval_shape(
-        functools.partial(MODEL.init, train=False), jax.random.key(0), jnp.zeros((1, 65, 65, 3))
-    )
+    shapes = jax.eval_shape(functools.partial(MODEL.init, train=False), jax.random.key(0), jnp.zeros((1, 65, 65, 3)))
     flat = flax.traverse_util.flatten_dict(shapes)
     keys = [
         (torch_name(path, MODEL, LAYOUTS["two_level"]), to_torch(np.empty(leaf.shape, bool)).shape)
@@ -62,9 +60,7 @@ def _start() -> dict:
 
 def _by_torch_name(tree: dict, collection: str) -> dict[str, np.ndarray]:
     flat = flax.traverse_util.flatten_dict({collection: tree})
-    return {
-        torch_name(p, MODEL, LAYOUTS["two_level"]): np.asarray(leaf, np.float64) for p, leaf in flat.items()
-    }
+    return {torch_name(p, MODEL, LAYOUTS["two_level"]): np.asarray(leaf, np.float64) for p, leaf in flat.items()}
 
 
 def _run(method: str, config: ConfigDict, arrays: dict[str, np.ndarray], steps: int = 5) -> tuple[list, list]:
@@ -111,14 +107,9 @@ def test_trajectory(method: str, file: str, run: str) -> None:
     run = f"{run}_double"
     for ours, theirs in LOSSES.items():
         if f"{run}_{theirs}_f64" in arrays:
-            np.testing.assert_allclose(
-                [row[ours] for row in metrics], arrays[f"{run}_{theirs}_f64"], rtol=1e-6
-            )
+            np.testing.assert_allclose([row[ours] for row in metrics], arrays[f"{run}_{theirs}_f64"], rtol=1e-6)
 
-    named = [
-        _by_torch_name(s.params["model"], "params") | _by_torch_name(s.batch_stats, "batch_stats")
-        for s in states
-    ]
+    named = [_by_torch_name(s.params["model"], "params") | _by_torch_name(s.batch_stats, "batch_stats") for s in states]
     compared = [i for i, key in enumerate(keys) if not key.endswith("num_batches_tracked")]
     assert {keys[i] for i in compared} == set(named[0])
 
@@ -155,8 +146,7 @@ def test_first_gradients(method: str, file: str) -> None:
         (before, after), _ = _run(method, config, arrays, steps=1)
     start, end = (_by_torch_name(state.params["model"], "params") for state in (before, after))
     theirs = {
-        name: dict(zip(keys, arrays[f"dedup_lr1_double_grad1_{name}_f64"], strict=True))
-        for name in ("l2", "sum")
+        name: dict(zip(keys, arrays[f"dedup_lr1_double_grad1_{name}_f64"], strict=True)) for name in ("l2", "sum")
     }
     trained = [key for key in start if theirs["l2"][key] != 0]
     assert len(trained) > 20

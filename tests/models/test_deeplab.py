@@ -72,9 +72,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("backbone", "dtype"), [*((name, "float32") for name in SMALL), ("resnet101", "bfloat16")]
-)
+@pytest.mark.parametrize(("backbone", "dtype"), [*((name, "float32") for name in SMALL), ("resnet101", "bfloat16")])
 def test_small_network_trains_one_step(backbone, dtype):
     model = DeepLabV2(5, width=8, dtype=dtype, **SMALL[backbone])
     images = np.random.default_rng(1).normal(size=(2, 32, 48, 3)).astype(np.float32)

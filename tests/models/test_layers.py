@@ -88,9 +88,7 @@ def test_batch_norm_over_devices_equals_one_device():
         )
         np.testing.assert_allclose(values, np.full(4, value), rtol=1e-12)
         jax.tree.map(lambda n, one: np.testing.assert_allclose(n[3], one, rtol=1e-11), moved_n, moved)
-        jax.tree.map(
-            lambda n, one: np.testing.assert_allclose(n[3], one, rtol=1e-10, atol=1e-12), gradients, gradient
-        )
+        jax.tree.map(lambda n, one: np.testing.assert_allclose(n[3], one, rtol=1e-10, atol=1e-12), gradients, gradient)
 
 
 def test_batch_norm_keeps_small_variance_beside_large_mean():
@@ -121,10 +119,7 @@ def test_max_pool(size, padding, length, ceil):
         return [2 * i - padding for i in range(count) if 2 * i - padding < n]
 
     expected = np.array(
-        [
-            [x[0, max(i, 0) : i + size, max(j, 0) : j + size].max((0, 1)) for j in windows(11)]
-            for i in windows(length)
-        ]
+        [[x[0, max(i, 0) : i + size, max(j, 0) : j + size].max((0, 1)) for j in windows(11)] for i in windows(length)]
     )
     np.testing.assert_array_equal(layers.max_pool(jnp.asarray(x), size, 2, padding, ceil)[0], expected)
 
@@ -194,9 +189,7 @@ def test_sum_of_dilated_convolutions_on_cpu_equals_library(monkeypatch, size):
         rng = np.random.default_rng(0)
         x = rng.normal(size=(2, *size, 5))
         kernels = [rng.normal(size=(3, 3, 5, 4)) for _ in range(4)]
-        check_equal(
-            plain_and_cpu(monkeypatch, lambda x, *k: layers.conv2d_sum(x, k, (6, 12, 18, 24)), x, *kernels)
-        )
+        check_equal(plain_and_cpu(monkeypatch, lambda x, *k: layers.conv2d_sum(x, k, (6, 12, 18, 24)), x, *kernels))
 
 
 def test_residual_join_on_cpu_equals_sum_and_relu(monkeypatch):

@@ -141,9 +141,7 @@ def panel(
     return surface, light
 
 
-def front(
-    canvas: Canvas, label: int, colour: Colour, *, x0: float, x1: float, y0: float, y1: float, z: float
-) -> int:
+def front(canvas: Canvas, label: int, colour: Colour, *, x0: float, x1: float, y0: float, y1: float, z: float) -> int:
     """Paints an upright rectangle that faces the camera; returns its surface number."""
     surface = canvas.upright(label, z)
     canvas.fill(quad_z(x0, x1, y0, y1, z), shaded(colour, light_on(canvas, (0, 0, -1))), surface)

@@ -69,9 +69,7 @@ def pavement_things(canvas: Canvas, street: Street, paint: Paint, rng: random.Ra
             z = rng.uniform(max(first, 7), 20)
             machine = rng.choice(("bicycle", "motorcycle"))
             for k in range(rng.randint(1, 3)):
-                add(
-                    z + k, _cycle, canvas, paint, rng, machine, False, side.sign * (side.curb + 0.9), z + k, 1
-                )
+                add(z + k, _cycle, canvas, paint, rng, machine, False, side.sign * (side.curb + 0.9), z + k, 1)
     if rng.random() < stats.lights:
         z = street.crossing[0] - 1.2 if street.crossing else rng.uniform(9, 20)
         lit = rng.randrange(3)

@@ -38,9 +38,7 @@ class Facade(NamedTuple):
     framed: bool
 
 
-def building(
-    canvas: Canvas, style: Facade, *, x: float, z0: float, z1: float, near: float, base: float = 0.0
-) -> None:
+def building(canvas: Canvas, style: Facade, *, x: float, z0: float, z1: float, near: float, base: float = 0.0) -> None:
     """Paints a building with its front along the street at x and its gable at z0.
 
     What lies nearer than z = near on a front at x is out of the picture; what hides its foot is `base` high.
@@ -48,16 +46,12 @@ def building(
     label, side = CLASS["building"], 1 if x > 0 else -1
     if z0 > near:
         deep = x + side * 14
-        surface = front(
-            canvas, label, style.colour, x0=min(x, deep), x1=max(x, deep), y0=0, y1=style.height, z=z0
-        )
+        surface = front(canvas, label, style.colour, x0=min(x, deep), x1=max(x, deep), y0=0, y1=style.height, z=z0)
         if z0 < 70:
             xs = np.arange(x + side * 1.2, x + side * 12, side * style.pitch * 1.3)
             ys = np.arange(style.storey + 0.9, style.height - 1.2, style.storey)
             if len(ys):
-                canvas.fill_many(
-                    grid_z(z0, xs, ys, style.window_width, style.window_height), style.window, surface
-                )
+                canvas.fill_many(grid_z(z0, xs, ys, style.window_width, style.window_height), style.window, surface)
     z0 = max(z0, near)
     surface, light = panel(canvas, label, style.colour, x=x, z0=z0, z1=z1, y0=0, y1=style.height)
     canvas.fill(quad_x(x, style.height - 0.5, style.height, z0, z1), shaded(style.roof, light), surface)
@@ -75,14 +69,10 @@ def building(
             )
         canvas.fill_many(grid_x(x, zs, ys, style.window_width, style.window_height), style.window, surface)
     if len(zs):
-        canvas.fill_many(
-            grid_x(x, zs, np.array([0.3]), style.pitch * 0.7, style.storey - 1.1), style.window, surface
-        )
+        canvas.fill_many(grid_x(x, zs, np.array([0.3]), style.pitch * 0.7, style.storey - 1.1), style.window, surface)
 
 
-def wall(
-    canvas: Canvas, colour: Colour, joint: Colour, *, x: float, z0: float, z1: float, height: float
-) -> None:
+def wall(canvas: Canvas, colour: Colour, joint: Colour, *, x: float, z0: float, z1: float, height: float) -> None:
     """A wall along the street with courses and a coping."""
     surface, light = panel(canvas, CLASS["wall"], colour, x=x, z0=z0, z1=z1, y0=0, y1=height)
     ys = np.arange(0.4, height - 0.3, 0.5)
@@ -92,16 +82,12 @@ def wall(
     canvas.fill(quad_x(x, height - 0.2, height, z0, z1), shaded(colour, light * 1.2), surface)
 
 
-def fence(
-    canvas: Canvas, colour: Colour, mesh: Colour, *, x: float, z0: float, z1: float, height: float
-) -> None:
+def fence(canvas: Canvas, colour: Colour, mesh: Colour, *, x: float, z0: float, z1: float, height: float) -> None:
     """A fence along the street: bars before a mesh; what shows through is fence as well, as in Cityscapes."""
     surface, light = panel(canvas, CLASS["fence"], mesh, x=x, z0=z0, z1=z1, y0=0, y1=height)
     bar = shaded(colour, light)
     canvas.fill_many(grid_x(x, np.arange(z0, min(z1, 40), 0.8), np.array([0.0]), 0.3, height), bar, surface)
-    canvas.fill_many(
-        grid_x(x, np.array([z0]), np.array([0.25 * height, height - 0.16]), z1 - z0, 0.16), bar, surface
-    )
+    canvas.fill_many(grid_x(x, np.array([z0]), np.array([0.25 * height, height - 0.16]), z1 - z0, 0.16), bar, surface)
 
 
 def paint_fronts(canvas: Canvas, street: Street, side: Side, paint: Paint, rng: random.Random) -> None:
@@ -129,9 +115,7 @@ def paint_fronts(canvas: Canvas, street: Street, side: Side, paint: Paint, rng: 
             continue
         back = x + side.sign * rng.uniform(4, 9)
         if kind != "trees" and rng.random() < 0.6:
-            building(
-                canvas, _facade(stats, paint, rng), x=back, z0=z0, z1=z1, near=street.near(back), base=2.5
-            )
+            building(canvas, _facade(stats, paint, rng), x=back, z0=z0, z1=z1, near=street.near(back), base=2.5)
         else:
             for z in np.linspace(z1, z0, max(int((z1 - z0) / 4), 2)).tolist():
                 if z > street.near(back):

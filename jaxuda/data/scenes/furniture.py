@@ -26,9 +26,7 @@ def _thin_box(
     return left, left + wide - 1
 
 
-def post(
-    canvas: Canvas, colour: Colour, *, x: float, z: float, height: float, width: float, arm: float = 0.0
-) -> None:
+def post(canvas: Canvas, colour: Colour, *, x: float, z: float, height: float, width: float, arm: float = 0.0) -> None:
     """A pole, optionally with a lamp arm that reaches `arm` metres to the right (negative: left)."""
     zoom = canvas.view.focal / z
     surface = canvas.upright(CLASS["pole"], z)
@@ -36,9 +34,7 @@ def post(
     top = foot - height * zoom
     left, right = _thin_box(canvas, u, top, foot, width * zoom, colour, surface)
     third = max((right - left) // 3, 1)
-    cv2.rectangle(
-        canvas.pixels, (left, int(top)), (left + third, int(foot)), (*shaded(colour, 1.3), surface), -1
-    )
+    cv2.rectangle(canvas.pixels, (left, int(top)), (left + third, int(foot)), (*shaded(colour, 1.3), surface), -1)
     if arm:
         # at least THIN pixels in both directions, like the post itself
         thick = max(int(0.12 * zoom), THIN * SUPER)

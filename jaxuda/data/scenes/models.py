@@ -42,9 +42,7 @@ def _mesh(faces: list[tuple[int, list[tuple[float, float, float]]]]) -> Mesh:
     )
 
 
-def _sides(
-    material: int, zy: list[tuple[float, float]], x: float, top_x: float | None = None, split: float = 0.0
-):
+def _sides(material: int, zy: list[tuple[float, float]], x: float, top_x: float | None = None, split: float = 0.0):
     """The same polygon on both sides; points higher than `split` lie at top_x."""
 
     def at(sign):
@@ -111,9 +109,7 @@ def _car_faces(length: float, belt: float, roof: float, hood: float, tail: float
     faces += _slope(PAINT, 0.87, belt, hood, 0.7, roof, top1)
     faces += _slope(GLASS, 0.8, belt + 0.02, hood - 0.02, 0.66, roof - 0.06, top1 + 0.06)
     faces += _slope(PAINT, 0.7, roof, top0, 0.7, roof, top1)
-    faces += _end(DARK, -0.86, 0.86, 0.24, 0.38, -0.01) + _ends(
-        TAIL, 0.56, 0.86, belt - 0.28, belt - 0.06, -0.01
-    )
+    faces += _end(DARK, -0.86, 0.86, 0.24, 0.38, -0.01) + _ends(TAIL, 0.56, 0.86, belt - 0.28, belt - 0.06, -0.01)
     faces += _end(METAL, -0.27, 0.27, 0.45, 0.58, -0.02)
     faces += _end(DARK, -0.45, 0.45, 0.34, low - 0.12, length + 0.01)
     faces += _ends(LAMP, 0.5, 0.84, low - 0.24, low - 0.06, length + 0.01)
@@ -336,9 +332,7 @@ def _cyclist(machine: str, ridden: bool) -> Figure:
 
 WALKERS = (_walker(0.08, 0.02), _walker(0.2, 0.08), _walker(0.3, 0.14))
 CYCLES = {
-    (machine, ridden): _cyclist(machine, ridden)
-    for machine in ("bicycle", "motorcycle")
-    for ridden in (False, True)
+    (machine, ridden): _cyclist(machine, ridden) for machine in ("bicycle", "motorcycle") for ridden in (False, True)
 }
 
 
@@ -369,6 +363,4 @@ def figure(
     below = canvas.upright(machine, z) if machine is not None else surface
     shades = colours.tolist()
     for start, end, material, mechanical in template.parts:
-        cv2.fillConvexPoly(
-            canvas.pixels, corners[start:end], (*shades[material], below if mechanical else surface)
-        )
+        cv2.fillConvexPoly(canvas.pixels, corners[start:end], (*shades[material], below if mechanical else surface))
