@@ -76,6 +76,9 @@ def test_nothing_whole(saved: Checkpoints, state: TrainState, tmp_path: Path) ->
     assert saved.newest() is None
     with pytest.raises(UserError, match="no whole checkpoint"):
         read_variables(tmp_path)
+    with pytest.raises(UserError, match="its stage has not run"):
+        read_variables(tmp_path / "missing")
+    assert not (tmp_path / "missing").exists()
 
 
 def test_variables_of_the_model_alone(saved: Checkpoints, state: TrainState, tmp_path: Path) -> None:
