@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from jaxuda import files
@@ -43,6 +44,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, report: Callable[[str], None] = print, read_only: bool = False):
         self._folder, self._report = Path(folder).absolute(), report
+        # Orbax warns of its own defaults, which tells a user nothing.
+        logging.set_verbosity(logging.ERROR)
         policies = checkpoint_managers
         keep = policies.AnyPreservationPolicy(
             [
