@@ -2,22 +2,20 @@
 
 import functools
 
-import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_weights import golden, golden_keys, state_dict
+from golden_weights import golden, golden_keys
 from ml_collections import ConfigDict
+from trajectories import by_torch_name, run
 
-from jaxuda import methods
-from jaxuda.interop.torch_checkpoint import LAYOUTS, load_torch, to_torch, torch_name
+from jaxuda.interop.torch_checkpoint import to_torch
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.optim import make_optimizer
-from jaxuda.train_state import TrainState
 
 LITERAL = {"stem": 1, "block": 3, "shortcut": 4}
 MODEL = DeepLabV2(19, "resnet101", "caffe", blocks=(1, 1, 1, 1), aux=True, dtype="float64")
+_run = functools.partial(run, model=MODEL, layout="two_level")
+_by_torch_name = functools.partial(by_torch_name, model=MODEL, layout="two_level")
 
 
 def _config(run: str) -> ConfigDict:
@@ -44,41 +42,6 @@ def _config(run: str) -> ConfigDict:
             },
         }
     )
-
-
-@functools.cache
-def _start() -> dict:
-    """The generated weights of the reduced network, as our variables."""
-    shapes = jax.eval_shape(functools.partial(MODEL.init, train=False), jax.random.key(0), jnp.zeros((1, 65, 65, 3)))
-    flat = flax.traverse_util.flatten_dict(shapes)
-    keys = [
-        (torch_name(path, MODEL, LAYOUTS["two_level"]), to_torch(np.empty(leaf.shape, bool)).shape)
-        for path, leaf in flat.items()
-    ]
-    return load_torch(state_dict(keys), MODEL)
-
-
-def _by_torch_name(tree: dict, collection: str) -> dict[str, np.ndarray]:
-    flat = flax.traverse_util.flatten_dict({collection: tree})
-    return {torch_name(p, MODEL, LAYOUTS["two_level"]): np.asarray(leaf, np.float64) for p, leaf in flat.items()}
-
-
-def _run(method: str, config: ConfigDict, arrays: dict[str, np.ndarray], steps: int = 5) -> tuple[list, list]:
-    """States (before the first step and after each) and metrics of each step, in double precision."""
-    variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), _start())
-    batch = {
-        "source": {"image": arrays["src_images"].astype(np.float64), "label": arrays["src_labels"]},
-        "target": {"image": arrays.get("trg_images", np.zeros(())).astype(np.float64)},
-    }
-    tx = make_optimizer(config)
-    states = [TrainState.create({"model": variables["params"]}, tx, variables["batch_stats"])]
-    step = jax.jit(functools.partial(methods.load(method).train_step, model=MODEL, tx=tx, config=config))
-    metrics = []
-    for _ in range(steps):
-        state, row = step(states[-1], batch, jax.random.key(0))
-        states.append(state)
-        metrics.append(row)
-    return states, metrics
 
 
 LOSSES = {
