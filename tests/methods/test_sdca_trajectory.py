@@ -19,7 +19,7 @@ TERMS = ("features_source", "features_target", "logits_source", "logits_target")
 def _config(arrays: dict[str, np.ndarray], name: str) -> ConfigDict:
     return ConfigDict(
         {
-            "lr": float(arrays[f"{name}_base_lr"]),
+            "lr": float(str(arrays[f"{name}_base_lr"])),  # the decimal number that its single precision stands for
             "schedule_steps": 62_500,
             "align_corners": True,
             "lambda_aux": 0.0,
@@ -60,7 +60,7 @@ def test_trajectory(name: str) -> None:
     lovasz = np.array([row["lovasz"] for row in metrics])
     np.testing.assert_allclose(lovasz, arrays["double_loss_lov_f64"], rtol=1e-7)
     supervised = [row["ce"] for row in metrics] + config.lambda_lovasz * lovasz
-    np.testing.assert_allclose(supervised, arrays["double_loss_sup_f64"], rtol=1e-7)
+    np.testing.assert_allclose(supervised, arrays["double_loss_sup_f64"], rtol=2e-7)
     np.testing.assert_array_equal(masks, arrays["trg_mask_steps"])
     shares = np.mean(arrays["trg_mask_steps"] != 255, axis=(1, 2, 3))
     np.testing.assert_allclose([row["confident"] for row in metrics], shares, rtol=1e-12)
@@ -83,7 +83,7 @@ def test_trajectory(name: str) -> None:
     compared = [i for i, key in enumerate(keys) if key in named[0]]
     for after, theirs in ((1, "step1_delta_l2"), (-1, "delta_l2")):
         change = [np.linalg.norm(named[after][keys[i]] - named[0][keys[i]]) for i in compared]
-        _expect(change, arrays[f"double_{theirs}_f64"][compared], 1e-6)
+        _expect(change, arrays[f"double_{theirs}_f64"][compared], 1e-7)
 
 
 def _target_logits(state: TrainState, arrays: dict[str, np.ndarray]) -> jax.Array:
