@@ -115,12 +115,13 @@ def open_records(config: ConfigDict, domain: str, split: str) -> data.Records:
 def header(config: ConfigDict, workdir: Path, domains: Domains, statuses: dict[str, str]) -> str:
     """What a run is going to do, told before it starts."""
     devices = parallel.choose_devices(config[config.pipeline[0]].batch, config.devices, config.platform)
+    used = f"{len(devices)} of {jax.local_device_count()} {devices[0].platform} ({devices[0].device_kind})"
     plan = " -> ".join(name if status == "missing" else f"{name} ({status})" for name, status in statuses.items())
     validation = f"{domains.target_val.name} ({len(domains.target_val)})" if domains.target_val else "none"
     return "\n".join(
         [
             f"jaxuda {config.name}:{config.benchmark}, seed {config.seed}",
-            f"  devices     {len(devices)} of {jax.local_device_count()} {devices[0].platform} ({devices[0].device_kind})",
+            f"  devices     {used}",
             f"  stages      {plan}",
             f"  source      {domains.source.name} ({len(domains.source)} images)",
             f"  target      {domains.target.name} ({len(domains.target)} images), evaluated on {validation}",

@@ -108,8 +108,11 @@ class Stage(NamedTuple):
           The folder it was taken from, or None.
         """
         for record in sorted(self.folder.parent.parent.glob("*/*/stage.json")):
-            saved = files.read_json(record)
-            if saved["status"] == "done" and saved["fingerprint"] == self.fingerprint:
+            try:
+                saved = files.read_json(record)
+            except UserError:
+                continue  # a damaged neighbour is not this run's business
+            if (saved.get("status"), saved.get("fingerprint")) == ("done", self.fingerprint):
                 aside = self.folder.with_name(f".{self.name}.adopting")
                 shutil.rmtree(aside, ignore_errors=True)
                 shutil.copytree(record.parent, aside, copy_function=_link)

@@ -15,8 +15,7 @@ from jaxuda.errors import UserError
 from jaxuda.metrics import iou_table
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.sweeps.evaluate import make_evaluator
-from jaxuda.sweeps.predict import ImageFiles
-from jaxuda.sweeps.predict import predict as write_predictions
+from jaxuda.sweeps.predict import ImageFiles, predictions, write_predictions
 from jaxuda.train import evaluation_devices, make_model
 
 
@@ -70,7 +69,7 @@ def predict(config: ConfigDict, checkpoint: str, images: str, workdir: str) -> N
     model, variables, trained = restore(checkpoint, space.num_classes)
     folder = Path(workdir or checkpoint) / "predictions"
     method = methods.load(trained.train)
-    write_predictions(variables, found, folder, model=model, method=method, config=trained, space=space)
+    write_predictions(predictions(variables, found, model=model, method=method, config=trained), folder, space)
     print(f"{len(found)} predictions in {folder}/colour and {folder}/ids")
 
 

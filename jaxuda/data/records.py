@@ -49,7 +49,7 @@ class Records:
         self.label_space = space
         self.labelled = bool(summary["labelled"])
         classes = (space.name, space.classes) if space else None
-        identity = f"{self.name} {summary['sha256']} {classes} {table.tobytes().hex()}"
+        identity = f"{split} {summary['sha256']} {classes} {table.tobytes().hex()}"
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:32]
         self._folder, self._split, self.table = folder, split, table
         self._ids = summary["ids"]
@@ -131,7 +131,8 @@ def load(
     else:
         space = labels.label_space(label_space or labels.DEFAULT_SPACE[dataset])
         table = labels.lookup_table(dataset, space)
-    return Records(name, folder, split, summary["splits"][split], space, table)
+    shown = f"folder {Path(path).name}" if dataset == "folder" else name
+    return Records(shown, folder, split, summary["splits"][split], space, table)
 
 
 def _folder_labels(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxuda import data
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import interpolation_matrix, normalise
 
@@ -33,6 +34,24 @@ def make_scores(model: DeepLabV2, method: ModuleType, config: Any) -> Callable[[
         return logits, jax.nn.softmax(logits)
 
     return scores
+
+
+def score_grid(scores: Callable, variables: PyTree, config: Any) -> tuple[int, int]:
+    """(h, w) of the scores of images of `config.evaluation.size`, found without computing them."""
+    width, height = config.evaluation.size
+    images = jax.ShapeDtypeStruct((config.evaluation.batch, height, width, 3), jnp.uint8)
+    return jax.eval_shape(scores, variables, images)[0].shape[1:3]
+
+
+def sweep(records: Sequence, config: Any) -> Iterator[dict[str, Any]]:
+    """One pass in order, images resized to `config.evaluation.size`; see `data.sweep_batches`."""
+    transform = data.build_transform({"resize": tuple(config.evaluation.size)})
+    return data.sweep_batches(records, transform, config.evaluation.batch)
+
+
+def padded_sizes(sizes: list[tuple[int, int]], batch: int) -> list[tuple[int, int]]:
+    """`sizes` with the last one repeated for the images that only fill up the last batch."""
+    return sizes + sizes[-1:] * (batch - len(sizes))
 
 
 def resize_matrices(
