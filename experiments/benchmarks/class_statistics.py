@@ -10,6 +10,13 @@ result in memory; "plain, compiled" gives it to XLA as a whole. Time is the medi
 compiled code needs beside its arguments and results, and for the uncompiled form its largest two arrays, which
 exist at the same time. Where they do not fit (`--limit`, in GB) the form runs on the largest part of the pixels that
 fits, and its time is scaled up: it is linear in them.
+
+Measured on two busy CPU cores, 28,980 positions, --limit 2 (features alone: 237 MB):
+
+                   seconds   ratio        MB   ratio
+    ours             0.266     1.0       240     1.0
+    plain, compiled 37.428   140.5      9024    37.6
+    plain           39.657   148.9      9021    37.6
 """
 
 import argparse
