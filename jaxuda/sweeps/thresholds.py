@@ -4,68 +4,14 @@ Li et al., arXiv 2105.05013, self-training: a class's threshold is the median co
 it, at most `cap`. The histogram knows the median to within `1 / BINS`.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxuda import parallel
 from jaxuda.losses.segmentation import IGNORE
-from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.models.layers import resize_bilinear
-from jaxuda.sweeps.scores import make_scores, sweep
-from jaxuda.writers import progress_bar
-
-PyTree = Any
 
 # A power of two: scaling a confidence by it is exact, so that no pixel falls into a bin above its confidence.
 BINS = 8192
-
-
-def collect_histogram(
-    variables: PyTree,
-    images: Sequence,
-    *,
-    model: DeepLabV2,
-    method: ModuleType,
-    config: Any,
-    devices: list[jax.Device],
-) -> np.ndarray:
-    """One pass in evaluation mode over unlabelled records: the summed `confidence_histogram`, (C, BINS) int64.
-
-    Args:
-      variables: "params" and "batch_stats" of `model`.
-      images: records with "image" and "id".
-      model: the network.
-      method: the module that trained it, for its way of predicting.
-      config: read are `preprocess`, `evaluation.size`, at which confidences are taken, `evaluation.batch` and
-        `align_corners`.
-      devices: as many as divide `evaluation.batch`.
-    """
-    scores = make_scores(model, method, config)
-    width, height = config.evaluation.size
-
-    @jax.jit
-    def histogram(variables: PyTree, batch: dict[str, jax.Array]) -> jax.Array:
-        values, _ = scores(variables, batch["image"])
-        values = resize_bilinear(values, (height, width), align_corners=config.align_corners)
-        probs = values if hasattr(method, "predict") else jax.nn.softmax(values)
-        return confidence_histogram(probs, batch["counts"][:, None, None])
-
-    total = np.zeros((model.num_classes, BINS), np.int64)
-    variables = parallel.everywhere(variables, devices)
-    with progress_bar(len(images), "thresholds", "img") as bar:
-        for batch in sweep(images, config):
-            # The images that fill up the last batch must not count twice.
-            arrays = {"image": batch["image"], "counts": np.arange(len(batch["image"])) < batch["count"]}
-            total += np.asarray(histogram(variables, parallel.spread(arrays, devices)))
-            bar.update(batch["count"])
-    return total
 
 
 def confidence_histogram(probs: jax.Array, counts: jax.Array | None = None) -> jax.Array:

@@ -1,21 +1,10 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
-from golden_weights import golden, random_variables
+from golden_weights import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ml_collections import ConfigDict
 
-from jaxuda.methods import sdca
-from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.models.layers import normalise, resize_bilinear
-from jaxuda.sweeps.thresholds import (
-    BINS,
-    apply_thresholds,
-    class_thresholds,
-    collect_histogram,
-    confidence_histogram,
-)
+from jaxuda.sweeps.thresholds import BINS, apply_thresholds, class_thresholds, confidence_histogram
 
 
 def _exact(confidence, labels, classes, cap):
@@ -78,20 +67,3 @@ def test_ignored_labels_and_unseen_classes():
     np.testing.assert_array_equal(kept, labels)
     assert kept.dtype == np.uint8
     assert np.all(apply_thresholds(labels, np.zeros(3), np.full(3, 0.5)) == 255)
-
-
-def test_one_pass_over_images_counts_each_pixel_once():
-    model = DeepLabV2(3, "resnet18", "torchvision", width=8, blocks=(1, 1, 1, 1))
-    variables = jax.tree.map(np.asarray, random_variables(model, jnp.zeros((1, 32, 48, 3))))
-    config = ConfigDict({"preprocess": "imagenet", "align_corners": True, "evaluation": {"batch": 2, "size": (48, 32)}})
-    rng = np.random.default_rng(0)
-    images = [{"image": rng.integers(0, 256, (32, 48, 3), np.uint8), "id": str(i)} for i in range(5)]
-    options = {"model": model, "method": sdca, "config": config}
-    one, two = (collect_histogram(variables, images, devices=jax.devices()[:n], **options) for n in (1, 2))
-    assert one.sum() == two.sum() == 5 * 32 * 48
-
-    logits = model.apply(variables, normalise(np.stack([r["image"] for r in images]), "imagenet")).main
-    probs = np.asarray(jax.nn.softmax(resize_bilinear(logits, (32, 48), True)))
-    expected = _exact(probs.max(-1), probs.argmax(-1), 3, 0.9)
-    for histogram in (one, two):
-        np.testing.assert_allclose(class_thresholds(histogram, 0.9), expected, rtol=0, atol=1 / BINS + 1e-5)
