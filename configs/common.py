@@ -113,7 +113,10 @@ def train_stage(method: str, **fields) -> ConfigDict:
         {
             "train": method,
             "init": "scratch",  # or the name of an earlier stage, or "STAGE:best" (chosen with target labels)
-            "domains": ("source", "target"),
+            "domains": ("source", "target"),  # labelled images are of the first, unlabelled ones of the second
+            "labels": "",  # a stage whose pseudo-labels stand for the labels of the first domain
+            "reads": (),  # stages whose artefacts the method starts from
+            "class_balanced": False,  # draw labelled images so that rare classes are seen often
             "steps": 300,
             "schedule_steps": 0,  # of the poly schedule; 0: `steps`
             "batch": 4,  # images of each domain per step, all devices together
@@ -125,6 +128,18 @@ def train_stage(method: str, **fields) -> ConfigDict:
             **fields,
         }
     )
+
+
+def sweep_stage(sweep: str, init: str, **fields) -> ConfigDict:
+    """A pass over a dataset with the network of an earlier stage, which leaves artefacts for later ones.
+
+    Args:
+      sweep: a file in `jaxuda/sweeps`.
+      init: the stage whose network is used.
+      **fields: what the sweep needs.
+    """
+    shared = {"domains": ("source", "target"), "labels": "", "reads": (), "align_corners": True}
+    return ConfigDict({"sweep": sweep, "init": init, **shared, **fields})
 
 
 def source_only(**fields) -> ConfigDict:
