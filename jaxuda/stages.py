@@ -28,7 +28,7 @@ SHARED = (
     "eval_every",
     "mean_of_last",
 )
-SCRATCH = "scratch"
+SCRATCH, IMAGENET = "scratch", "imagenet"
 ARTIFACTS = "artifacts"
 
 
@@ -188,8 +188,8 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
             raise UserError(f"config.{name}.{field} names '{stage}', which is no stage before it (those are: {known})")
         return earlier[stage]
 
-    init, start = None, SCRATCH
-    if own.init != SCRATCH:
+    init, start = None, own.init
+    if own.init not in (SCRATCH, IMAGENET):
         stage, _, which = own.init.partition(":")
         init = (before("init", stage).folder / "checkpoints", which or "last")
         start = [before("init", stage).fingerprint, which or "last"]

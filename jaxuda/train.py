@@ -23,7 +23,7 @@ from jaxuda.errors import UserError
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import normalise
 from jaxuda.optim import make_optimizer
-from jaxuda.stages import Domains, Stage
+from jaxuda.stages import IMAGENET, Domains, Stage
 from jaxuda.sweeps.evaluate import make_evaluator
 from jaxuda.train_state import TrainState
 from jaxuda.writers import RunLog, is_interactive, progress_bar
@@ -115,6 +115,11 @@ def train(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
     """
     config = stage.config
     devices = parallel.choose_devices(config.batch, run_config.devices, run_config.platform)
+    if config.init == IMAGENET:
+        raise UserError(
+            f"the stage '{stage.name}' starts from published ImageNet weights, which this version cannot read from "
+            f"their files yet: --config.{stage.name}.init=scratch trains from random weights instead"
+        )
     artifacts = stage.artifacts()
     labelled = labelled_records(config, domains, artifacts)
     model = make_model(config, labelled.label_space.num_classes)
