@@ -14,7 +14,7 @@ def domain(name: str, **transforms) -> ConfigDict:
     Sizes are (width, height). The order is: resize | short_side | scale, crop, flip, jitter, grey, blur.
     """
     config = ConfigDict({"name": name, "path": "", "split": "train", "interpolation": "bicubic"})
-    for field in ("resize", "short_side", "scale", "crop", "flip", "jitter", "grey", "blur"):
+    for field in ("resize", "short_side", "scale", "base", "crop", "flip", "jitter", "grey", "blur"):
         config[field] = transforms.pop(field, None)
     assert not transforms, f"unknown transforms: {', '.join(transforms)}"
     return config
@@ -39,15 +39,19 @@ def quick_model(**fields) -> ConfigDict:
     )
 
 
-def base(name: str, benchmark: str) -> ConfigDict:
+def base(name: str, benchmark: str, published: bool = False) -> ConfigDict:
     """Everything but the stages.
 
     Args:
       name: of the config file.
-      benchmark: "streets" (drawn, nothing to download), "camvid" (day -> dusk) or "folder" (the user's own
-        images: `--config.source.path=... --config.target.path=...`).
+      benchmark: "streets" (drawn, nothing to download), "camvid" (day -> dusk), "folder" (the user's own
+        images: `--config.source.path=... --config.target.path=...`), or where a config has a published recipe
+        "gta5" or "synthia" (to Cityscapes).
+      published: whether it has.
     """
     benchmarks = {"streets": _streets, "camvid": _camvid, "folder": _folder}
+    if published:
+        benchmarks |= {"gta5": _gta5, "synthia": _synthia}
     if benchmark not in benchmarks:
         raise ValueError(f"configs/{name}.py has no benchmark '{benchmark}' (known: {', '.join(benchmarks)})")
     config = ConfigDict(
@@ -102,6 +106,24 @@ def _folder(config: ConfigDict) -> None:
     config.evaluation.size = (256, 128)
 
 
+def _gta5(config: ConfigDict) -> None:
+    config.label_space = "cityscapes19"
+    config.source = domain("gta5", resize=(1280, 720))
+    _cityscapes(config)
+
+
+def _synthia(config: ConfigDict) -> None:
+    config.label_space = "synthia16"
+    config.source = domain("synthia", resize=(1280, 760))
+    _cityscapes(config)
+
+
+def _cityscapes(config: ConfigDict) -> None:
+    config.target = domain("cityscapes", resize=(1024, 512))
+    config.evaluation.update({"size": (1024, 512), "batch": 1})
+    config.update({"log_every": 100, "eval_every": 2000, "checkpoint_every": 1000, "num_workers": 4})
+
+
 def train_stage(method: str, **fields) -> ConfigDict:
     """A training stage.
 
@@ -112,8 +134,11 @@ def train_stage(method: str, **fields) -> ConfigDict:
     return ConfigDict(
         {
             "train": method,
-            "init": "scratch",  # or the name of an earlier stage, or "STAGE:best" (chosen with target labels)
-            "domains": ("source", "target"),
+            "init": "scratch",  # or "imagenet", an earlier stage, or "STAGE:best" (chosen with target labels)
+            "domains": ("source", "target"),  # labelled images are of the first, unlabelled ones of the second
+            "labels": "",  # a stage whose pseudo-labels stand for the labels of the first domain
+            "reads": (),  # stages whose artefacts the method starts from
+            "class_balanced": False,  # draw labelled images so that rare classes are seen often
             "steps": 300,
             "schedule_steps": 0,  # of the poly schedule; 0: `steps`
             "batch": 4,  # images of each domain per step, all devices together
@@ -125,6 +150,18 @@ def train_stage(method: str, **fields) -> ConfigDict:
             **fields,
         }
     )
+
+
+def sweep_stage(sweep: str, init: str, **fields) -> ConfigDict:
+    """A pass over a dataset with the network of an earlier stage, which leaves artefacts for later ones.
+
+    Args:
+      sweep: a file in `jaxuda/sweeps`.
+      init: the stage whose network is used.
+      **fields: what the sweep needs.
+    """
+    shared = {"domains": ("source", "target"), "labels": "", "reads": (), "align_corners": True}
+    return ConfigDict({"sweep": sweep, "init": init, **shared, **fields})
 
 
 def source_only(**fields) -> ConfigDict:

@@ -93,9 +93,8 @@ class Checkpoints:
         )
 
     def _write_manifest(self, folder: Path) -> None:
-        listed = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
-        sums = {str(path.relative_to(folder)): files.sha256(path) for path in listed}
-        files.write_json(folder / MANIFEST, sums)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        files.write_json(folder / MANIFEST, files.checksums(folder))
 
     def _complaint(self, step: int) -> str | None:
         """What is wrong with a checkpoint, or None."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxuda import checkpoints, data, files, methods, parallel, pipeline
@@ -16,7 +13,7 @@ from jaxuda.metrics import iou_table
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.sweeps.evaluate import make_evaluator
 from jaxuda.sweeps.predict import ImageFiles, predictions, write_predictions
-from jaxuda.train import evaluation_devices, make_model
+from jaxuda.train import abstract_variables, evaluation_devices, make_model
 
 
 def restore(checkpoint: str, num_classes: int) -> tuple[DeepLabV2, dict[str, Any], FrozenConfigDict]:
@@ -39,11 +36,8 @@ def restore(checkpoint: str, num_classes: int) -> tuple[DeepLabV2, dict[str, Any
         raise UserError(f"{checkpoint} is not the folder of a training stage (it has no stage.json that says so)")
     config = FrozenConfigDict(record["identity"])
     model = make_model(config, num_classes)
-    width, height = config.evaluation.size
-    images = jnp.zeros((1, height, width, 3))
-    like = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
     arrays, _ = checkpoints.read_variables(Path(checkpoint) / "checkpoints")
-    return model, checkpoints.unflatten(arrays, like, checkpoint), config
+    return model, checkpoints.unflatten(arrays, abstract_variables(model, config), checkpoint), config
 
 
 def evaluate(config: ConfigDict, checkpoint: str) -> None:

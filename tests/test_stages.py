@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import minent, source_only
+from configs import minent, sdca, source_only
 from jaxuda.errors import UserError
 from jaxuda.stages import Domains, changed_fields, plan
 
@@ -47,6 +47,34 @@ def test_other_data_are_another_stage() -> None:
     other = fingerprints(minent.get_config(), DOMAINS._replace(source=FakeRecords("other")))
     before = fingerprints(minent.get_config())
     assert {name for name in other if other[name] != before[name]} == {"source_only", "adapt"}
+
+
+def test_what_a_stage_reads_belongs_to_it() -> None:
+    before = fingerprints(sdca.get_config())
+    config = sdca.get_config()
+    config.pseudo_labels.threshold_cap = 0.5
+    after = fingerprints(config)
+    assert {name for name in after if after[name] != before[name]} == {"pseudo_labels", "self_train"}
+    config.self_train.labels = "oracle"
+    with pytest.raises(UserError, match="reads names 'oracle', which is no stage before it"):
+        fingerprints(config)
+
+
+def test_artefacts_are_verified(tmp_path: Path) -> None:
+    recipe = {stage.name: stage for stage in plan(sdca.get_config(), tmp_path, DOMAINS)}
+    artefact = tmp_path / "statistics" / "artifacts" / "numbers"
+    artefact.parent.mkdir(parents=True)
+    artefact.write_text("1")
+    recipe["statistics"].mark("done")
+    assert recipe["adapt"].artifacts() == {"statistics": artefact.parent}
+    artefact.write_text("2")
+    with pytest.raises(UserError, match=r"not what the stage 'statistics' wrote.*--from_stage statistics"):
+        recipe["adapt"].artifacts()
+
+
+def test_self_training_needs_no_target_labels() -> None:
+    unlabelled = DOMAINS._replace(target=FakeRecords("target", labelled=False))
+    assert list(fingerprints(sdca.get_config(), unlabelled))[-1] == "self_train"
 
 
 def test_no_oracle_without_target_labels() -> None:

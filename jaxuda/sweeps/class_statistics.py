@@ -20,38 +20,30 @@ from jaxuda.losses.contrastive import empty_statistics, update_statistics
 from jaxuda.losses.segmentation import IGNORE
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import normalise, resize_labels
+from jaxuda.stages import Domains
 from jaxuda.statistics import LevelStatistics, write_statistics
 from jaxuda.writers import progress_bar
 
 PyTree = Any
 
 
-def class_statistics(
+def run(
     variables: PyTree,
-    source: data.Records,
+    domains: Domains,
     folder: Path,
     *,
     model: DeepLabV2,
+    method: Any,
     config: Any,
     devices: list[jax.Device],
-    say: Callable[[str], None] = print,
-) -> LevelStatistics:
-    """Collects the statistics of `source` and writes them to `folder` (see `jaxuda.statistics`).
+    say: Callable[[str], None],
+) -> None:
+    """Collects the statistics of the source's training images and writes them to `folder` (see `jaxuda.statistics`).
 
-    Args:
-      variables: "params" and "batch_stats" of `model`.
-      source: labelled records.
-      folder: where the file goes; it must exist.
-      model: the network.
-      config: read are `preprocess`, `source.resize` (the size of the images; where the source is not simply
-        resized, `evaluation.size`) and `evaluation.batch`.
-      devices: as many as divide `evaluation.batch`; the result does not depend on them.
-      say: is told which classes never appear. Their statistics stay zero: they take part in the contrast as
-        negatives without direction until a batch shows them.
-
-    Returns:
-      The statistics of features and logits, on the host.
+    A class that never appears is told. Its statistics stay zero: it takes part in the contrast as a negative
+    without direction until a batch shows it.
     """
+    source = domains.source
     statistics = collect(variables, source, model=model, config=config, devices=devices)
     names = source.label_space.classes
     absent = [name for name, count in zip(names, statistics.features.count, strict=True) if not count]
@@ -61,13 +53,21 @@ def class_statistics(
             "these classes stay zero, and the adaptation learns nothing about them until a batch shows them"
         )
     write_statistics(folder, statistics, model, names)
-    return statistics
 
 
 def collect(
     variables: PyTree, source: data.Records, *, model: DeepLabV2, config: Any, devices: list[jax.Device]
 ) -> LevelStatistics:
-    """The pass itself; arguments as of `class_statistics`."""
+    """The statistics of `source`, on the host, whatever the number of devices.
+
+    Args:
+      variables: "params" and "batch_stats" of `model`.
+      source: labelled records.
+      model: the network.
+      config: read are `preprocess`, `source.resize` (the size of the images; where the source is not simply
+        resized, `evaluation.size`) and `evaluation.batch`.
+      devices: as many as divide `evaluation.batch`.
+    """
     size = tuple(config.source.resize or config.evaluation.size)
 
     @jax.jit

@@ -13,7 +13,7 @@ import numpy as np
 from jaxuda import data, parallel
 from jaxuda.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.sweeps.scores import make_scores, padded_sizes, resize, resize_matrices, score_grid, sweep
+from jaxuda.sweeps.scores import make_scores, padded_sizes, probabilities, resize, resize_matrices, score_grid, sweep
 from jaxuda.writers import progress_bar
 
 PyTree = Any
@@ -47,8 +47,8 @@ def make_evaluator(
 
     @jax.jit
     def evaluate_batch(variables: PyTree, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        values, probs = scores(variables, batch["image"])
-        sums = _label_free(probs, batch["counts"])
+        values = scores(variables, batch["image"])
+        sums = _label_free(probabilities(values, method), batch["counts"])
         if "label" in batch:
             predictions = jnp.argmax(resize(values, batch["rows"], batch["columns"]), -1)
             sums["confusion"] = confusion_matrix(batch["label"], predictions, classes)

@@ -66,7 +66,7 @@ def predictions(
 
     @jax.jit
     def label_maps(variables: PyTree, image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-        return jnp.argmax(resize(scores(variables, image)[0], rows, columns), -1).astype(jnp.uint8)
+        return jnp.argmax(resize(scores(variables, image), rows, columns), -1).astype(jnp.uint8)
 
     grid = score_grid(scores, variables, config)
     with progress_bar(len(images), "predict", "img") as bar:

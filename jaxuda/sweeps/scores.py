@@ -18,29 +18,31 @@ PyTree = Any
 BUCKET = 32  # images of mixed sizes share compiled code when they round up to the same multiple of this
 
 
-def make_scores(model: DeepLabV2, method: ModuleType, config: Any) -> Callable[[PyTree, jax.Array], tuple]:
-    """`scores(variables, images) -> (scores, probs)`, both (N, h, w, C) at network resolution.
+def make_scores(model: DeepLabV2, method: ModuleType, config: Any) -> Callable[[PyTree, jax.Array], jax.Array]:
+    """`scores(variables, images)`: (N, H, W, 3) uint8 to what is upsampled before the argmax, (N, h, w, C).
 
-    `images` are (N, H, W, 3) uint8. `scores` are what is upsampled before the argmax: logits, or the
-    probabilities of a method that has its own `predict`.
+    That is logits, or the probabilities of a method that has its own `predict`.
     """
 
-    def scores(variables: PyTree, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def scores(variables: PyTree, images: jax.Array) -> jax.Array:
         images = normalise(images, config.preprocess)
         if hasattr(method, "predict"):
-            probs = method.predict(variables, images, model=model, config=config)
-            return probs, probs
-        logits = model.apply(variables, images, train=False).main
-        return logits, jax.nn.softmax(logits)
+            return method.predict(variables, images, model=model, config=config)
+        return model.apply(variables, images, train=False).main
 
     return scores
+
+
+def probabilities(scores: jax.Array, method: ModuleType) -> jax.Array:
+    """Class probabilities of what `make_scores` gave, at any resolution."""
+    return scores if hasattr(method, "predict") else jax.nn.softmax(scores)
 
 
 def score_grid(scores: Callable, variables: PyTree, config: Any) -> tuple[int, int]:
     """(h, w) of the scores of images of `config.evaluation.size`, found without computing them."""
     width, height = config.evaluation.size
     images = jax.ShapeDtypeStruct((config.evaluation.batch, height, width, 3), jnp.uint8)
-    return jax.eval_shape(scores, variables, images)[0].shape[1:3]
+    return jax.eval_shape(scores, variables, images).shape[1:3]
 
 
 def sweep(records: Sequence, config: Any) -> Iterator[dict[str, Any]]:

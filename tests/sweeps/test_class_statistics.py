@@ -13,8 +13,9 @@ from jaxuda.errors import UserError
 from jaxuda.methods import sdca
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import normalise, resize_labels
+from jaxuda.stages import Domains
 from jaxuda.statistics import FILE, read_statistics
-from jaxuda.sweeps.class_statistics import class_statistics
+from jaxuda.sweeps import class_statistics
 
 CLASSES = ("road", "car", "train", "sky")
 MODEL = DeepLabV2(len(CLASSES), "resnet18", "torchvision", width=8, blocks=(1, 1, 1, 1))
@@ -52,10 +53,17 @@ def _variables():
 
 def _collect(folder, devices=1):
     told = []
-    statistics = class_statistics(
-        _variables(), _source(), folder, model=MODEL, config=CONFIG, devices=jax.devices()[:devices], say=told.append
+    class_statistics.run(
+        _variables(),
+        Domains(_source(), None, None),
+        folder,
+        model=MODEL,
+        method=None,
+        config=CONFIG,
+        devices=jax.devices()[:devices],
+        say=told.append,
     )
-    return statistics, told
+    return read_statistics(folder, MODEL, 64, CLASSES), told
 
 
 def _expected():
