@@ -124,6 +124,22 @@ def _cityscapes(config: ConfigDict) -> None:
     config.update({"log_every": 100, "eval_every": 2000, "checkpoint_every": 1000, "num_workers": 4})
 
 
+# Learning rate, steps and start of MinEnt, AdvEnt and IntraDA as published.
+ADVENT_SCHEDULE = {"lr": 2.5e-4, "steps": 120_000, "schedule_steps": 250_000, "batch": 1, "init": "imagenet"}
+
+
+def advent_family(config: ConfigDict) -> None:
+    """Network and optimizer of the published MinEnt, AdvEnt and IntraDA experiments.
+
+    Their optimizer moved block convolutions three times and shortcuts four times per step, decaying anew each time
+    (torch 0.4); `optim.repeat` = 1 everywhere is what their papers describe.
+    """
+    config.preprocess = "caffe"
+    config.model.update({"backbone": "resnet101", "variant": "caffe", "width": 64, "aux": True})
+    config.optim.update({"head_factor": 10.0, "train_norm": False, "repeat_decay": "accumulate"})
+    config.optim.repeat.update({"stem": 1, "block": 3, "shortcut": 4})
+
+
 def train_stage(method: str, **fields) -> ConfigDict:
     """A training stage.
 

@@ -44,6 +44,7 @@ def run(
     *,
     model: DeepLabV2,
     layout: str,
+    players: dict | None = None,
 ) -> tuple[list, list]:
     """States (before the first step and after each) and metrics of each step, in double precision."""
     variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), start(model, layout))
@@ -53,7 +54,8 @@ def run(
     }
     tx, module = make_optimizer(config), methods.load(method)
     _, extra = module.init(jax.random.key(0), model=model, batch=batch, config=config, artifacts={})
-    states = [TrainState.create({"model": variables["params"]}, tx, variables["batch_stats"], extra)]
+    players = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), players or {})
+    states = [TrainState.create({"model": variables["params"], **players}, tx, variables["batch_stats"], extra)]
     step = jax.jit(functools.partial(module.train_step, model=model, tx=tx, config=config))
     metrics = []
     for _ in range(steps):

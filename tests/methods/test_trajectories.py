@@ -2,15 +2,18 @@
 
 import functools
 
+import flax
 import jax
 import numpy as np
 import pytest
-from golden_weights import golden, golden_keys
+from golden_weights import golden, golden_keys, state_dict
 from ml_collections import ConfigDict
 from trajectories import by_torch_name, run
 
-from jaxuda.interop.torch_checkpoint import to_torch
+from jaxuda.interop.torch_checkpoint import LAYOUTS, load_torch, to_torch, torch_name
 from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.models.discriminator import FCDiscriminator
+from jaxuda.train_state import TrainState
 
 LITERAL = {"stem": 1, "block": 3, "shortcut": 4}
 MODEL = DeepLabV2(19, "resnet101", "caffe", blocks=(1, 1, 1, 1), aux=True, dtype="float64")
@@ -31,6 +34,10 @@ def _config(run: str) -> ConfigDict:
             "lambda_lovasz": 0.0,
             "lambda_entropy": 0.001 * factor,
             "lambda_entropy_aux": 0.0002 * factor,
+            "lambda_adv": 0.001 * factor,
+            "lambda_adv_aux": 0.0002 * factor,
+            "discriminator_width": 64,
+            "discriminator_lr": 1e-4 * (10 if scale == "lr10" else 1),
             "optim": {
                 "head_factor": 10.0,
                 "momentum": 0.9,
@@ -52,6 +59,39 @@ LOSSES = {
 }
 
 
+def _players(method: str) -> dict:
+    """The generated discriminators that a method plays against."""
+    if method != "advent":
+        return {}
+    keys, discriminator = golden_keys("model_fc_discriminator"), FCDiscriminator()
+    return {
+        "discriminator": {
+            level: load_torch(state_dict(keys, seed_prefix=f"d_{level}."), discriminator)["params"]
+            for level in ("main", "aux")
+        }
+    }
+
+
+def _check_discriminators(arrays: dict, run: str, states: list, metrics: list) -> None:
+    order = ("adv_aux", "adv_main", "d_source_aux", "d_source_main", "d_target_aux", "d_target_main")
+    ours = np.array([[row[name] for name in order] for row in metrics])
+    np.testing.assert_allclose(ours, arrays[f"{run}_bce_calls_f64"], rtol=1e-6)
+
+    def tensors(state: TrainState) -> dict[str, np.ndarray]:
+        return {
+            f"d_{level}.{torch_name(path, FCDiscriminator(), LAYOUTS['two_level'])}": np.asarray(leaf)
+            for level, player in state.params["discriminator"].items()
+            for path, leaf in flax.traverse_util.flatten_dict({"params": player}).items()
+        }
+
+    first, last = tensors(states[0]), tensors(states[-1])
+    keys = golden_keys("train_advent")["disc_keys"]
+    assert set(keys) == set(first)
+    for name, values in (("disc_l2", last), ("disc_delta_l2", {key: last[key] - first[key] for key in keys})):
+        norms = [np.linalg.norm(values[key]) for key in keys]
+        np.testing.assert_allclose(norms, arrays[f"{run}_{name}_f64"], rtol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("method", "file", "run"),
     [
@@ -61,13 +101,18 @@ LOSSES = {
         ("minent", "train_minent", "dedup_lr1"),
         ("minent", "train_minent", "dedup_lam100"),
         ("minent", "train_minent", "dup04_lr10"),
+        ("advent", "train_advent", "dedup_lr1"),
+        ("advent", "train_advent", "dedup_lam100"),
+        ("advent", "train_advent", "dup04_lr10"),
     ],
 )
 def test_trajectory(method: str, file: str, run: str) -> None:
     arrays, keys = golden(file), golden_keys(file)["param_and_buffer_keys"]
     with jax.enable_x64(True):
-        states, metrics = _run(method, _config(run), arrays)
+        states, metrics = _run(method, _config(run), arrays, players=_players(method))
     run = f"{run}_double"
+    if method == "advent":
+        _check_discriminators(arrays, run, states, metrics)
     for ours, theirs in LOSSES.items():
         if f"{run}_{theirs}_f64" in arrays:
             np.testing.assert_allclose([row[ours] for row in metrics], arrays[f"{run}_{theirs}_f64"], rtol=1e-6)
@@ -98,7 +143,9 @@ def test_trajectory(method: str, file: str, run: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("method", "file"), [("source_only", "train_source"), ("minent", "train_minent")])
+@pytest.mark.parametrize(
+    ("method", "file"), [("source_only", "train_source"), ("minent", "train_minent"), ("advent", "train_advent")]
+)
 def test_first_gradients(method: str, file: str) -> None:
     """With momentum and decay off and a learning rate of 1, the first update is minus the gradient."""
     arrays, keys = golden(file), golden_keys(file)["param_and_buffer_keys"]
@@ -106,7 +153,7 @@ def test_first_gradients(method: str, file: str) -> None:
     config.lr = 1.0
     config.optim.update({"weight_decay": 0.0, "head_factor": 1.0})
     with jax.enable_x64(True):
-        (before, after), _ = _run(method, config, arrays, steps=1)
+        (before, after), _ = _run(method, config, arrays, steps=1, players=_players(method))
     start, end = (_by_torch_name(state.params["model"], "params") for state in (before, after))
     theirs = {
         name: dict(zip(keys, arrays[f"dedup_lr1_double_grad1_{name}_f64"], strict=True)) for name in ("l2", "sum")
