@@ -40,9 +40,9 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
 def _quick(config: ConfigDict) -> None:
     lovasz = {"lambda_lovasz": 0.75, "lovasz_shrink": 4}
     config.source_only = common.source_only(**lovasz)
-    config.adapt = common.train_stage("sdca", init="source_only", lr=0.005, **lovasz, **_contrast(tau=1.0))
+    config.adapt = common.train_stage("sdca", init="source_only", steps=200, lr=0.005, **lovasz, **_contrast(tau=1.0))
     config.self_train = common.train_stage(
-        "source_only", init="adapt", domains=("target",), labels="pseudo_labels", lr=0.005
+        "source_only", init="adapt", domains=("target",), labels="pseudo_labels", steps=200, lr=0.005
     )
     config.oracle = common.oracle(**lovasz)
 

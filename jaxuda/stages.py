@@ -215,7 +215,7 @@ def changed_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
             return ["init: the stage it starts from has changed"]
         return [f"{prefix}: {old} -> {new}"]
     lines = (
-        changed_fields(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
+        changed_fields(old.get(key, "(absent)"), new.get(key, "(absent)"), f"{prefix}.{key}".lstrip("."))
         for key in sorted(old.keys() | new.keys())
     )
     return list(itertools.chain.from_iterable(lines))
@@ -228,11 +228,13 @@ def set_aside(stages: list[Stage], first: str) -> Path | None:
       Where they are now, or None if there was nothing to move.
 
     Raises:
-      UserError: there is no such stage.
+      UserError: there is no such stage, or an earlier one was run with other settings.
     """
     names = [stage.name for stage in stages]
     if first not in names:
         raise UserError(f"--from_stage {first}: this recipe's stages are {', '.join(names)}")
+    for stage in stages[: names.index(first)]:
+        stage.status()  # what stays must fit, or nothing is moved
     old = [stage.folder for stage in stages[names.index(first) :] if stage.folder.exists()]
     if not old:
         return None

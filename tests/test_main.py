@@ -90,6 +90,8 @@ def test_changed_stage_is_named_and_can_be_run_again(finished: Path, data: dict,
     assert main(words) == MISTAKE
     message = capsys.readouterr().err
     assert "lr: 0.005 -> 0.001" in message and "--from_stage adapt" in message and "Traceback" not in message
+    assert main([*words, "--config.source_only.lr=0.1", "--from_stage=adapt"]) == MISTAKE
+    assert "source_only" in capsys.readouterr().err and not (workdir / "aside-1").exists()
     assert main([*words, "--from_stage=adapt"]) == 0
     assert (workdir / "aside-1" / "adapt" / "results.json").exists()
     assert "source_only (done)" in capsys.readouterr().out

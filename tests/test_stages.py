@@ -91,4 +91,8 @@ def test_stage_without_a_config_is_named() -> None:
 
 def test_changed_fields_are_named_with_both_values() -> None:
     old, new = {"a": 1, "b": {"c": 2}, "init": ["x"]}, {"a": 1, "b": {"c": 3, "d": 4}, "init": ["y"]}
-    assert changed_fields(old, new) == ["b.c: 2 -> 3", "b.d: None -> 4", "init: the stage it starts from has changed"]
+    assert changed_fields(old, new) == [
+        "b.c: 2 -> 3",
+        "b.d: (absent) -> 4",
+        "init: the stage it starts from has changed",
+    ]
