@@ -153,6 +153,7 @@ def train_stage(method: str, **fields) -> ConfigDict:
             "init": "scratch",  # or "imagenet", an earlier stage, or "STAGE:best" (chosen with target labels)
             "domains": ("source", "target"),  # labelled images are of the first, unlabelled ones of the second
             "labels": "",  # a stage whose pseudo-labels stand for the labels of the first domain
+            "split": "",  # a ranking stage: labelled images are its easy ones, unlabelled ones its hard ones
             "reads": (),  # stages whose artefacts the method starts from
             "class_balanced": False,  # draw labelled images so that rare classes are seen often
             "steps": 300,
@@ -176,7 +177,7 @@ def sweep_stage(sweep: str, init: str, **fields) -> ConfigDict:
       init: the stage whose network is used.
       **fields: what the sweep needs.
     """
-    shared = {"domains": ("source", "target"), "labels": "", "reads": (), "align_corners": True}
+    shared = {"domains": ("source", "target"), "labels": "", "split": "", "reads": (), "align_corners": True}
     return ConfigDict({"sweep": sweep, "init": init, **shared, **fields})
 
 

@@ -177,7 +177,7 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
     datasets = {"source": domains.source.fingerprint, "target": domains.target.fingerprint}
     if own.domains[0] == "target":
         resolved.source, datasets["source"] = resolved.target, datasets["target"]
-    if "target" not in own.domains or own.domains == ("target",):
+    if len(own.domains) == 1:
         # What is not read must not change the fingerprint: baselines are shared between recipes.
         del resolved["target"], datasets["target"]
     datasets["evaluation"] = domains.target_val.fingerprint if domains.target_val else None
@@ -195,7 +195,9 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
         start = [before("init", stage).fingerprint, which or "last"]
         if "sweep" in own:
             resolved.train = before("init", stage).config.train  # the method whose predictions it takes
-    reads = {stage: before("reads", stage) for stage in dict.fromkeys([*own.reads, *filter(None, [own.labels])])}
+    reads = {
+        stage: before("reads", stage) for stage in dict.fromkeys([*own.reads, *filter(None, [own.labels, own.split])])
+    }
 
     identity = json.loads(resolved.to_json()) | {"init": start, "data": datasets}
     identity["reads"] = {stage: origin.fingerprint for stage, origin in reads.items()}

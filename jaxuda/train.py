@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from jaxuda import checkpoints, data, files, methods, parallel
 from jaxuda.data import sampling
+from jaxuda.data.records import EASY, HARD, Subset, read_split
 from jaxuda.errors import UserError
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import normalise
@@ -121,13 +122,13 @@ def train(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
             f"their files yet: --config.{stage.name}.init=scratch trains from random weights instead"
         )
     artifacts = stage.artifacts()
-    labelled = labelled_records(config, domains, artifacts)
+    labelled, unlabelled = training_records(config, domains, artifacts)
     model = make_model(config, labelled.label_space.num_classes)
     method, tx = methods.load(config.train), make_optimizer(config)
     saved = checkpoints.Checkpoints(stage.folder / "checkpoints", log.say)
     try:
         start = saved.newest() or 0
-        with _input(stage, run_config, labelled, domains.target, start) as batches:
+        with _input(stage, run_config, labelled, unlabelled, start) as batches:
             loop = _Loop(stage, run_config, domains.target_val, log, devices, saved)
             if start < config.steps:
                 first = next(batches)
@@ -144,12 +145,23 @@ def train(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
         saved.close()
 
 
-def labelled_records(config: Any, domains: Domains, artifacts: dict[str, Path]) -> Any:
-    """The records a stage learns from with labels: its first domain's, or pseudo-labels in their place."""
-    records = domains.target if config.domains[0] == "target" else domains.source
+def training_records(config: Any, domains: Domains, artifacts: dict[str, Path]) -> tuple[Any, Any]:
+    """The records a stage learns from, labelled and unlabelled (None if it uses none).
+
+    They are those of `config.domains`; `config.split` takes the easy and the hard part of a ranking instead of all,
+    `config.labels` puts pseudo-labels in the place of labels.
+    """
+    labelled, unlabelled = domains.source, None
+    if config.domains[0] == "target":
+        labelled = domains.target
+    if len(config.domains) == 2:
+        unlabelled = domains.target
+    if config.split:
+        labelled = Subset(labelled, read_split(artifacts[config.split], EASY))
+        unlabelled = Subset(unlabelled, read_split(artifacts[config.split], HARD))
     if config.labels:
-        return data.PseudoLabelled(records, artifacts[config.labels], domains.source.label_space)
-    return records
+        labelled = data.PseudoLabelled(labelled, artifacts[config.labels], domains.source.label_space)
+    return labelled, unlabelled
 
 
 def evaluation_devices(config: Any, devices: list[jax.Device]) -> list[jax.Device]:
@@ -158,23 +170,22 @@ def evaluation_devices(config: Any, devices: list[jax.Device]) -> list[jax.Devic
 
 
 def _input(
-    stage: Stage, run_config: ConfigDict, labelled: data.Records, target: data.Records, start: int
+    stage: Stage, run_config: ConfigDict, labelled: Any, unlabelled: Any, start: int
 ) -> data.input.BatchIterator:
     config = stage.config
-    adapts = "target" in config
     order = None
     if config.class_balanced:
         present = sampling.classes_of_images(labelled, labelled.label_space.num_classes)
         order = sampling.class_balanced_order(present, config.steps * config.batch, config.seed)
     return data.make_input(
         labelled,
-        target if adapts else None,
+        unlabelled,
         batch=config.batch,
         steps=config.steps,
         start=start,
         seed=config.seed,
         source_transform=_transform(config.source),
-        target_transform=_transform(config.target) if adapts else None,
+        target_transform=None if unlabelled is None else _transform(config.target),
         num_workers=run_config.num_workers,
         source_order=order,
     )

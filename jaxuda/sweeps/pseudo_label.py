@@ -7,7 +7,7 @@ CVPR 2020). Thresholds are taken at the network's input size, labels are made at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from jaxuda import files, parallel
 from jaxuda.data.labels import LabelSpace
 from jaxuda.data.pseudo import LABELS, write_pseudo_label
+from jaxuda.data.records import Subset
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import resize_bilinear
 from jaxuda.stages import Domains
@@ -103,11 +104,11 @@ def _write_labels(
         return apply_thresholds(jnp.argmax(probs, -1).astype(jnp.uint8), jnp.max(probs, -1), thresholds)
 
     names = target.ids()
-    missing = [i for i, name in enumerate(names) if not (folder / LABELS / f"{name}.png").exists()]
+    missing = [name for name in names if not (folder / LABELS / f"{name}.png").exists()]
     grid = score_grid(scores, variables, config)
     labelled = pixels = 0
     with progress_bar(len(names), "pseudo-labels", "img", initial=len(names) - len(missing)) as bar:
-        for batch in sweep(_Subset(target, missing), config):
+        for batch in sweep(Subset(target, missing), config):
             sizes = padded_sizes(batch["size"], len(batch["image"]))
             arrays = (batch["image"], *resize_matrices(grid, sizes, config.align_corners))
             maps = np.asarray(label(variables, *parallel.spread(arrays, devices)))
@@ -117,16 +118,3 @@ def _write_labels(
                 labelled, pixels = labelled + np.count_nonzero(ids != 255), pixels + ids.size
             bar.update(batch["count"])
     return labelled / max(pixels, 1)
-
-
-class _Subset(Sequence):
-    """The records with the given indices."""
-
-    def __init__(self, records: Any, indices: list[int]):
-        self._records, self._indices = records, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._records[self._indices[index]]
