@@ -76,9 +76,10 @@ def replicate(tree: PyTree, devices: list[jax.Device]) -> PyTree:
 
 def first(tree: PyTree, devices: list[jax.Device]) -> PyTree:
     """The inverse of `replicate`, as host arrays: what the first device holds (all hold the same)."""
-    if len(devices) > 1:
-        tree = jax.tree.map(lambda x: x[0], tree)
-    return jax.device_get(tree)
+    if len(devices) == 1:
+        return jax.device_get(tree)
+    # Not x[0]: indexing would be a computation of all devices for every array.
+    return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[0], tree)
 
 
 def shard(batch: PyTree, devices: list[jax.Device]) -> PyTree:

@@ -281,9 +281,10 @@ class _Loop:
             for metric, value in row.items():
                 if not np.isfinite(value):
                     good = self._saved.newest()
+                    kept = f"Step {good} is kept as the last good checkpoint" if good else "There is no checkpoint yet"
                     raise UserError(
                         f"{metric} is {value} at step {step} of the stage '{self._stage.name}', on the images {ids}. "
-                        f"The checkpoint of step {good} is the last good one. A lower learning rate "
+                        f"{kept}. A lower learning rate "
                         f"(--config.{self._stage.name}.lr, now {self._stage.config.lr}) is the usual remedy"
                     )
         seconds = time.perf_counter() - self._since
