@@ -135,3 +135,14 @@ def source_only(**fields) -> ConfigDict:
 def oracle(**fields) -> ConfigDict:
     """Supervised training on the target's own labels: the upper bound, same start and steps as `source_only`."""
     return train_stage("source_only", domains=("target",), **fields)
+
+
+def advent(**fields) -> ConfigDict:
+    """A stage of AdvEnt; the adversarial weight suits some hundred steps of the small network."""
+    defaults = {
+        "lambda_adversarial": 0.005,
+        "lambda_adversarial_aux": 0.001,
+        "discriminator_lr": 1e-4,
+        "discriminator_width": 32,
+    }
+    return train_stage("advent", **(defaults | fields))

@@ -95,7 +95,8 @@ def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
     Args:
       config: the stage's resolved config. Read are `lr`, `schedule_steps`, and from `optim`: `head_factor`
         (heads learn this many times faster), `momentum`, `weight_decay`, `power`, `train_norm`, `repeat`
-        (updates per step for "stem", "block", "shortcut") and `repeat_decay`.
+        (updates per step for "stem", "block", "shortcut") and `repeat_decay`; and `discriminator_lr` where a
+        method has discriminators, which learn by Adam on the same schedule.
     """
     optim = config["optim"]
 
@@ -109,6 +110,9 @@ def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
         "head": segmenter(optim["head_factor"]),
         "frozen": optax.set_to_zero(),
     }
+    if "discriminator_lr" in config:
+        schedule = poly_schedule(config["discriminator_lr"], config["schedule_steps"], optim["power"])
+        transforms["discriminator"] = optax.adam(schedule, b1=0.9, b2=0.99)
 
     def groups(params: PyTree) -> PyTree:
         return jax.tree_util.tree_map_with_path(
