@@ -14,7 +14,7 @@ def domain(name: str, **transforms) -> ConfigDict:
     Sizes are (width, height). The order is: resize | short_side | scale, crop, flip, jitter, grey, blur.
     """
     config = ConfigDict({"name": name, "path": "", "split": "train", "interpolation": "bicubic"})
-    for field in ("resize", "short_side", "scale", "crop", "flip", "jitter", "grey", "blur"):
+    for field in ("resize", "short_side", "scale", "base", "crop", "flip", "jitter", "grey", "blur"):
         config[field] = transforms.pop(field, None)
     assert not transforms, f"unknown transforms: {', '.join(transforms)}"
     return config
@@ -39,15 +39,19 @@ def quick_model(**fields) -> ConfigDict:
     )
 
 
-def base(name: str, benchmark: str) -> ConfigDict:
+def base(name: str, benchmark: str, published: bool = False) -> ConfigDict:
     """Everything but the stages.
 
     Args:
       name: of the config file.
-      benchmark: "streets" (drawn, nothing to download), "camvid" (day -> dusk) or "folder" (the user's own
-        images: `--config.source.path=... --config.target.path=...`).
+      benchmark: "streets" (drawn, nothing to download), "camvid" (day -> dusk), "folder" (the user's own
+        images: `--config.source.path=... --config.target.path=...`), or where a config has a published recipe
+        "gta5" or "synthia" (to Cityscapes).
+      published: whether it has.
     """
     benchmarks = {"streets": _streets, "camvid": _camvid, "folder": _folder}
+    if published:
+        benchmarks |= {"gta5": _gta5, "synthia": _synthia}
     if benchmark not in benchmarks:
         raise ValueError(f"configs/{name}.py has no benchmark '{benchmark}' (known: {', '.join(benchmarks)})")
     config = ConfigDict(
@@ -102,6 +106,40 @@ def _folder(config: ConfigDict) -> None:
     config.evaluation.size = (256, 128)
 
 
+def _gta5(config: ConfigDict) -> None:
+    config.label_space = "cityscapes19"
+    config.source = domain("gta5", resize=(1280, 720))
+    _cityscapes(config)
+
+
+def _synthia(config: ConfigDict) -> None:
+    config.label_space = "synthia16"
+    config.source = domain("synthia", resize=(1280, 760))
+    _cityscapes(config)
+
+
+def _cityscapes(config: ConfigDict) -> None:
+    config.target = domain("cityscapes", resize=(1024, 512))
+    config.evaluation.update({"size": (1024, 512), "batch": 1})
+    config.update({"log_every": 100, "eval_every": 2000, "checkpoint_every": 1000, "num_workers": 4})
+
+
+# Learning rate, steps and start of MinEnt, AdvEnt and IntraDA as published.
+ADVENT_SCHEDULE = {"lr": 2.5e-4, "steps": 120_000, "schedule_steps": 250_000, "batch": 1, "init": "imagenet"}
+
+
+def advent_family(config: ConfigDict) -> None:
+    """Network and optimizer of the published MinEnt, AdvEnt and IntraDA experiments.
+
+    Their optimizer moved block convolutions three times and shortcuts four times per step, decaying anew each time
+    (torch 0.4); `optim.repeat` = 1 everywhere is what their papers describe.
+    """
+    config.preprocess = "caffe"
+    config.model.update({"backbone": "resnet101", "variant": "caffe", "width": 64, "aux": True})
+    config.optim.update({"head_factor": 10.0, "train_norm": False, "repeat_decay": "accumulate"})
+    config.optim.repeat.update({"stem": 1, "block": 3, "shortcut": 4})
+
+
 def train_stage(method: str, **fields) -> ConfigDict:
     """A training stage.
 
@@ -112,8 +150,12 @@ def train_stage(method: str, **fields) -> ConfigDict:
     return ConfigDict(
         {
             "train": method,
-            "init": "scratch",  # or the name of an earlier stage, or "STAGE:best" (chosen with target labels)
-            "domains": ("source", "target"),
+            "init": "scratch",  # or "imagenet", an earlier stage, or "STAGE:best" (chosen with target labels)
+            "domains": ("source", "target"),  # labelled images are of the first, unlabelled ones of the second
+            "labels": "",  # a stage whose pseudo-labels stand for the labels of the first domain
+            "split": "",  # a ranking stage: labelled images are its easy ones, unlabelled ones its hard ones
+            "reads": (),  # stages whose artefacts the method starts from
+            "class_balanced": False,  # draw labelled images so that rare classes are seen often
             "steps": 300,
             "schedule_steps": 0,  # of the poly schedule; 0: `steps`
             "batch": 4,  # images of each domain per step, all devices together
@@ -127,6 +169,18 @@ def train_stage(method: str, **fields) -> ConfigDict:
     )
 
 
+def sweep_stage(sweep: str, init: str, **fields) -> ConfigDict:
+    """A pass over a dataset with the network of an earlier stage, which leaves artefacts for later ones.
+
+    Args:
+      sweep: a file in `jaxuda/sweeps`.
+      init: the stage whose network is used.
+      **fields: what the sweep needs.
+    """
+    shared = {"domains": ("source", "target"), "labels": "", "split": "", "reads": (), "align_corners": True}
+    return ConfigDict({"sweep": sweep, "init": init, **shared, **fields})
+
+
 def source_only(**fields) -> ConfigDict:
     """Supervised training on the source: the lower bound of every table."""
     return train_stage("source_only", domains=("source",), **fields)
@@ -135,14 +189,3 @@ def source_only(**fields) -> ConfigDict:
 def oracle(**fields) -> ConfigDict:
     """Supervised training on the target's own labels: the upper bound, same start and steps as `source_only`."""
     return train_stage("source_only", domains=("target",), **fields)
-
-
-def advent(**fields) -> ConfigDict:
-    """A stage of AdvEnt; the adversarial weight suits some hundred steps of the small network."""
-    defaults = {
-        "lambda_adversarial": 0.005,
-        "lambda_adversarial_aux": 0.001,
-        "discriminator_lr": 1e-4,
-        "discriminator_width": 32,
-    }
-    return train_stage("advent", **(defaults | fields))

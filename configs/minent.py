@@ -5,7 +5,8 @@
 
 Stages: source only -> MinEnt from there -> oracle. The published experiments train MinEnt from ImageNet weights
 with entropy weights 0.001 and 0.0002 over 120,000 steps; the small networks here start from the source-only
-stage and take larger weights, since they have some hundred steps to move.
+stage and take larger weights, since they have some hundred steps to move. The published recipes are gta5 and
+synthia: mIoU 42.3 on GTA5 -> Cityscapes, the best snapshot on the target's labels.
 """
 
 from ml_collections import ConfigDict
@@ -14,9 +15,17 @@ from configs import common
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: streets, camvid or folder."""
-    config = common.base("minent", benchmark)
+    """The config for one benchmark: streets, camvid, folder, gta5 or synthia."""
+    config = common.base("minent", benchmark, published=True)
     config.pipeline = ("source_only", "adapt", "oracle")
+    if benchmark in ("gta5", "synthia"):
+        common.advent_family(config)
+        config.source_only = common.source_only(**common.ADVENT_SCHEDULE)
+        config.adapt = common.train_stage(
+            "minent", lambda_entropy=0.001, lambda_entropy_aux=0.0002, **common.ADVENT_SCHEDULE
+        )
+        config.oracle = common.oracle(**common.ADVENT_SCHEDULE)
+        return config
     config.source_only = common.source_only()
     config.adapt = common.train_stage(
         "minent", init="source_only", lr=0.005, lambda_entropy=0.02, lambda_entropy_aux=0.004

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from jaxuda import files
@@ -36,12 +37,15 @@ class Checkpoints:
     """The checkpoints of one training stage: the latest two, and the best where there are metrics.
 
     Args:
-      folder: where they lie; made if missing.
-      report: called with a line of text when a damaged or half-written checkpoint is put away.
+      folder: where they lie; made if missing, unless `read_only`.
+      report: called with a line of text when a damaged or half-written checkpoint is passed over.
+      read_only: nothing in the folder is touched.
     """
 
-    def __init__(self, folder: Path, report: Callable[[str], None] = print):
+    def __init__(self, folder: Path, report: Callable[[str], None] = print, read_only: bool = False):
         self._folder, self._report = Path(folder).absolute(), report
+        # Orbax warns of its own defaults, which tells a user nothing.
+        logging.set_verbosity(logging.ERROR)
         policies = checkpoint_managers
         keep = policies.AnyPreservationPolicy(
             [
@@ -50,7 +54,11 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep, best_fn=_miou, enable_async_checkpointing=False
+            preservation_policy=keep,
+            best_fn=_miou,
+            enable_async_checkpointing=False,
+            read_only=read_only,
+            create=not read_only,
         )
         handler = ocp.StandardCheckpointHandler()
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handler)
@@ -85,9 +93,8 @@ class Checkpoints:
         )
 
     def _write_manifest(self, folder: Path) -> None:
-        listed = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
-        sums = {str(path.relative_to(folder)): files.sha256(path) for path in listed}
-        files.write_json(folder / MANIFEST, sums)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        files.write_json(folder / MANIFEST, files.checksums(folder))
 
     def _complaint(self, step: int) -> str | None:
         """What is wrong with a checkpoint, or None."""
@@ -106,14 +113,12 @@ class Checkpoints:
         return None
 
     def newest(self) -> int | None:
-        """The newest step whose checkpoint is whole; damaged newer ones are reported and removed."""
+        """The newest step whose checkpoint is whole; newer ones that are not are reported."""
         for step in sorted(self._manager.all_steps(), reverse=True):
             complaint = self._complaint(step)
             if complaint is None:
                 return step
             self._report(f"checkpoint {self._folder / str(step)} is left out: {complaint}")
-            shutil.rmtree(self._folder / str(step))
-            self._manager.reload()
         return None
 
     def best(self) -> int | None:
@@ -171,7 +176,9 @@ def read_variables(folder: Path, which: str = "last") -> tuple[dict[str, np.ndar
     Raises:
       UserError: there is no whole checkpoint.
     """
-    checkpoints = Checkpoints(folder)
+    if not folder.is_dir():
+        raise UserError(f"there are no checkpoints in {folder}: its stage has not run")
+    checkpoints = Checkpoints(folder, read_only=True)
     try:
         step = checkpoints.best() if which == "best" else checkpoints.newest()
         if step is None:

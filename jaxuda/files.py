@@ -70,6 +70,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checksums(folder: Path) -> dict[str, str]:
+    """Relative path -> checksum of every file in a folder; empty if there is no such folder."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): sha256(path) for path in found}
+
+
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Holds a work folder for this process; the system lets go of it however the process ends.

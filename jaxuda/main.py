@@ -14,6 +14,7 @@ Exit codes: 0 done, 75 interrupted (run the same command to continue), 2 a mista
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 
@@ -98,6 +99,14 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"error: {error.strerror}{where}: mend that, then run the same command again; it continues", file=sys.stderr
+        )
         return MISTAKE
     return 0
 

@@ -93,10 +93,10 @@ def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
     """The optimizer of a training stage.
 
     Args:
-      config: the stage's resolved config. Read are `lr`, `schedule_steps`, and from `optim`: `head_factor`
+      config: the stage's resolved config. Read are `lr`, `schedule_steps`, `discriminator_lr` (Adam, where the
+        method has a discriminator), and from `optim`: `head_factor`
         (heads learn this many times faster), `momentum`, `weight_decay`, `power`, `train_norm`, `repeat`
-        (updates per step for "stem", "block", "shortcut") and `repeat_decay`; and `discriminator_lr` where a
-        method has discriminators, which learn by Adam on the same schedule.
+        (updates per step for "stem", "block", "shortcut") and `repeat_decay`.
     """
     optim = config["optim"]
 
@@ -110,6 +110,7 @@ def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
         "head": segmenter(optim["head_factor"]),
         "frozen": optax.set_to_zero(),
     }
+
     if "discriminator_lr" in config:
         schedule = poly_schedule(config["discriminator_lr"], config["schedule_steps"], optim["power"])
         transforms["discriminator"] = optax.adam(schedule, b1=0.9, b2=0.99)

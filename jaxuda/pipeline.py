@@ -12,12 +12,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxuda import data, files, parallel, stages
+from jaxuda import checkpoints, data, files, methods, parallel, stages, sweeps
 from jaxuda.errors import UserError
 from jaxuda.metrics import iou_table
 from jaxuda.prepare import prepare
 from jaxuda.stages import Domains, Stage
-from jaxuda.train import train
+from jaxuda.train import abstract_variables, make_model, train
 from jaxuda.writers import RunLog
 
 
@@ -64,9 +64,32 @@ def _run_stage(stage: Stage, config: ConfigDict, domains: Domains, log: RunLog, 
         return
     stage.mark("started")
     began = time.perf_counter()
-    train(stage, config, domains, log)
+    if "sweep" in stage.config:
+        sweep(stage, config, domains, log)
+    else:
+        train(stage, config, domains, log)
     stage.mark("done")
     log.say(f"{stage.name}: finished in {(time.perf_counter() - began) / 60:.1f} min")
+
+
+def sweep(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -> None:
+    """Runs a sweep stage with the network of the stage it starts from; it writes to its `artifacts` folder."""
+    module = sweeps.load(stage.config.sweep)
+    model = make_model(stage.config, domains.source.label_space.num_classes)
+    devices = parallel.choose_devices(stage.config.evaluation.batch, run_config.devices, run_config.platform)
+    arrays, _ = checkpoints.read_variables(*stage.init)
+    folder = stage.folder / stages.ARTIFACTS
+    folder.mkdir(parents=True, exist_ok=True)
+    module.run(
+        checkpoints.unflatten(arrays, abstract_variables(model, stage.config), str(stage.init[0])),
+        domains,
+        folder,
+        model=model,
+        method=methods.load(stage.config.train),
+        config=stage.config,
+        devices=devices,
+        say=log.say,
+    )
 
 
 def load_domains(config: ConfigDict) -> Domains:
@@ -114,13 +137,15 @@ def open_records(config: ConfigDict, domain: str, split: str) -> data.Records:
 
 def header(config: ConfigDict, workdir: Path, domains: Domains, statuses: dict[str, str]) -> str:
     """What a run is going to do, told before it starts."""
-    devices = parallel.choose_devices(config[config.pipeline[0]].batch, config.devices, config.platform)
+    batch = next(config[name].batch for name in config.pipeline if "train" in config[name])
+    devices = parallel.choose_devices(batch, config.devices, config.platform)
+    used = f"{len(devices)} of {jax.local_device_count()} {devices[0].platform} ({devices[0].device_kind})"
     plan = " -> ".join(name if status == "missing" else f"{name} ({status})" for name, status in statuses.items())
     validation = f"{domains.target_val.name} ({len(domains.target_val)})" if domains.target_val else "none"
     return "\n".join(
         [
             f"jaxuda {config.name}:{config.benchmark}, seed {config.seed}",
-            f"  devices     {len(devices)} of {jax.local_device_count()} {devices[0].platform} ({devices[0].device_kind})",
+            f"  devices     {used}",
             f"  stages      {plan}",
             f"  source      {domains.source.name} ({len(domains.source)} images)",
             f"  target      {domains.target.name} ({len(domains.target)} images), evaluated on {validation}",

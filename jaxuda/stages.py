@@ -28,7 +28,8 @@ SHARED = (
     "eval_every",
     "mean_of_last",
 )
-SCRATCH = "scratch"
+SCRATCH, IMAGENET = "scratch", "imagenet"
+ARTIFACTS = "artifacts"
 
 
 class Domains(NamedTuple):
@@ -46,6 +47,7 @@ class Stage(NamedTuple):
     folder: workdir/name.
     config: the run's shared sections overlaid with the stage's own; frozen.
     init: where the weights come from: None, or (checkpoints folder, "last" | "best").
+    reads: the earlier stages whose artefacts it uses, name -> folder.
     identity: everything that decides the stage's result, as plain JSON values.
     """
 
@@ -53,6 +55,7 @@ class Stage(NamedTuple):
     folder: Path
     config: FrozenConfigDict
     init: tuple[Path, str] | None
+    reads: dict[str, Path]
     identity: dict[str, Any]
 
     @property
@@ -92,11 +95,28 @@ class Stage(NamedTuple):
             "fingerprint": self.fingerprint,
             "identity": self.identity,
         }
+        if status == "done":
+            record["artifacts"] = files.checksums(self.folder / ARTIFACTS)
         files.write_json(self.record, record)
 
+    def artifacts(self) -> dict[str, Path]:
+        """The folders of artefacts that this stage reads, by stage, each verified.
+
+        Raises:
+          UserError: a file is missing or not as its stage wrote it.
+        """
+        for name, folder in self.reads.items():
+            expected = files.read_json(folder / "stage.json")["artifacts"]
+            if files.checksums(folder / ARTIFACTS) != expected:
+                raise UserError(
+                    f"the artefacts in {folder / ARTIFACTS} are not what the stage '{name}' wrote: add --from_stage "
+                    f"{name}, which makes them again"
+                )
+        return {name: folder / ARTIFACTS for name, folder in self.reads.items()}
+
     def results(self) -> dict[str, Any]:
-        """What a finished training stage reports."""
-        return files.read_json(self.folder / "results.json")
+        """What a finished training stage reports; empty for a sweep."""
+        return files.read_json(self.folder / "results.json") or {}
 
     def adopt(self) -> Path | None:
         """Takes over the same stage from a work folder beside this one, if one has finished it.
@@ -108,8 +128,11 @@ class Stage(NamedTuple):
           The folder it was taken from, or None.
         """
         for record in sorted(self.folder.parent.parent.glob("*/*/stage.json")):
-            saved = files.read_json(record)
-            if saved["status"] == "done" and saved["fingerprint"] == self.fingerprint:
+            try:
+                saved = files.read_json(record)
+            except UserError:
+                continue  # a damaged neighbour is not this run's business
+            if (saved.get("status"), saved.get("fingerprint")) == ("done", self.fingerprint):
                 aside = self.folder.with_name(f".{self.name}.adopting")
                 shutil.rmtree(aside, ignore_errors=True)
                 shutil.copytree(record.parent, aside, copy_function=_link)
@@ -138,7 +161,7 @@ def plan(config: ConfigDict, workdir: Path, domains: Domains) -> list[Stage]:
     for name in config.pipeline:
         if name not in config:
             raise UserError(f"config.pipeline names the stage '{name}', but there is no config.{name}")
-        if config[name].domains[0] == "target" and not domains.target.labelled:
+        if config[name].domains[0] == "target" and not config[name].labels and not domains.target.labelled:
             continue
         stages[name] = _make_stage(name, config, workdir, domains, stages)
     return list(stages.values())
@@ -149,29 +172,40 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
     resolved = ConfigDict({field: config[field] for field in SHARED}, convert_dict=True)
     resolved = ConfigDict(json.loads(resolved.to_json()))
     resolved.update(own.to_dict())
-    resolved.schedule_steps = own.schedule_steps or own.steps
+    if "train" in own:
+        resolved.schedule_steps = own.schedule_steps or own.steps
     datasets = {"source": domains.source.fingerprint, "target": domains.target.fingerprint}
     if own.domains[0] == "target":
         resolved.source, datasets["source"] = resolved.target, datasets["target"]
-    if "target" not in own.domains or own.domains == ("target",):
+    if len(own.domains) == 1:
         # What is not read must not change the fingerprint: baselines are shared between recipes.
         del resolved["target"], datasets["target"]
     datasets["evaluation"] = domains.target_val.fingerprint if domains.target_val else None
 
-    init, start = None, SCRATCH
-    if own.init != SCRATCH:
-        stage, _, which = own.init.partition(":")
+    def before(field: str, stage: str) -> Stage:
         if stage not in earlier:
-            known = ", ".join([SCRATCH, *earlier])
-            raise UserError(f"config.{name}.init = '{own.init}' is no stage that comes before it (possible: {known})")
-        init = (earlier[stage].folder / "checkpoints", which or "last")
-        start = [earlier[stage].fingerprint, which or "last"]
+            known = ", ".join(earlier) or "none"
+            raise UserError(f"config.{name}.{field} names '{stage}', which is no stage before it (those are: {known})")
+        return earlier[stage]
+
+    init, start = None, own.init
+    if own.init not in (SCRATCH, IMAGENET):
+        stage, _, which = own.init.partition(":")
+        init = (before("init", stage).folder / "checkpoints", which or "last")
+        start = [before("init", stage).fingerprint, which or "last"]
+        if "sweep" in own:
+            resolved.train = before("init", stage).config.train  # the method whose predictions it takes
+    reads = {
+        stage: before("reads", stage) for stage in dict.fromkeys([*own.reads, *filter(None, [own.labels, own.split])])
+    }
 
     identity = json.loads(resolved.to_json()) | {"init": start, "data": datasets}
+    identity["reads"] = {stage: origin.fingerprint for stage, origin in reads.items()}
     for place in ("source", "target"):
         # Where the data lie does not matter, what they are does; that is in `data`.
         identity.get(place, {}).pop("path", None)
-    return Stage(name, workdir / name, FrozenConfigDict(resolved), init, identity)
+    folders = {stage: origin.folder for stage, origin in reads.items()}
+    return Stage(name, workdir / name, FrozenConfigDict(resolved), init, folders, identity)
 
 
 def changed_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -183,7 +217,7 @@ def changed_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
             return ["init: the stage it starts from has changed"]
         return [f"{prefix}: {old} -> {new}"]
     lines = (
-        changed_fields(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
+        changed_fields(old.get(key, "(absent)"), new.get(key, "(absent)"), f"{prefix}.{key}".lstrip("."))
         for key in sorted(old.keys() | new.keys())
     )
     return list(itertools.chain.from_iterable(lines))
@@ -196,11 +230,13 @@ def set_aside(stages: list[Stage], first: str) -> Path | None:
       Where they are now, or None if there was nothing to move.
 
     Raises:
-      UserError: there is no such stage.
+      UserError: there is no such stage, or an earlier one was run with other settings.
     """
     names = [stage.name for stage in stages]
     if first not in names:
         raise UserError(f"--from_stage {first}: this recipe's stages are {', '.join(names)}")
+    for stage in stages[: names.index(first)]:
+        stage.status()  # what stays must fit, or nothing is moved
     old = [stage.folder for stage in stages[names.index(first) :] if stage.folder.exists()]
     if not old:
         return None

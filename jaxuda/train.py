@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,11 +18,13 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxuda import checkpoints, data, files, methods, parallel
+from jaxuda.data import sampling
+from jaxuda.data.records import EASY, HARD, Subset, read_split
 from jaxuda.errors import UserError
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import normalise
 from jaxuda.optim import make_optimizer
-from jaxuda.stages import Domains, Stage
+from jaxuda.stages import IMAGENET, Domains, Stage
 from jaxuda.sweeps.evaluate import make_evaluator
 from jaxuda.train_state import TrainState
 from jaxuda.writers import RunLog, is_interactive, progress_bar
@@ -38,6 +41,13 @@ def make_model(config: Any, num_classes: int) -> DeepLabV2:
     fields = dict(config.model)
     fields["blocks"] = None if fields["blocks"] is None else tuple(fields["blocks"])
     return DeepLabV2(num_classes=num_classes, **fields)
+
+
+def abstract_variables(model: DeepLabV2, config: Any) -> PyTree:
+    """Shapes and types of the variables of `model`, found without computing them."""
+    width, height = config.evaluation.size
+    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    return jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
 
 
 def make_step(method: Any, model: DeepLabV2, tx: optax.GradientTransformation, config: Any) -> Callable:
@@ -65,13 +75,19 @@ def _to_float(batch: PyTree, preprocess: str) -> PyTree:
 
 
 def init_state(
-    method: Any, model: DeepLabV2, tx: optax.GradientTransformation, stage: Stage, batch: PyTree
+    method: Any,
+    model: DeepLabV2,
+    tx: optax.GradientTransformation,
+    stage: Stage,
+    batch: PyTree,
+    artifacts: dict[str, Path],
 ) -> TrainState:
     """The state before the first step, on the host; independent of the number of devices.
 
     Args:
       stage: its seed decides the weights, or `stage.init` says which checkpoint they come from.
       batch: any batch as the input gives it; only its shapes and types matter.
+      artifacts: what earlier stages left for the method, stage -> folder.
     """
     model_key, method_key = jax.random.split(jax.random.key(stage.config.seed))
     images = jnp.zeros((1, *batch["source"]["image"].shape[1:]), jnp.float32)
@@ -80,7 +96,7 @@ def init_state(
         arrays, _ = checkpoints.read_variables(*stage.init)
         variables = checkpoints.unflatten(arrays, variables, str(stage.init[0]))
     batch = _to_float(batch, stage.config.preprocess)
-    extra_params, extra = method.init(method_key, model=model, batch=batch, config=stage.config, artifacts={})
+    extra_params, extra = method.init(method_key, model=model, batch=batch, config=stage.config, artifacts=artifacts)
     params = {"model": variables["params"], **extra_params}
     return jax.device_get(TrainState.create(params, tx, variables.get("batch_stats", {}), extra))
 
@@ -100,17 +116,23 @@ def train(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
     """
     config = stage.config
     devices = parallel.choose_devices(config.batch, run_config.devices, run_config.platform)
-    labelled = domains.target if config.domains[0] == "target" else domains.source
+    if config.init == IMAGENET:
+        raise UserError(
+            f"the stage '{stage.name}' starts from published ImageNet weights, which this version cannot read from "
+            f"their files yet: --config.{stage.name}.init=scratch trains from random weights instead"
+        )
+    artifacts = stage.artifacts()
+    labelled, unlabelled = training_records(config, domains, artifacts)
     model = make_model(config, labelled.label_space.num_classes)
     method, tx = methods.load(config.train), make_optimizer(config)
     saved = checkpoints.Checkpoints(stage.folder / "checkpoints", log.say)
     try:
         start = saved.newest() or 0
-        with _input(stage, run_config, labelled, domains.target, start) as batches:
+        with _input(stage, run_config, labelled, unlabelled, start) as batches:
             loop = _Loop(stage, run_config, domains.target_val, log, devices, saved)
             if start < config.steps:
                 first = next(batches)
-                state = init_state(method, model, tx, stage, _arrays(first))
+                state = init_state(method, model, tx, stage, _arrays(first), artifacts)
                 if start:
                     state = saved.restore(start, state)
                     log.say(f"{stage.name}: continues from step {start}")
@@ -123,26 +145,49 @@ def train(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
         saved.close()
 
 
+def training_records(config: Any, domains: Domains, artifacts: dict[str, Path]) -> tuple[Any, Any]:
+    """The records a stage learns from, labelled and unlabelled (None if it uses none).
+
+    They are those of `config.domains`; `config.split` takes the easy and the hard part of a ranking instead of all,
+    `config.labels` puts pseudo-labels in the place of labels.
+    """
+    labelled, unlabelled = domains.source, None
+    if config.domains[0] == "target":
+        labelled = domains.target
+    if len(config.domains) == 2:
+        unlabelled = domains.target
+    if config.split:
+        labelled = Subset(labelled, read_split(artifacts[config.split], EASY))
+        unlabelled = Subset(unlabelled, read_split(artifacts[config.split], HARD))
+    if config.labels:
+        labelled = data.PseudoLabelled(labelled, artifacts[config.labels], domains.source.label_space)
+    return labelled, unlabelled
+
+
 def evaluation_devices(config: Any, devices: list[jax.Device]) -> list[jax.Device]:
     """As many of `devices` as divide the evaluation batch."""
     return devices[: max(n for n in range(1, len(devices) + 1) if config.evaluation.batch % n == 0)]
 
 
 def _input(
-    stage: Stage, run_config: ConfigDict, labelled: data.Records, target: data.Records, start: int
+    stage: Stage, run_config: ConfigDict, labelled: Any, unlabelled: Any, start: int
 ) -> data.input.BatchIterator:
     config = stage.config
-    adapts = "target" in config
+    order = None
+    if config.class_balanced:
+        present = sampling.classes_of_images(labelled, labelled.label_space.num_classes)
+        order = sampling.class_balanced_order(present, config.steps * config.batch, config.seed)
     return data.make_input(
         labelled,
-        target if adapts else None,
+        unlabelled,
         batch=config.batch,
         steps=config.steps,
         start=start,
         seed=config.seed,
         source_transform=_transform(config.source),
-        target_transform=_transform(config.target) if adapts else None,
+        target_transform=None if unlabelled is None else _transform(config.target),
         num_workers=run_config.num_workers,
+        source_order=order,
     )
 
 

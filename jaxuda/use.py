@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxuda import checkpoints, data, files, methods, parallel, pipeline
@@ -15,9 +12,8 @@ from jaxuda.errors import UserError
 from jaxuda.metrics import iou_table
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.sweeps.evaluate import make_evaluator
-from jaxuda.sweeps.predict import ImageFiles
-from jaxuda.sweeps.predict import predict as write_predictions
-from jaxuda.train import evaluation_devices, make_model
+from jaxuda.sweeps.predict import ImageFiles, predictions, write_predictions
+from jaxuda.train import abstract_variables, evaluation_devices, make_model
 
 
 def restore(checkpoint: str, num_classes: int) -> tuple[DeepLabV2, dict[str, Any], FrozenConfigDict]:
@@ -40,11 +36,8 @@ def restore(checkpoint: str, num_classes: int) -> tuple[DeepLabV2, dict[str, Any
         raise UserError(f"{checkpoint} is not the folder of a training stage (it has no stage.json that says so)")
     config = FrozenConfigDict(record["identity"])
     model = make_model(config, num_classes)
-    width, height = config.evaluation.size
-    images = jnp.zeros((1, height, width, 3))
-    like = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
     arrays, _ = checkpoints.read_variables(Path(checkpoint) / "checkpoints")
-    return model, checkpoints.unflatten(arrays, like, checkpoint), config
+    return model, checkpoints.unflatten(arrays, abstract_variables(model, config), checkpoint), config
 
 
 def evaluate(config: ConfigDict, checkpoint: str) -> None:
@@ -70,7 +63,7 @@ def predict(config: ConfigDict, checkpoint: str, images: str, workdir: str) -> N
     model, variables, trained = restore(checkpoint, space.num_classes)
     folder = Path(workdir or checkpoint) / "predictions"
     method = methods.load(trained.train)
-    write_predictions(variables, found, folder, model=model, method=method, config=trained, space=space)
+    write_predictions(predictions(variables, found, model=model, method=method, config=trained), folder, space)
     print(f"{len(found)} predictions in {folder}/colour and {folder}/ids")
 
 

@@ -60,5 +60,13 @@ def is_interactive() -> bool:
 
 
 def progress_bar(total: int, title: str, unit: str, initial: int = 0) -> tqdm:
-    """A progress bar on the terminal; silent when the output is none (the log's lines then tell)."""
-    return tqdm(total=total, initial=initial, desc=title, unit=unit, disable=not is_interactive(), dynamic_ncols=True)
+    """A progress bar on the terminal, gone when it is done; silent when nobody watches (the log's lines then tell)."""
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=title,
+        unit=unit,
+        disable=not is_interactive(),
+        leave=False,
+        dynamic_ncols=True,
+    )

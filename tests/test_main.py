@@ -90,6 +90,8 @@ def test_changed_stage_is_named_and_can_be_run_again(finished: Path, data: dict,
     assert main(words) == MISTAKE
     message = capsys.readouterr().err
     assert "lr: 0.005 -> 0.001" in message and "--from_stage adapt" in message and "Traceback" not in message
+    assert main([*words, "--config.source_only.lr=0.1", "--from_stage=adapt"]) == MISTAKE
+    assert "source_only" in capsys.readouterr().err and not (workdir / "aside-1").exists()
     assert main([*words, "--from_stage=adapt"]) == 0
     assert (workdir / "aside-1" / "adapt" / "results.json").exists()
     assert "source_only (done)" in capsys.readouterr().out
@@ -97,8 +99,7 @@ def test_changed_stage_is_named_and_can_be_run_again(finished: Path, data: dict,
 
 def test_baselines_are_shared_between_recipes(finished: Path, data: dict, capsys) -> None:
     workdir = finished.parent / "other"
-    words = [w for w in tiny.arguments("source_only", workdir=workdir, **data) if "config.adapt" not in w]
-    assert main(["jaxuda", *words]) == 0
+    assert main(["jaxuda", *tiny.arguments("source_only", workdir=workdir, **data)]) == 0
     assert capsys.readouterr().out.count("already finished with the same settings") == 2
     np.testing.assert_equal(final_state(workdir, "oracle"), final_state(finished, "oracle"))
 

@@ -1,5 +1,6 @@
 """A tiny dataset of the user's own kind, and the command line that trains on it within seconds."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def draw_folder(folder: Path, name: str, shift: int, images: int = 6, labelled: 
 
 def arguments(config: str, source: Path, target: Path, data_dir: Path, workdir: Path, *more: str) -> list[str]:
     """Words after `python -m jaxuda.main` for a run of a few steps."""
-    stages = ("source_only", "adapt", "oracle")
+    recipe = importlib.import_module(f"configs.{config}").get_config("folder")
+    stages = [name for name in recipe.pipeline if "train" in recipe[name]]
     return [
         f"--config=configs/{config}.py:folder",
         f"--workdir={workdir}",

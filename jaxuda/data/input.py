@@ -38,6 +38,7 @@ def make_input(
     seed: int = 0,
     source_transform: Transform,
     target_transform: Transform | None = None,
+    source_order: Sequence[int] | np.ndarray | None = None,
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -53,6 +54,8 @@ def make_input(
         target: records whose images alone are used; their labels never enter a training batch.
         batch: global batch size B, over all processes.
         source_transform, target_transform: see `build_transform`; they must bring all images to one size.
+        source_order: indices of the source records to draw, steps * batch of them (see
+            `sampling.class_balanced_order`); None: shuffled anew every epoch.
         num_workers: processes that decode and transform; 0 uses threads of this one.
         process_index, process_count: this process gets rows process_index * b .. (process_index + 1) * b - 1
             of each global batch, b = B / process_count.
@@ -69,7 +72,7 @@ def make_input(
     if batch < 1 or batch % process_count:
         raise UserError(f"a batch of {batch} does not divide over {process_count} processes")
     count = steps * batch
-    domains = {"source": _stream(source, source_transform, seed, "source", count)}
+    domains = {"source": _stream(source, source_transform, seed, "source", count, source_order)}
     if target is not None:
         if target_transform is None:
             raise UserError("the target has no transform")
@@ -119,8 +122,15 @@ def _copied(batch: Batch) -> Batch:
     }
 
 
-def _stream(records: Sequence[Record], transform: Transform, seed: int, domain: str, count: int) -> grain.MapDataset:
-    """The first `count` records of a domain that is shuffled, repeated for ever and transformed."""
+def _stream(
+    records: Sequence[Record],
+    transform: Transform,
+    seed: int,
+    domain: str,
+    count: int,
+    order: Sequence[int] | np.ndarray | None = None,
+) -> grain.MapDataset:
+    """The first `count` records of a domain in a given order, or shuffled and repeated for ever; transformed."""
     if not len(records):
         raise UserError(f"the {domain} dataset is empty")
     if isinstance(records, Records):
@@ -130,10 +140,28 @@ def _stream(records: Sequence[Record], transform: Transform, seed: int, domain: 
             raise UserError(f"{records.name} has no labels and cannot be a source")
     # Domains draw from unrelated streams, and so do runs whose seeds follow each other.
     domain_seed = np.random.SeedSequence([seed, domain == "target"]).generate_state(1)[0]
-    epochs = max(1, -(-count // len(records)))
-    dataset = grain.MapDataset.source(records).seed(int(domain_seed)).shuffle().repeat(epochs)
+    if order is None:
+        epochs = max(1, -(-count // len(records)))
+        dataset = grain.MapDataset.source(records).seed(int(domain_seed)).shuffle().repeat(epochs)
+    else:
+        if len(order) < count:
+            raise UserError(f"the order of the {domain} has {len(order)} entries, but {count} records are to be drawn")
+        dataset = grain.MapDataset.source(_Ordered(records, order)).seed(int(domain_seed))
     keys = ("image", "id") if domain == "target" else ("image", "label", "depth", "id")
     return dataset.random_map(_TransformKeys(transform, keys))[:count]
+
+
+class _Ordered(Sequence):
+    """Records in an order of their own, in which some may come often and others never."""
+
+    def __init__(self, records: Sequence[Record], order: Sequence[int] | np.ndarray):
+        self._records, self._order = records, np.asarray(order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._records[int(self._order[index])]
 
 
 class _TransformKeys:

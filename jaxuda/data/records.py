@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -24,6 +25,8 @@ DATASETS = ("streets", "camvid", "folder")
 # Written last when a dataset is prepared. {"splits": {split: {"ids": [...], "sha256": hex, "labelled": bool,
 # "pixels": {raw id: count}}}}; for "folder" also "classes": what its classes.json says.
 SUMMARY = "prepared.json"
+# The lists of ids that a ranking of the target leaves.
+EASY, HARD = "easy.txt", "hard.txt"
 
 
 class Records:
@@ -49,7 +52,7 @@ class Records:
         self.label_space = space
         self.labelled = bool(summary["labelled"])
         classes = (space.name, space.classes) if space else None
-        identity = f"{self.name} {summary['sha256']} {classes} {table.tobytes().hex()}"
+        identity = f"{split} {summary['sha256']} {classes} {table.tobytes().hex()}"
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:32]
         self._folder, self._split, self.table = folder, split, table
         self._ids = summary["ids"]
@@ -97,6 +100,48 @@ class Records:
         return f"Records({self.name!r}, {len(self)} records)"
 
 
+class Subset(Sequence):
+    """Some of the records, in a given order.
+
+    Args:
+        records: all of them.
+        ids: the chosen ones.
+
+    Raises:
+        UserError: there is no record of that id.
+    """
+
+    def __init__(self, records: Records, ids: Sequence[str]):
+        place = {name: index for index, name in enumerate(records.ids())}
+        unknown = [name for name in ids if name not in place]
+        if unknown:
+            raise UserError(
+                f"{records.name} has no image '{unknown[0]}' ({len(unknown)} ids are unknown): the list was made for "
+                "other data"
+            )
+        self.name, self.label_space, self.labelled = records.name, records.label_space, records.labelled
+        self._records, self._ids, self._indices = records, list(ids), [place[name] for name in ids]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def ids(self) -> list[str]:
+        """Ids of the records in the order of their index."""
+        return list(self._ids)
+
+    def images_only(self) -> "Subset":
+        """The same records without labels and depth."""
+        return Subset(self._records.images_only(), self._ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._records[self._indices[index]]
+
+
+def read_split(folder: Path, part: str) -> list[str]:
+    """The ids in one list of a ranking, `EASY` or `HARD`."""
+    return (folder / part).read_text().split()
+
+
 def load(
     name: str,
     split: str,
@@ -131,7 +176,8 @@ def load(
     else:
         space = labels.label_space(label_space or labels.DEFAULT_SPACE[dataset])
         table = labels.lookup_table(dataset, space)
-    return Records(name, folder, split, summary["splits"][split], space, table)
+    shown = f"folder {Path(path).name}" if dataset == "folder" else name
+    return Records(shown, folder, split, summary["splits"][split], space, table)
 
 
 def _folder_labels(

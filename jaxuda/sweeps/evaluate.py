@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 from jaxuda import data, parallel
 from jaxuda.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.sweeps.scores import make_scores, resize, resize_matrices
+from jaxuda.sweeps.scores import make_scores, padded_sizes, probabilities, resize, resize_matrices, score_grid, sweep
 from jaxuda.writers import progress_bar
 
 PyTree = Any
@@ -47,8 +47,8 @@ def make_evaluator(
 
     @jax.jit
     def evaluate_batch(variables: PyTree, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        values, probs = scores(variables, batch["image"])
-        sums = _label_free(probs, batch["counts"])
+        values = scores(variables, batch["image"])
+        sums = _label_free(probabilities(values, method), batch["counts"])
         if "label" in batch:
             predictions = jnp.argmax(resize(values, batch["rows"], batch["columns"]), -1)
             sums["confusion"] = confusion_matrix(batch["label"], predictions, classes)
@@ -56,7 +56,7 @@ def make_evaluator(
 
     def evaluate(variables: PyTree, records: data.Records) -> Evaluation:
         variables = parallel.everywhere(variables, devices)
-        grid = jax.eval_shape(scores, variables, _image_shape(config))[0].shape[1:3]
+        grid = score_grid(scores, variables, config)
         total: dict[str, np.ndarray] = {}
         with progress_bar(len(records), "evaluate", "img") as bar:
             for batch in sweep(records, config):
@@ -69,24 +69,12 @@ def make_evaluator(
     return evaluate
 
 
-def sweep(records: data.Records, config: Any) -> Iterator[data.input.Batch]:
-    """One pass in order, images resized to `config.evaluation.size`."""
-    transform = data.build_transform({"resize": tuple(config.evaluation.size)})
-    return data.sweep_batches(records, transform, config.evaluation.batch)
-
-
-def _image_shape(config: Any) -> jax.ShapeDtypeStruct:
-    width, height = config.evaluation.size
-    return jax.ShapeDtypeStruct((config.evaluation.batch, height, width, 3), jnp.uint8)
-
-
 def _arrays(batch: dict[str, Any], grid: tuple[int, int], config: Any) -> dict[str, np.ndarray]:
     """A sweep's batch as arrays of few shapes: labels padded with 255 to a common size, repeated images uncounted."""
     count, full = batch["count"], len(batch["image"])
     arrays = {"image": batch["image"], "counts": np.arange(full) < count}
     if batch["label"] is not None:
-        sizes = [label.shape for label in batch["label"]]
-        sizes += sizes[-1:] * (full - count)
+        sizes = padded_sizes([label.shape for label in batch["label"]], full)
         arrays["rows"], arrays["columns"] = resize_matrices(grid, sizes, config.align_corners)
         arrays["label"] = np.full((full, arrays["rows"].shape[1], arrays["columns"].shape[1]), 255, np.uint8)
         for padded, label in zip(arrays["label"], batch["label"], strict=False):

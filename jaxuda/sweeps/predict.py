@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from jaxuda import files
 from jaxuda.data import encoding, labels
 from jaxuda.errors import UserError
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.sweeps.evaluate import sweep
-from jaxuda.sweeps.scores import make_scores, resize, resize_matrices
+from jaxuda.sweeps.scores import make_scores, padded_sizes, resize, resize_matrices, score_grid, sweep
 from jaxuda.writers import progress_bar
 
 PyTree = Any
@@ -52,43 +50,38 @@ class ImageFiles(Sequence):
         return {"image": image, "id": self._names[index]}
 
 
-def predict(
-    variables: PyTree,
-    images: Sequence,
-    folder: Path,
-    *,
-    model: DeepLabV2,
-    method: Any,
-    config: Any,
-    space: Any,
-) -> None:
-    """Writes `folder`/colour/ID.png and `folder`/ids/ID.png (grey, train ids) at each image's own size.
+def predictions(
+    variables: PyTree, images: Sequence, *, model: DeepLabV2, method: Any, config: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The id and the (H, W) uint8 train ids of each image in turn, at its own size.
 
     Args:
       variables: "params" and "batch_stats" of `model`.
       images: records with "image" (H, W, 3) uint8 and "id".
-      folder: made if missing.
+      model: the network.
+      method: the module it was trained with.
       config: for `evaluation.size`, `evaluation.batch`, `preprocess` and `align_corners`.
-      space: the label space, for the colours.
     """
     scores = make_scores(model, method, config)
 
-    @partial(jax.jit)
+    @jax.jit
     def label_maps(variables: PyTree, image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-        return jnp.argmax(resize(scores(variables, image)[0], rows, columns), -1).astype(jnp.uint8)
+        return jnp.argmax(resize(scores(variables, image), rows, columns), -1).astype(jnp.uint8)
 
-    for kind in ("colour", "ids"):
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-    width, height = config.evaluation.size
-    shape = jax.ShapeDtypeStruct((config.evaluation.batch, height, width, 3), jnp.uint8)
-    grid = jax.eval_shape(scores, variables, shape)[0].shape[1:3]
+    grid = score_grid(scores, variables, config)
     with progress_bar(len(images), "predict", "img") as bar:
         for batch in sweep(images, config):
-            sizes = batch["size"] + batch["size"][-1:] * (len(batch["image"]) - batch["count"])
+            sizes = padded_sizes(batch["size"], len(batch["image"]))
             maps = label_maps(variables, batch["image"], *resize_matrices(grid, sizes, config.align_corners))
-            for name, (rows, columns), ids in zip(batch["id"], batch["size"], np.asarray(maps), strict=False):
-                ids = ids[:rows, :columns]
-                files.write_bytes(folder / "ids" / f"{name}.png", encoding.encode_label(ids))
-                colour = encoding.encode_image(labels.colourise(ids, space))
-                files.write_bytes(folder / "colour" / f"{name}.png", colour)
+            for name, (height, width), ids in zip(batch["id"], batch["size"], np.asarray(maps), strict=False):
+                yield name, ids[:height, :width]
             bar.update(batch["count"])
+
+
+def write_predictions(found: Iterable[tuple[str, np.ndarray]], folder: Path, space: labels.LabelSpace) -> None:
+    """`folder`/colour/ID.png in the label space's palette and `folder`/ids/ID.png (grey train ids) for each."""
+    for kind in ("colour", "ids"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    for name, ids in found:
+        files.write_bytes(folder / "ids" / f"{name}.png", encoding.encode_label(ids))
+        files.write_bytes(folder / "colour" / f"{name}.png", encoding.encode_image(labels.colourise(ids, space)))

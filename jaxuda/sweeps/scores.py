@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxuda import data
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import interpolation_matrix, normalise
 
@@ -17,22 +18,42 @@ PyTree = Any
 BUCKET = 32  # images of mixed sizes share compiled code when they round up to the same multiple of this
 
 
-def make_scores(model: DeepLabV2, method: ModuleType, config: Any) -> Callable[[PyTree, jax.Array], tuple]:
-    """`scores(variables, images) -> (scores, probs)`, both (N, h, w, C) at network resolution.
+def make_scores(model: DeepLabV2, method: ModuleType, config: Any) -> Callable[[PyTree, jax.Array], jax.Array]:
+    """`scores(variables, images)`: (N, H, W, 3) uint8 to what is upsampled before the argmax, (N, h, w, C).
 
-    `images` are (N, H, W, 3) uint8. `scores` are what is upsampled before the argmax: logits, or the
-    probabilities of a method that has its own `predict`.
+    That is logits, or the probabilities of a method that has its own `predict`.
     """
 
-    def scores(variables: PyTree, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def scores(variables: PyTree, images: jax.Array) -> jax.Array:
         images = normalise(images, config.preprocess)
         if hasattr(method, "predict"):
-            probs = method.predict(variables, images, model=model, config=config)
-            return probs, probs
-        logits = model.apply(variables, images, train=False).main
-        return logits, jax.nn.softmax(logits)
+            return method.predict(variables, images, model=model, config=config)
+        return model.apply(variables, images, train=False).main
 
     return scores
+
+
+def probabilities(scores: jax.Array, method: ModuleType) -> jax.Array:
+    """Class probabilities of what `make_scores` gave, at any resolution."""
+    return scores if hasattr(method, "predict") else jax.nn.softmax(scores)
+
+
+def score_grid(scores: Callable, variables: PyTree, config: Any) -> tuple[int, int]:
+    """(h, w) of the scores of images of `config.evaluation.size`, found without computing them."""
+    width, height = config.evaluation.size
+    images = jax.ShapeDtypeStruct((config.evaluation.batch, height, width, 3), jnp.uint8)
+    return jax.eval_shape(scores, variables, images).shape[1:3]
+
+
+def sweep(records: Sequence, config: Any) -> Iterator[dict[str, Any]]:
+    """One pass in order, images resized to `config.evaluation.size`; see `data.sweep_batches`."""
+    transform = data.build_transform({"resize": tuple(config.evaluation.size)})
+    return data.sweep_batches(records, transform, config.evaluation.batch)
+
+
+def padded_sizes(sizes: list[tuple[int, int]], batch: int) -> list[tuple[int, int]]:
+    """`sizes` with the last one repeated for the images that only fill up the last batch."""
+    return sizes + sizes[-1:] * (batch - len(sizes))
 
 
 def resize_matrices(

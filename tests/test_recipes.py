@@ -1,0 +1,75 @@
+"""The published recipes load, build the full network, and their steps fit together, without computing anything."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_stages import DOMAINS
+
+from configs import advent, minent, sdca
+from jaxuda import methods
+from jaxuda.optim import make_optimizer
+from jaxuda.stages import plan
+from jaxuda.train import make_model, make_step
+from jaxuda.train_state import TrainState
+
+CLASSES = {"gta5": 19, "synthia": 16}
+
+
+@pytest.mark.parametrize("benchmark", ["gta5", "gta5,vgg16", "synthia", "synthia,vgg16"])
+def test_sdca(benchmark: str) -> None:
+    check(sdca.get_config(benchmark), CLASSES[benchmark.partition(",")[0]])
+
+
+@pytest.mark.parametrize("config", [minent, advent])
+@pytest.mark.parametrize("benchmark", ["gta5", "synthia"])
+def test_advent_family(config, benchmark: str) -> None:
+    check(config.get_config(benchmark), CLASSES[benchmark])
+
+
+def test_sdca_settings() -> None:
+    config = sdca.get_config("gta5")
+    stages = {stage.name: stage.config for stage in plan(config, Path("runs/x"), DOMAINS)}
+    assert stages["source_only"].source.jitter is None and stages["adapt"].source.jitter == (0.5, 0.5, 0.5, 0.2)
+    assert stages["adapt"].model.norm == "frozen" and stages["self_train"].model.norm == "batch"
+    assert stages["self_train"].source.name == "cityscapes" and stages["self_train"].source.crop == (1024, 512)
+    assert stages["oracle"].source.crop is None
+    assert (stages["adapt"].schedule_steps, stages["adapt"].tau) == (62_500, 100.0)
+    with pytest.raises(ValueError, match="no network 'r50'"):
+        sdca.get_config("gta5,r50")
+
+
+def check(config, num_classes: int) -> None:
+    """Every training stage: one abstract step at the published batch and image sizes keeps the state's shapes."""
+    for stage in plan(config, Path("runs/x"), DOMAINS):
+        if "sweep" in stage.config:
+            continue
+        model, method, tx = make_model(stage.config, num_classes), methods.load(stage.config.train), None
+        batch = {
+            domain: {"image": jax.ShapeDtypeStruct((stage.config.batch, *size, 3), jnp.uint8)}
+            for domain in ("source", "target")
+            if domain in stage.config
+            for size in [_size(stage.config[domain])]
+        }
+        image = batch["source"]["image"]
+        batch["source"]["label"] = jax.ShapeDtypeStruct(image.shape[:3], jnp.uint8)
+        tx = make_optimizer(stage.config)
+
+        def start(model=model, method=method, tx=tx, stage=stage, batch=batch, image=image):
+            variables = model.init(jax.random.key(0), jnp.zeros((1, *image.shape[1:])))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+            params, extra = method.init(jax.random.key(1), model=model, batch=zeros, config=stage.config, artifacts={})
+            params = {"model": variables["params"], **params}
+            return TrainState.create(params, tx, variables.get("batch_stats", {}), extra)
+
+        before = jax.eval_shape(start)
+        after, metrics = jax.eval_shape(make_step(method, model, tx, stage.config), before, batch)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), before)
+        assert metrics["loss"].shape == ()
+        assert sum(leaf.size for leaf in jax.tree.leaves(before.params)) > 15e6
+
+
+def _size(domain) -> tuple[int, int]:
+    width, height = domain.crop or domain.resize
+    return height, width

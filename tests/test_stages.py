@@ -1,0 +1,98 @@
+"""Plans and fingerprints of stages."""
+
+from pathlib import Path
+
+import pytest
+
+from configs import minent, sdca, source_only
+from jaxuda.errors import UserError
+from jaxuda.stages import Domains, changed_fields, plan
+
+
+class FakeRecords:
+    def __init__(self, fingerprint: str, labelled: bool = True):
+        self.fingerprint, self.labelled = fingerprint, labelled
+
+
+DOMAINS = Domains(FakeRecords("source"), FakeRecords("target"), FakeRecords("val"))
+
+
+def fingerprints(config, domains: Domains = DOMAINS) -> dict[str, str]:
+    return {stage.name: stage.fingerprint for stage in plan(config, Path("runs/x"), domains)}
+
+
+def test_baselines_are_the_same_stage_in_every_recipe() -> None:
+    ours, theirs = fingerprints(minent.get_config()), fingerprints(source_only.get_config())
+    assert ours["source_only"] == theirs["source_only"] and ours["oracle"] == theirs["oracle"]
+    assert len(set(ours.values())) == 3
+
+
+def test_what_changes_a_result_changes_the_fingerprint_from_there_on() -> None:
+    before = fingerprints(minent.get_config())
+
+    def changed(field: str, value) -> set[str]:
+        config = minent.get_config()
+        config.update_from_flattened_dict({field: value})
+        after = fingerprints(config)
+        return {name for name in after if after[name] != before[name]}
+
+    assert changed("adapt.lr", 1e-4) == {"adapt"}
+    assert changed("source_only.steps", 5) == {"source_only", "adapt"}
+    assert changed("model.width", 16) == changed("seed", 3) == {"source_only", "adapt", "oracle"}
+    assert changed("target.flip", 0.1) == {"adapt", "oracle"}
+    assert changed("devices", 1) == changed("num_workers", 4) == changed("source.path", "elsewhere") == set()
+
+
+def test_other_data_are_another_stage() -> None:
+    other = fingerprints(minent.get_config(), DOMAINS._replace(source=FakeRecords("other")))
+    before = fingerprints(minent.get_config())
+    assert {name for name in other if other[name] != before[name]} == {"source_only", "adapt"}
+
+
+def test_what_a_stage_reads_belongs_to_it() -> None:
+    before = fingerprints(sdca.get_config())
+    config = sdca.get_config()
+    config.pseudo_labels.threshold_cap = 0.5
+    after = fingerprints(config)
+    assert {name for name in after if after[name] != before[name]} == {"pseudo_labels", "self_train"}
+    config.self_train.labels = "oracle"
+    with pytest.raises(UserError, match="reads names 'oracle', which is no stage before it"):
+        fingerprints(config)
+
+
+def test_artefacts_are_verified(tmp_path: Path) -> None:
+    recipe = {stage.name: stage for stage in plan(sdca.get_config(), tmp_path, DOMAINS)}
+    artefact = tmp_path / "statistics" / "artifacts" / "numbers"
+    artefact.parent.mkdir(parents=True)
+    artefact.write_text("1")
+    recipe["statistics"].mark("done")
+    assert recipe["adapt"].artifacts() == {"statistics": artefact.parent}
+    artefact.write_text("2")
+    with pytest.raises(UserError, match=r"not what the stage 'statistics' wrote.*--from_stage statistics"):
+        recipe["adapt"].artifacts()
+
+
+def test_self_training_needs_no_target_labels() -> None:
+    unlabelled = DOMAINS._replace(target=FakeRecords("target", labelled=False))
+    assert list(fingerprints(sdca.get_config(), unlabelled))[-1] == "self_train"
+
+
+def test_no_oracle_without_target_labels() -> None:
+    unlabelled = DOMAINS._replace(target=FakeRecords("target", labelled=False))
+    assert list(fingerprints(minent.get_config(), unlabelled)) == ["source_only", "adapt"]
+
+
+def test_stage_without_a_config_is_named() -> None:
+    config = minent.get_config()
+    config.pipeline = ("source_only", "missing")
+    with pytest.raises(UserError, match=r"there is no config\.missing"):
+        plan(config, Path("runs/x"), DOMAINS)
+
+
+def test_changed_fields_are_named_with_both_values() -> None:
+    old, new = {"a": 1, "b": {"c": 2}, "init": ["x"]}, {"a": 1, "b": {"c": 3, "d": 4}, "init": ["y"]}
+    assert changed_fields(old, new) == [
+        "b.c: 2 -> 3",
+        "b.d: (absent) -> 4",
+        "init: the stage it starts from has changed",
+    ]

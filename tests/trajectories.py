@@ -1,0 +1,65 @@
+"""Train steps of a reduced golden network, and their parameters under the names that the golden files use."""
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from golden_weights import state_dict
+from ml_collections import ConfigDict
+
+from jaxuda import methods
+from jaxuda.interop.torch_checkpoint import LAYOUTS, load_torch, to_torch, torch_name
+from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.optim import make_optimizer
+from jaxuda.train_state import TrainState
+
+
+@functools.cache
+def start(model: DeepLabV2, layout: str) -> dict:
+    """The generated weights of a reduced network, as our variables."""
+    shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 65, 65, 3)))
+    parts: dict = {}
+    for path, leaf in flax.traverse_util.flatten_dict(shapes).items():
+        key = torch_name(path, model, LAYOUTS[layout])
+        # SDCA's files keep two dictionaries, and its keys are seeded without their names.
+        part, _, inner = key.partition(".") if layout == "split" else ("", "", key)
+        parts.setdefault(part, []).append((inner, to_torch(np.empty(leaf.shape, bool)).shape))
+    weights = state_dict(parts)
+    return load_torch(weights if layout == "split" else weights[""], model)
+
+
+def by_torch_name(tree: dict, collection: str, model: DeepLabV2, layout: str) -> dict[str, np.ndarray]:
+    """The leaves of `params` or `batch_stats` in double precision, by their torch name."""
+    flat = flax.traverse_util.flatten_dict({collection: tree})
+    return {torch_name(p, model, LAYOUTS[layout]): np.asarray(leaf, np.float64) for p, leaf in flat.items()}
+
+
+def run(
+    method: str,
+    config: ConfigDict,
+    arrays: dict[str, np.ndarray],
+    steps: int = 5,
+    *,
+    model: DeepLabV2,
+    layout: str,
+    players: dict | None = None,
+) -> tuple[list, list]:
+    """States (before the first step and after each) and metrics of each step, in double precision."""
+    variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), start(model, layout))
+    batch = {
+        "source": {"image": arrays["src_images"].astype(np.float64), "label": arrays["src_labels"]},
+        "target": {"image": arrays.get("trg_images", np.zeros(())).astype(np.float64)},
+    }
+    tx, module = make_optimizer(config), methods.load(method)
+    _, extra = module.init(jax.random.key(0), model=model, batch=batch, config=config, artifacts={})
+    players = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), players or {})
+    states = [TrainState.create({"model": variables["params"], **players}, tx, variables["batch_stats"], extra)]
+    step = jax.jit(functools.partial(module.train_step, model=model, tx=tx, config=config))
+    metrics = []
+    for _ in range(steps):
+        state, row = step(states[-1], batch, jax.random.key(0))
+        states.append(state)
+        metrics.append(row)
+    return states, metrics
