@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxuda import checkpoints, parallel, prepare
+from jaxuda import checkpoints, parallel, prepare, table
 from jaxuda.main import INTERRUPTED, MISTAKE, main
 
 ROOT = Path(__file__).parents[1]
@@ -264,6 +264,20 @@ def test_several_seeds_end_with_mean_and_spread(data: dict, tmp_path, capsys) ->
     assert main(["jaxuda", *words, "--seeds=0,1"]) == 0
     assert re.search(r"\| folder \| minent: adapt \| 2 \| [\d.]+ ± [\d.]+", capsys.readouterr().out)
     assert (tmp_path / "run" / "seed1" / "results.json").exists()
+
+
+def test_table_runs_what_is_missing(data: dict, tmp_path, capsys) -> None:
+    words = [
+        w for w in tiny.arguments("source_only", workdir=tmp_path, **data) if "config=" not in w and "workdir" not in w
+    ]
+    words += ["--configs=configs/source_only.py", "--benchmarks=folder", "--seeds=0,1", f"--runs={tmp_path}"]
+    assert table.main(words) == 0
+    first = capsys.readouterr().out
+    assert re.search(r"\| folder \| source only \| 2 \|.*\n\| folder \| oracle \| 2 \|", first)
+    assert (tmp_path / "table.md").read_text() in first
+    assert table.main(words) == 0
+    assert "source_only (done) -> oracle (done)" in capsys.readouterr().out
+    assert table.main([*words, "--config.nothing=1"]) == MISTAKE
 
 
 @pytest.mark.slow
