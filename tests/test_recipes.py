@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from test_stages import DOMAINS
 
-from configs import advent, intrada, minent, sdca
+from configs import advent, dada, intrada, minent, sdca
 from jaxuda import methods
 from jaxuda.optim import make_optimizer
 from jaxuda.stages import plan
@@ -26,6 +26,16 @@ def test_sdca(benchmark: str) -> None:
 @pytest.mark.parametrize("benchmark", ["gta5", "synthia"])
 def test_advent_family(config, benchmark: str) -> None:
     check(config.get_config(benchmark), CLASSES[benchmark])
+
+
+def test_dada() -> None:
+    check(dada.get_config("synthia"), CLASSES["synthia"])
+
+
+@pytest.mark.parametrize("benchmark", ["camvid", "folder", "gta5"])
+def test_dada_needs_depth(benchmark: str) -> None:
+    with pytest.raises(ValueError, match=f"which '{benchmark}' has not"):
+        dada.get_config(benchmark)
 
 
 def test_sdca_settings() -> None:
@@ -54,6 +64,7 @@ def check(config, num_classes: int) -> None:
         }
         image = batch["source"]["image"]
         batch["source"]["label"] = jax.ShapeDtypeStruct(image.shape[:3], jnp.uint8)
+        batch["source"]["depth"] = jax.ShapeDtypeStruct(image.shape[:3], jnp.float32)
         tx = make_optimizer(stage.config)
 
         def start(model=model, method=method, tx=tx, stage=stage, batch=batch, image=image):

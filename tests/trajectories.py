@@ -52,6 +52,8 @@ def run(
         "source": {"image": arrays["src_images"].astype(np.float64), "label": arrays["src_labels"]},
         "target": {"image": arrays.get("trg_images", np.zeros(())).astype(np.float64)},
     }
+    if "src_depth" in arrays:
+        batch["source"]["depth"] = arrays["src_depth"].astype(np.float64)
     tx, module = make_optimizer(config), methods.load(method)
     _, extra = module.init(jax.random.key(0), model=model, batch=batch, config=config, artifacts={})
     players = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), players or {})
