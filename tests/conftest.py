@@ -1,8 +1,11 @@
 """Eight fake CPU devices, a compile cache that all tests share, and a home for prepared datasets."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
+
+import pytest
 
 # Before anything imports jax.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -11,3 +14,13 @@ _CACHE = Path(tempfile.gettempdir()) / f"jaxuda-tests-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_code():
+    """Compiled code for eight devices piles up to gigabytes over a whole session."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
