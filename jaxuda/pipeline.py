@@ -17,7 +17,7 @@ from jaxuda.errors import UserError
 from jaxuda.metrics import iou_table
 from jaxuda.prepare import prepare
 from jaxuda.stages import Domains, Stage
-from jaxuda.train import abstract_variables, make_model, train
+from jaxuda.train import abstract_variables, evaluation_devices, make_model, train
 from jaxuda.writers import RunLog
 
 
@@ -76,7 +76,7 @@ def sweep(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
     """Runs a sweep stage with the network of the stage it starts from; it writes to its `artifacts` folder."""
     module = sweeps.load(stage.config.sweep)
     model = make_model(stage.config, domains.source.label_space.num_classes)
-    devices = parallel.choose_devices(stage.config.evaluation.batch, run_config.devices, run_config.platform)
+    devices = evaluation_devices(stage.config, jax.local_devices()[: run_config.devices or None])
     arrays, _ = checkpoints.read_variables(*stage.init)
     folder = stage.folder / stages.ARTIFACTS
     folder.mkdir(parents=True, exist_ok=True)

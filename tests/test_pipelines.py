@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxuda import prepare
 from jaxuda.data import encoding
 from jaxuda.main import MISTAKE, main
 
@@ -26,12 +25,7 @@ RECIPES = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("data")
-    source = tiny.draw_folder(folder / "source", "tiny_source", 0)
-    target = tiny.draw_folder(folder / "target", "tiny_target", 30)
-    for path in (source, target):
-        prepare.prepare("folder", path=str(path), data_dir=folder / "tfds")
-    return {"source": source, "target": target, "data_dir": folder / "tfds"}
+    return tiny.prepare_domains(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from jaxuda import prepare
+
 CLASSES = ("ground", "box", "sky")
 
 
@@ -31,6 +33,15 @@ def draw_folder(folder: Path, name: str, shift: int, images: int = 6, labelled: 
         classes = [{"name": c, "ids": [i], "color": [80 * i, 90, 40]} for i, c in enumerate(CLASSES)]
         (folder / "classes.json").write_text(json.dumps({"name": name, "classes": classes}))
     return folder
+
+
+def prepare_domains(folder: Path) -> dict[str, Path]:
+    """A source and a target, drawn and prepared, as the data arguments of `arguments`."""
+    source = draw_folder(folder / "source", "tiny_source", 0)
+    target = draw_folder(folder / "target", "tiny_target", 30)
+    for path in (source, target):
+        prepare.prepare("folder", path=str(path), data_dir=folder / "tfds")
+    return {"source": source, "target": target, "data_dir": folder / "tfds"}
 
 
 def arguments(config: str, source: Path, target: Path, data_dir: Path, workdir: Path, *more: str) -> list[str]:

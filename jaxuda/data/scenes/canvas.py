@@ -116,6 +116,7 @@ def quad_z(x0: float, x1: float, y0: float, y1: float, z: float) -> np.ndarray:
 
 
 def shaded(colour: Colour, factor: float) -> Colour:
+    """A colour under `factor` times the light."""
     return colour[0] * factor, colour[1] * factor, colour[2] * factor
 
 
@@ -126,6 +127,7 @@ def polygon(n: int, cx: float, cy: float, rx: float, ry: float) -> list[tuple[fl
 
 
 def light_on(canvas: Canvas, normal: tuple[float, float, float]) -> float:
+    """Share of the full light, 0..1, on a face with this unit normal."""
     towards = sum(n * s for n, s in zip(normal, canvas.sun.direction, strict=True))
     return 1 - canvas.sun.direct * (1 - max(towards, 0.0))
 

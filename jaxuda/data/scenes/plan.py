@@ -133,6 +133,7 @@ class Street(NamedTuple):
 
 
 def plan_street(stats: Statistics, rng: random.Random, limit: float) -> Street:
+    """Draws the ground plan of a street: lanes, curbs, walks and what borders them; `limit` as in `Street`."""
     lanes, lane_width = rng.choice(stats.lanes), rng.uniform(*stats.lane_width)
     shift = rng.uniform(-0.4, 0.4)
     sides = []
