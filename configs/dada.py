@@ -34,8 +34,9 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
         config.adapt = common.train_stage("dada", **PUBLISHED, **adversarial(0.001), lambda_depth=0.001)
         config.oracle = common.oracle(**PUBLISHED)
     else:
-        config.source_only = common.source_only()
+        config.optim.head_factor = 10.0
+        config.source_only = common.source_only(lr=0.01)
         config.adapt = common.train_stage("dada", init="source_only", lr=0.005, **adversarial(0.005), lambda_depth=0.01)
-        config.oracle = common.oracle()
+        config.oracle = common.oracle(lr=0.01)
     config.model.update({"aux": False, "depth": True})
     return config

@@ -55,7 +55,9 @@ class DepthBranch(nn.Module):
     """DADA's privileged task (Vu et al., ICCV 2019, figure 2): depth, and features multiplied by what
     predicts it.
 
-    With A channels of features (2048 in the paper) its layers have A/4, A/4, A/16 and A channels.
+    With A channels of features (2048 in the paper) its layers have A/4, A/4, A/16 and A channels. The paper's start,
+    N(0, 0.01), is widened with sqrt(2048 / A): through four layers a narrow network's product would else start so
+    close to zero that its head learns nothing for hundreds of steps.
     """
 
     dtype: str
@@ -63,7 +65,8 @@ class DepthBranch(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         channels = x.shape[-1]
-        conv = functools.partial(Conv, use_bias=True, kernel_init=head_init, dtype=self.dtype)
+        start = nn.initializers.normal(0.01 * (2048 / channels) ** 0.5)
+        conv = functools.partial(Conv, use_bias=True, kernel_init=start, dtype=self.dtype)
         encoded = nn.relu(conv(channels // 4, 1, name="enc1")(x))
         encoded = nn.relu(conv(channels // 4, 3, name="enc2")(encoded))
         encoded = conv(channels // 16, 1, name="enc3")(encoded)
