@@ -1,6 +1,7 @@
 """Adversarial losses on a domain discriminator's output."""
 
 import jax
+import jax.numpy as jnp
 
 from jaxuda.losses.reduction import masked_mean
 
@@ -20,3 +21,25 @@ def domain_bce(logits: jax.Array, domain: int, *, axis_name: str | None = None) 
       Scalar: mean of softplus(z) - domain * z.
     """
     return masked_mean(jax.nn.softplus(logits) - domain * logits, axis_name=axis_name)
+
+
+def class_domain_ce(logits: jax.Array, probs: jax.Array, domain: int, *, axis_name: str | None = None) -> jax.Array:
+    """Cross-entropy of logits over the classes of both domains against soft labels in one (FADA, equations 4 to 7).
+
+    Args:
+      logits: (..., 2C) float: the C source classes, then the C target classes.
+      probs: (..., C), the soft labels; they need not sum to 1.
+      domain: 0 = source, 1 = target: where the soft labels stand; the other domain's are 0.
+      axis_name: device axis over which the mean is taken.
+
+    Returns:
+      Scalar: mean over positions of -sum_c probs_c * log softmax(logits)_(domain, c).
+
+    Raises:
+      ValueError: the logits do not have twice as many channels as the soft labels.
+    """
+    classes = probs.shape[-1]
+    if logits.shape != (*probs.shape[:-1], 2 * classes):
+        raise ValueError(f"logits {logits.shape} do not have two channels for each of the soft labels' {probs.shape}")
+    log_probs = jax.nn.log_softmax(logits)[..., domain * classes : (domain + 1) * classes]
+    return masked_mean(-jnp.sum(probs * log_probs, axis=-1), axis_name=axis_name)

@@ -1,9 +1,11 @@
 """Discriminators that tell source from target."""
 
+import functools
 import math
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from jaxuda.models.layers import Conv
 
@@ -12,13 +14,26 @@ def _uniform_bias(bound: float) -> nn.initializers.Initializer:
     return lambda key, shape, dtype=float: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def _conv(x: jax.Array, features: int, size: int, stride: int, dtype: str, name: str) -> jax.Array:
+    """A convolution with padding 1 whose weights and biases start uniform in +-1 / sqrt(fan-in), as torch's do."""
+    return Conv(
+        features,
+        size,
+        stride=stride,
+        padding=1,
+        use_bias=True,
+        dtype=dtype,
+        kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+        bias_init=_uniform_bias(1 / math.sqrt(size * size * x.shape[-1])),
+        name=name,
+    )(x)
+
+
 class FCDiscriminator(nn.Module):
     """Fully convolutional discriminator (ADVENT, section 4.2; after AdaptSegNet and DCGAN).
 
     Five 4x4 convolutions of stride 2 with LeakyReLU 0.2 between; maps (N, H, W, C), an entropy map at image
-    size, to (N, H/32, W/32, 1) logits, positive for target. `width` is the first layer's channel count.
-    Weights and biases start uniform in +-1 / sqrt(fan-in), as in the published code.
-    """
+    size, to (N, H/32, W/32, 1) logits, positive for target. `width` is the first layer's channel count."""
 
     width: int = 64
     dtype: str = "float32"
@@ -27,17 +42,28 @@ class FCDiscriminator(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         widths = (self.width, 2 * self.width, 4 * self.width, 8 * self.width, 1)
         for index, features in enumerate(widths):
-            x = Conv(
-                features,
-                4,
-                stride=2,
-                padding=1,
-                use_bias=True,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-                bias_init=_uniform_bias(1 / math.sqrt(16 * x.shape[-1])),
-                name=f"conv{index}",
-            )(x)
+            x = _conv(x, features, 4, 2, self.dtype, f"conv{index}")
             if index < len(widths) - 1:
                 x = nn.leaky_relu(x, 0.2)
+        return x.astype("float32") if self.dtype == "bfloat16" else x
+
+
+class ClassDiscriminator(nn.Module):
+    """Tells the class and the domain of every position of the features (FADA, Wang et al., ECCV 2020, section 3.2).
+
+    Two 3x3 convolutions with LeakyReLU 0.2, of `width` and `width` / 2 channels, then one 3x3 convolution per domain.
+    Features (N, h, w, A) become (N, h, w, 2C) logits: the C source classes, then the C target classes.
+    """
+
+    num_classes: int
+    width: int = 256
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        conv = functools.partial(_conv, size=3, stride=1, dtype=self.dtype)
+        x = nn.leaky_relu(conv(x.astype(self.dtype), self.width, name="conv0"), 0.2)
+        x = nn.leaky_relu(conv(x, self.width // 2, name="conv1"), 0.2)
+        domains = [conv(x, self.num_classes, name=domain) for domain in ("source", "target")]
+        x = jnp.concatenate(domains, axis=-1)
         return x.astype("float32") if self.dtype == "bfloat16" else x
