@@ -94,9 +94,10 @@ def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
 
     Args:
       config: the stage's resolved config. Read are `lr`, `schedule_steps`, `discriminator_lr` (Adam, where the
-        method has a discriminator), and from `optim`: `head_factor`
-        (heads learn this many times faster), `momentum`, `weight_decay`, `power`, `train_norm`, `repeat`
-        (updates per step for "stem", "block", "shortcut") and `repeat_decay`.
+        method has a discriminator), `train_head` (where it has a projection head: whether that learns, like the
+        other heads), and from `optim`: `head_factor` (heads learn this many times faster), `momentum`,
+        `weight_decay`, `power`, `train_norm`, `repeat` (updates per step for "stem", "block", "shortcut") and
+        `repeat_decay`.
     """
     optim = config["optim"]
 
@@ -114,6 +115,9 @@ def make_optimizer(config: Mapping[str, Any]) -> optax.GradientTransformation:
     if "discriminator_lr" in config:
         schedule = poly_schedule(config["discriminator_lr"], config["schedule_steps"], optim["power"])
         transforms["discriminator"] = optax.adam(schedule, b1=0.9, b2=0.99)
+
+    if "train_head" in config:
+        transforms["projection"] = transforms["head"] if config["train_head"] else transforms["frozen"]
 
     def groups(params: PyTree) -> PyTree:
         return jax.tree_util.tree_map_with_path(

@@ -186,6 +186,7 @@ def _input(
         seed=config.seed,
         source_transform=_transform(config.source),
         target_transform=None if unlabelled is None else _transform(config.target),
+        target_labels=config.get("target_label_figures", False),
         num_workers=run_config.num_workers,
         source_order=order,
     )

@@ -38,6 +38,7 @@ def make_input(
     seed: int = 0,
     source_transform: Transform,
     target_transform: Transform | None = None,
+    target_labels: bool = False,
     source_order: Sequence[int] | np.ndarray | None = None,
     num_workers: int = 0,
     process_index: int = 0,
@@ -51,9 +52,11 @@ def make_input(
 
     Args:
         source: labelled records.
-        target: records whose images alone are used; their labels never enter a training batch.
+        target: records whose images alone are used; their labels do not enter a training batch.
         batch: global batch size B, over all processes.
         source_transform, target_transform: see `build_transform`; they must bring all images to one size.
+        target_labels: puts the target's labels, where it has any, into the batches after all, for figures that are
+            marked as using them.
         source_order: indices of the source records to draw, steps * batch of them (see
             `sampling.class_balanced_order`); None: shuffled anew every epoch.
         num_workers: processes that decode and transform; 0 uses threads of this one.
@@ -63,7 +66,7 @@ def make_input(
     Returns:
         An iterator, to be closed after use, over {"source": {"image" (b, H, W, 3) uint8, "label" (b, H, W)
         uint8, "depth" (b, H, W) float32 where the dataset has it, "id" list of str},
-        "target": {"image", "id"}}.
+        "target": {"image", "id", with `target_labels` "label"}}.
 
     Raises:
         UserError: a dataset is empty or the source unlabelled, the batch does not divide over the processes,
@@ -76,7 +79,7 @@ def make_input(
     if target is not None:
         if target_transform is None:
             raise UserError("the target has no transform")
-        domains["target"] = _stream(target, target_transform, seed, "target", count)
+        domains["target"] = _stream(target, target_transform, seed, "target", count, keep_labels=target_labels)
     examples = ZipMapDataset(list(domains.values()))
     batches = examples.batch(batch // process_count, batch_fn=_Collate(tuple(domains)))
     batches = batches[process_index::process_count][start:steps]
@@ -129,14 +132,15 @@ def _stream(
     domain: str,
     count: int,
     order: Sequence[int] | np.ndarray | None = None,
+    keep_labels: bool = True,
 ) -> grain.MapDataset:
     """The first `count` records of a domain in a given order, or shuffled and repeated for ever; transformed."""
     if not len(records):
         raise UserError(f"the {domain} dataset is empty")
     if isinstance(records, Records):
-        if domain == "target":
+        if not keep_labels:
             records = records.images_only()
-        elif not records.labelled:
+        elif domain == "source" and not records.labelled:
             raise UserError(f"{records.name} has no labels and cannot be a source")
     # Domains draw from unrelated streams, and so do runs whose seeds follow each other.
     domain_seed = np.random.SeedSequence([seed, domain == "target"]).generate_state(1)[0]
@@ -147,7 +151,7 @@ def _stream(
         if len(order) < count:
             raise UserError(f"the order of the {domain} has {len(order)} entries, but {count} records are to be drawn")
         dataset = grain.MapDataset.source(_Ordered(records, order)).seed(int(domain_seed))
-    keys = ("image", "id") if domain == "target" else ("image", "label", "depth", "id")
+    keys = ("image", "id", *(("label",) if keep_labels else ()), *(("depth",) if domain == "source" else ()))
     return dataset.random_map(_TransformKeys(transform, keys))[:count]
 
 

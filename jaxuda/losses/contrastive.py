@@ -1,8 +1,11 @@
-"""Contrast of pixels with the distributions of class features, and the running statistics that describe them.
+"""Contrast of pixels with what is remembered of each class: its distribution (SDCA) or its prototype (CFContra).
 
-Li et al., Semantic Distribution-aware Contrastive Adaptation for Semantic Segmentation, arXiv 2105.05013.
+SDCA: Li et al., Semantic Distribution-aware Contrastive Adaptation for Semantic Segmentation, arXiv 2105.05013.
+CFContra: coarse-to-fine contrastive adaptation with one memory of class prototypes for each domain. A memory is
+(C, A) float with rows of unit length; the row of a class that was never seen is zero.
+
 Everything is a product of (pixels x classes) with (pixels x channels) matrices: nothing of size pixels x
-classes x channels exists at any time.
+classes x channels, or of pixels x pixels, exists at any time.
 """
 
 from typing import NamedTuple
@@ -55,8 +58,7 @@ def update_statistics(
     Returns:
       Statistics of the same shapes and dtypes.
     """
-    features = lax.stop_gradient(features).reshape(-1, features.shape[-1])
-    features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+    features = _flat(lax.stop_gradient(features))
     members = _members(labels, stats.mean.shape[0])
     weights = members.astype(features.dtype)
 
@@ -100,8 +102,7 @@ def distribution_contrast(
     Returns:
       Scalar; 0 if no pixel is labelled.
     """
-    features = features.reshape(-1, features.shape[-1])
-    features = _unit(features.astype(jnp.promote_types(features.dtype, jnp.float32)))
+    features = _unit(_flat(features))
     mean, var = (_unit(lax.stop_gradient(rows)).astype(features.dtype) for rows in (stats.mean, stats.var))
     likeness = jnp.matmul(features, mean.T, precision=_HIGHEST)
     spread = jnp.matmul(jnp.square(features), var.T, precision=_HIGHEST) / (2 * tau)
@@ -110,6 +111,133 @@ def distribution_contrast(
     own = jnp.where(_members(labels, mean.shape[0]), spread / tau - logits, 0)
     loss = jax.nn.logsumexp(logits, axis=-1) + jnp.sum(own, axis=-1)
     return masked_mean(loss, labels.reshape(-1) != IGNORE, axis_name)
+
+
+def prototype_contrast(
+    features: jax.Array, labels: jax.Array, memory: jax.Array, temperature: float, axis_name: str | None = None
+) -> jax.Array:
+    """Contrast of pixels with class prototypes (CFContra): each is drawn to its own and away from the others.
+
+    With f^ the features scaled to unit length, the loss is the mean over labelled pixels of
+    -log(softmax_c(f^ . memory_c / temperature)[label] + 1e-6). Classes that were never seen take no part in the
+    softmax, and pixels labelled with them do not count.
+
+    Args:
+      features: (N, h, w, A) or (P, A) float.
+      labels: (N, h, w) or (P,) integers in 0..C-1, or 255 = ignore.
+      memory: (C, A) prototypes, constants here.
+      temperature: above 0; 0.07 in the published experiments.
+      axis_name: device axis over which the mean is taken.
+
+    Returns:
+      Scalar; 0 if no pixel is left.
+    """
+    features = _unit(_flat(features))
+    memory = lax.stop_gradient(memory).astype(features.dtype)
+    # Not minus infinity: before any class is seen there would be no softmax at all.
+    logits = jnp.matmul(features, memory.T, precision=_HIGHEST) / temperature
+    probs = jax.nn.softmax(jnp.where(_seen(memory), logits, jnp.finfo(logits.dtype).min))
+    members = _members(labels, memory.shape[0]) & _seen(memory)
+    own = jnp.sum(jnp.where(members, probs, 0), axis=-1)
+    return masked_mean(-jnp.log(own + 1e-6), jnp.any(members, axis=-1), axis_name)
+
+
+def class_centres(
+    features: jax.Array, labels: jax.Array, num_classes: int, axis_name: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Unit-length mean, over the images that show a class, of the class's mean feature in each (CFContra).
+
+    Every image counts alike, however many pixels of the class it has. Carries no gradient.
+
+    Args:
+      features: (N, h, w, A) float, or (P, A) for a single image.
+      labels: (N, h, w) or (P,) integers in 0..C-1, or 255 = ignore.
+      num_classes: C.
+      axis_name: device axis; the batch is then the joined one of all devices.
+
+    Returns:
+      (C, A) centres, zero for a class without pixels, and (C,) bool: whether a class has pixels.
+    """
+    sums, images = image_means(features, labels, num_classes)
+    if axis_name is not None:
+        sums, images = lax.psum((sums, images), axis_name)
+    return _unit(sums), images > 0
+
+
+def image_means(features: jax.Array, labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
+    """What `class_centres` sums up: (C, A) sum over images of class means, (C,) int32 how many images have the class.
+
+    Arguments as there.
+    """
+    images = features.shape[0] if features.ndim > 2 else 1
+    flat = _flat(lax.stop_gradient(features))
+    members = _members(labels, num_classes).reshape(images, -1, num_classes)
+    count = jnp.sum(members, axis=1, dtype=jnp.int32)  # (N, C)
+    sums = jnp.einsum(
+        "npc,npa->nca", members.astype(flat.dtype), flat.reshape(images, -1, flat.shape[-1]), precision=_HIGHEST
+    )
+    means = sums / jnp.maximum(count, 1)[..., None].astype(flat.dtype)
+    return jnp.sum(means, axis=0), jnp.sum(count > 0, axis=0, dtype=jnp.int32)
+
+
+def update_memory(memory: jax.Array, centres: jax.Array, present: jax.Array, momentum: float) -> jax.Array:
+    """Prototypes moved towards a batch's class centres: memory_c <- unit(momentum memory_c + (1 - momentum) centre_c).
+
+    Args:
+      memory: (C, A) prototypes. A class that was never seen takes the centre as it is.
+      centres, present: as `class_centres` gives them; classes that are not present stay as they are.
+      momentum: 0..1; 0.9 in the published experiments.
+
+    Returns:
+      (C, A), the dtype of `memory`.
+    """
+    moved = _unit(momentum * memory + (1 - momentum) * lax.stop_gradient(centres))
+    return jnp.where(present[:, None], moved, memory).astype(memory.dtype)
+
+
+def nearest_prototype_labels(
+    features: jax.Array, memory: jax.Array, margin: float | jax.Array, normalise: bool = False
+) -> jax.Array:
+    """The class of the nearest prototype in Euclidean distance, where it is clearly nearer than the second (CFContra).
+
+    A pixel is labelled if the second smallest distance minus the smallest is at least `margin`. Classes that were
+    never seen are no candidates; with a single one seen, every pixel gets it.
+
+    Args:
+      features: (..., A) float, such as (N, h, w, A).
+      memory: (C, A) prototypes.
+      margin: 0 labels every pixel. The prototypes have unit length and the features have not: what a margin means
+        depends on the length of the features, unless `normalise`.
+      normalise: compares features scaled to unit length.
+
+    Returns:
+      (...) int32 labels, 255 where two prototypes are about as near. Carries no gradient.
+    """
+    flat = _flat(lax.stop_gradient(features))
+    flat = _unit(flat) if normalise else flat
+    memory = lax.stop_gradient(memory).astype(flat.dtype)
+    # Squared distances without |f|^2, which they have in common: the differences of large ones would cancel.
+    far = jnp.finfo(flat.dtype).max / 4
+    scores = jnp.sum(jnp.square(memory), axis=-1) - 2 * jnp.matmul(flat, memory.T, precision=_HIGHEST)
+    scores = jnp.where(_seen(memory), scores, far)
+    nearest = jnp.argmin(scores, axis=-1).astype(jnp.int32)
+    first = jnp.min(scores, axis=-1)
+    second = jnp.min(jnp.where(nearest[:, None] == jnp.arange(len(memory)), far, scores), axis=-1)
+    squares = jnp.sum(jnp.square(flat), axis=-1)
+    lengths = (jnp.sqrt(jnp.maximum(squares + score, 0)) for score in (first, second))
+    gap = (second - first) / jnp.maximum(sum(lengths), jnp.finfo(flat.dtype).tiny)
+    kept = (gap >= margin) & jnp.any(_seen(memory))
+    return jnp.where(kept, nearest, IGNORE).reshape(features.shape[:-1])
+
+
+def _flat(features: jax.Array) -> jax.Array:
+    """(..., A) -> (P, A), at least float32."""
+    return features.reshape(-1, features.shape[-1]).astype(jnp.promote_types(features.dtype, jnp.float32))
+
+
+def _seen(memory: jax.Array) -> jax.Array:
+    """(C,) bool: the classes of which a memory has a prototype."""
+    return jnp.any(memory != 0, axis=-1)
 
 
 def _members(labels: jax.Array, num_classes: int) -> jax.Array:

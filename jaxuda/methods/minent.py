@@ -13,11 +13,11 @@ import optax
 
 from jaxuda.losses.entropy import entropy_loss
 from jaxuda.methods.supervised import forward, init, supervised_loss, upsample
-from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.models.deeplab import DeepLabV2, Outputs
 from jaxuda.train_state import TrainState
 
 PyTree = Any
-__all__ = ["init", "train_step"]
+__all__ = ["init", "target_entropy", "train_step"]
 
 
 def train_step(
@@ -39,15 +39,25 @@ def train_step(
         loss, metrics = supervised_loss(outputs, source, config, axis_name)
 
         outputs, batch_stats = forward(model, params["model"], batch_stats, target["image"], axis_name)
-        for level, logits, weight in (
-            ("entropy", outputs.main, config.lambda_entropy),
-            ("entropy_aux", outputs.aux, config.lambda_entropy_aux),
-        ):
-            if logits is not None:
-                probs = jax.nn.softmax(upsample(logits, target["image"], config))
-                metrics[level] = entropy_loss(probs, axis_name=axis_name)
-                loss += weight * metrics[level]
+        entropy, more = target_entropy(outputs, target["image"], config, axis_name)
+        loss, metrics = loss + entropy, metrics | more
         return loss, (batch_stats, {"loss": loss, **metrics})
 
     grads, (batch_stats, metrics) = jax.grad(objective, has_aux=True)(state.params)
     return state.apply_gradients(grads, tx, axis_name=axis_name, batch_stats=batch_stats), metrics
+
+
+def target_entropy(
+    outputs: Outputs, images: jax.Array, config: Any, axis_name: str | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """lambda_entropy * L_ent(main) + lambda_entropy_aux * L_ent(aux) of target images (N, H, W, 3), and its terms."""
+    loss, metrics = 0.0, {}
+    for level, logits, weight in (
+        ("entropy", outputs.main, config.lambda_entropy),
+        ("entropy_aux", outputs.aux, config.lambda_entropy_aux),
+    ):
+        if logits is not None:
+            probs = jax.nn.softmax(upsample(logits, images, config))
+            metrics[level] = entropy_loss(probs, axis_name=axis_name)
+            loss += weight * metrics[level]
+    return loss, metrics

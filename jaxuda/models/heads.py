@@ -1,0 +1,41 @@
+"""Heads beside the class logits."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxuda.errors import UserError
+from jaxuda.models.layers import Conv
+
+PROJECTIONS = ("mlp", "linear", "none")
+
+
+class ProjectionHead(nn.Module):
+    """What features go through before they are contrasted (CFContra); as many channels out as in.
+
+    kind: "mlp" (linear, ReLU, linear), "linear", or "none", which has no parameters and changes nothing.
+    dtype: compute dtype; the result is at least float32.
+
+    Weights start uniform in +-1 / sqrt(fan-in), biases at zero. Raises UserError on another kind.
+    """
+
+    kind: str = "mlp"
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Maps (N, h, w, A) to (N, h, w, A)."""
+        if self.kind not in PROJECTIONS:
+            raise UserError(f"projection = {self.kind!r} is unknown; choose one of: {', '.join(PROJECTIONS)}")
+        x, layers = features, {"mlp": 2, "linear": 1, "none": 0}[self.kind]
+        for index in range(layers):
+            x = nn.relu(x) if index else x
+            x = Conv(
+                features.shape[-1],
+                1,
+                use_bias=True,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+                name=f"linear{index}",
+            )(x)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))

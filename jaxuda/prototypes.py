@@ -1,0 +1,74 @@
+"""Prototype memories of both domains, and the file in which a sweep hands them to CFContra's training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from jaxuda.artefacts import read_arrays, write_arrays
+from jaxuda.errors import UserError
+from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.models.heads import ProjectionHead
+
+PyTree = Any
+FILE = "prototypes.npz"
+
+
+class Memories(NamedTuple):
+    """One prototype per class and domain, in the space of the projected features.
+
+    source, target: (C, A) float, rows of unit length; zero for a class that was never seen.
+    """
+
+    source: jax.Array
+    target: jax.Array
+
+
+def init_projection(key: jax.Array, kind: str, channels: int) -> PyTree:
+    """Parameters of a projection head for features of that many channels; empty for kind "none"."""
+    return ProjectionHead(kind).init(key, jnp.zeros((1, 1, 1, channels))).get("params", {})
+
+
+def write_prototypes(
+    folder: Path, memories: Memories, projection: PyTree, kind: str, model: DeepLabV2, classes: Sequence[str]
+) -> None:
+    """Writes `FILE` in `folder`: the memories, and the head whose output they live in."""
+    arrays = {name: np.asarray(value) for name, value in memories._asdict().items()}
+    arrays |= {name: np.asarray(value) for name, value in _flat(projection).items()}
+    write_arrays(folder / FILE, {**arrays, "kind": np.array(kind)}, model, memories.source.shape[1], classes)
+
+
+def read_prototypes(
+    folder: Path, kind: str, model: DeepLabV2, channels: int, classes: Sequence[str] | None = None
+) -> tuple[Memories, PyTree]:
+    """Reads what `write_prototypes` wrote, as float NumPy arrays: the memories, and the parameters of the head.
+
+    Args:
+      folder: where `FILE` lies.
+      kind: of the projection head that is going to be used with them.
+      model, channels, classes: as in `artefacts.read_arrays`.
+
+    Raises:
+      UserError: the file is missing or damaged, or comes from another network, head or label space.
+    """
+    path, what = folder / FILE, "prototypes"
+    found = str(read_arrays(path, what, ["kind"], model, channels, classes)["kind"])
+    if found != kind:
+        raise UserError(
+            f"{path} holds prototypes made with projection={found!r}, but this stage has projection={kind!r}: set the "
+            "same in both stages"
+        )
+    like = jax.eval_shape(lambda key: init_projection(key, kind, channels), jax.random.key(0))
+    arrays = read_arrays(path, what, [*Memories._fields, *_flat(like)], model, channels, classes)
+    memories = Memories(**{name: arrays[name] for name in Memories._fields})
+    return memories, traverse_util.unflatten_dict({name: arrays[name] for name in _flat(like)}, sep=".")
+
+
+def _flat(projection: PyTree) -> dict[str, Any]:
+    return traverse_util.flatten_dict(projection, sep=".")

@@ -1,0 +1,189 @@
+"""Class prototypes of both domains under a trained network: what CFContra's memories start from.
+
+Source: the mean over images of each class's mean projected feature, over the pixels that the network classifies
+correctly. Target: the same over the pixels that have a pseudo-label, which is the nearest source prototype where that
+is nearer than the second by a margin. Both are scaled to unit length. A bounded number of images, drawn by the seed,
+is enough. The network is in evaluation mode (the published code leaves batch normalisation in training mode).
+
+The projection head is made here and handed on with the prototypes, since they mean nothing under another.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxuda import data, files, parallel
+from jaxuda.data.records import Records, Subset
+from jaxuda.data.transforms import resize_nearest
+from jaxuda.errors import UserError
+from jaxuda.losses.contrastive import image_means, nearest_prototype_labels
+from jaxuda.losses.segmentation import IGNORE
+from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.models.heads import ProjectionHead
+from jaxuda.models.layers import normalise, resize_labels
+from jaxuda.prototypes import Memories, init_projection, write_prototypes
+from jaxuda.stages import Domains
+from jaxuda.writers import progress_bar
+
+PyTree = Any
+PROGRESS = "{}_progress.npz"
+SAVE_EVERY = 50  # batches
+SUMS = ("means", "used", "pixels")  # what `_sums` gives
+
+
+def run(
+    variables: PyTree,
+    domains: Domains,
+    folder: Path,
+    *,
+    model: DeepLabV2,
+    method: Any,
+    config: Any,
+    devices: list[jax.Device],
+    say: Callable[[str], None],
+) -> None:
+    """Writes both memories and the projection head to `folder` (see `jaxuda.prototypes`).
+
+    An interrupted pass goes on from the last `SAVE_EVERY` batches. A class without any pixel is told: its prototype
+    is zero, and it is left out of contrasts and pseudo-labels until a batch of the training shows it.
+
+    Args:
+      config: read are `projection` (kind of the head), `margin` and `normalise_for_labels` (of the pseudo-labels),
+        `source_images` and `target_images` (how many at most), `seed`, `preprocess`, `evaluation.batch`, and for
+        the size of the images `source.resize`, `target.resize` or else `evaluation.size`.
+    """
+    names, memories = domains.source.label_space.classes, {}
+    channels = _feature_channels(model, variables, config)
+    projection = jax.device_get(init_projection(jax.random.key(config.seed), config.projection, channels))
+    means = _make_means(model, config)
+    variables = {"model": variables, "projection": projection}
+    for name, records, limit, kept in (
+        ("source", domains.source, config.source_images, "classified correctly"),
+        ("target", domains.target.images_only(), config.target_images, "given a pseudo-label"),
+    ):
+        chosen = choose(records, limit, config.seed)
+        memories[name], share = _walk(name, chosen, means[name], variables, folder, config, devices)
+        variables["prototypes"] = memories[name]
+        say(f"{name} prototypes from {len(chosen)} images of {records.name}: {share:.1%} of the pixels are {kept}")
+        absent = [title for title, row in zip(names, memories[name], strict=True) if not row.any()]
+        if absent:
+            say(f"no such pixel of {', '.join(absent)}: these classes are left out until a training batch shows them")
+    write_prototypes(folder, Memories(**memories), projection, config.projection, model, names)
+    for name in memories:
+        (folder / PROGRESS.format(name)).unlink()
+
+
+def _make_means(model: DeepLabV2, config: Any) -> dict[str, Callable]:
+    """By domain, the compiled function from variables and a batch to what `_sums` gives."""
+    head = ProjectionHead(config.projection, model.dtype)
+
+    def project(variables: PyTree, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        outputs = model.apply(variables["model"], normalise(images, config.preprocess), train=False)
+        return head.apply({"params": variables["projection"]}, outputs.features), outputs.main
+
+    def source(variables: PyTree, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+        projected, logits = project(variables, batch["image"])
+        labels = resize_labels(batch["label"], logits.shape[1:3]).astype(jnp.int32)
+        right = jnp.where(jnp.argmax(logits, axis=-1) == labels, labels, IGNORE)
+        return _sums(projected, right, batch["counts"], model.num_classes)
+
+    def target(variables: PyTree, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+        projected, _ = project(variables, batch["image"])
+        prototypes, margin = variables["prototypes"], config.margin
+        pseudo = nearest_prototype_labels(projected, prototypes, margin, config.normalise_for_labels)
+        return _sums(projected, pseudo, batch["counts"], model.num_classes)
+
+    return {"source": jax.jit(source), "target": jax.jit(target)}
+
+
+def choose(records: Records, limit: int, seed: int) -> Subset:
+    """At most `limit` records, drawn by the seed, in the order of the dataset; raises UserError if that is none."""
+    if limit < 1:
+        raise UserError(
+            f"prototypes of {limit} images of {records.name} are asked for: set source_images and "
+            "target_images of the stage to 1 or more"
+        )
+    ids = records.ids()
+    drawn = np.random.default_rng(seed).permutation(len(ids))[:limit]
+    return Subset(records, [ids[index] for index in sorted(drawn)])
+
+
+def _walk(
+    name: str,
+    records: Subset,
+    means: Callable,
+    variables: PyTree,
+    folder: Path,
+    config: Any,
+    devices: list[jax.Device],
+) -> tuple[np.ndarray, float]:
+    """Prototypes (C, A) of one domain, and the share of its pixels that they are made of; saves its progress."""
+    path, batch_size = folder / PROGRESS.format(name), config.evaluation.batch
+    done, total = _read_progress(path)
+    size = tuple(config[name].resize or config.evaluation.size)
+    transform = data.build_transform({"resize": size, "interpolation": config[name].get("interpolation", "bicubic")})
+    variables = parallel.everywhere(variables, devices)
+    remaining = Subset(records, records.ids()[done:])
+    with progress_bar(len(records), f"{name} prototypes", "img", initial=done) as bar:
+        for index, batch in enumerate(data.sweep_batches(remaining, transform, batch_size), 1):
+            arrays = parallel.spread(_arrays(batch, size), devices)
+            total = [old + np.float64(new) for old, new in zip(total, means(variables, arrays), strict=True)]
+            done += batch["count"]
+            bar.update(batch["count"])
+            if index % SAVE_EVERY == 0 or done == len(records):
+                _write_progress(path, done, total)
+    sums, used, pixels = total
+    lengths = np.linalg.norm(sums, axis=1, keepdims=True)
+    return (sums / np.where(lengths > 0, lengths, 1)).astype(np.float32), float(used / max(pixels, 1))
+
+
+def _sums(
+    features: jax.Array, labels: jax.Array, counts: jax.Array, num_classes: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(C, A) sum over images of class means, and how many pixels are labelled and there are, of the images that count.
+
+    Args:
+      features: (N, h, w, A).
+      labels: (N, h, w) int32, 255 = ignore.
+      counts: (N,) bool, False for the images that only fill up the last batch.
+    """
+    labels = jnp.where(counts[:, None, None], labels, IGNORE)
+    sums, _ = image_means(features, labels, num_classes)
+    return sums, jnp.sum(labels != IGNORE), jnp.sum(counts) * (labels.size // len(labels))
+
+
+def _arrays(batch: dict[str, Any], size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """A sweep's batch with its labels, if any, at the size of the images."""
+    arrays = {"image": batch["image"], "counts": np.arange(len(batch["image"])) < batch["count"]}
+    if batch["label"] is not None:
+        arrays["label"] = np.full(batch["image"].shape[:3], IGNORE, np.uint8)
+        for row, label in zip(arrays["label"], batch["label"], strict=False):
+            row[:] = resize_nearest(label, size)
+    return arrays
+
+
+def _feature_channels(model: DeepLabV2, variables: PyTree, config: Any) -> int:
+    width, height = config.evaluation.size
+    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    return jax.eval_shape(model.apply, variables, images).features.shape[-1]
+
+
+def _write_progress(path: Path, done: int, total: list[np.ndarray]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, done=done, **dict(zip(SUMS, total, strict=True)))
+    files.write_bytes(path, buffer.getvalue())
+
+
+def _read_progress(path: Path) -> tuple[int, list[np.ndarray]]:
+    """How many images are done, and the sums over them."""
+    if not path.exists():
+        return 0, [np.float64(0)] * len(SUMS)
+    with np.load(path, allow_pickle=False) as saved:
+        return int(saved["done"]), [saved[name] for name in SUMS]
