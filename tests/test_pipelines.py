@@ -19,7 +19,8 @@ from jaxuda.main import MISTAKE, main
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {
-    name: importlib.import_module(f"configs.{name}").get_config("folder").pipeline for name in ("sdca", "intrada")
+    name: importlib.import_module(f"configs.{name}").get_config("folder").pipeline
+    for name in ("sdca", "intrada", "cfcontra")
 }
 
 
@@ -61,6 +62,15 @@ def test_sdca_artefacts(finished: dict[str, Path], data: dict) -> None:
     labels = sorted((workdir / "pseudo_labels" / "artifacts" / "labels").iterdir())
     images = sorted((data["target"] / "images" / "train").iterdir())
     assert [path.stem for path in labels] == [path.stem for path in images]
+
+
+def test_cfcontra_tells_how_good_its_pseudo_labels_are(finished: dict[str, Path]) -> None:
+    artefacts = finished["cfcontra"] / "prototypes" / "artifacts"
+    assert [path.name for path in artefacts.iterdir()] == ["prototypes.npz"]
+    rows = [json.loads(line) for line in (finished["cfcontra"] / "metrics.jsonl").read_text().splitlines()]
+    adapted = [row for row in rows if row["stage"] == "adapt" and "loss" in row]
+    for figure in ("pseudo_accuracy_using_target_labels", "pseudo_kept", "drift_source", "cosine_target"):
+        assert len(adapted) == 6 and all(-1 <= row[figure] <= 1 for row in adapted)
 
 
 def test_pseudo_labels_carry_the_palette(finished: dict[str, Path]) -> None:
@@ -115,6 +125,7 @@ def test_no_confident_pixel_is_harmless(data: dict, tmp_path) -> None:
     [
         *(("sdca", stage) for stage in ("statistics", "adapt", "pseudo_labels", "self_train")),
         *(("intrada", stage) for stage in ("inter", "rank", "pseudo_labels", "intra")),
+        *(("cfcontra", stage) for stage in ("prototypes", "adapt")),
     ],
 )
 def test_killed_in_each_stage(finished: dict[str, Path], data: dict, tmp_path, recipe: str, stage: str) -> None:

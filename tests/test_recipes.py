@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from test_stages import DOMAINS
 
-from configs import advent, dada, fada, intrada, minent, sdca
+from configs import advent, cfcontra, dada, fada, intrada, minent, sdca
 from jaxuda import methods
 from jaxuda.optim import make_optimizer
 from jaxuda.stages import plan
@@ -22,7 +22,7 @@ def test_sdca(benchmark: str) -> None:
     check(sdca.get_config(benchmark), CLASSES[benchmark.partition(",")[0]])
 
 
-@pytest.mark.parametrize("config", [minent, advent, intrada, fada])
+@pytest.mark.parametrize("config", [minent, advent, intrada, fada, cfcontra])
 @pytest.mark.parametrize("benchmark", ["gta5", "synthia"])
 def test_adversarial(config, benchmark: str) -> None:
     check(config.get_config(benchmark), CLASSES[benchmark])
@@ -48,6 +48,26 @@ def test_sdca_settings() -> None:
     assert (stages["adapt"].schedule_steps, stages["adapt"].tau) == (62_500, 100.0)
     with pytest.raises(ValueError, match="no network 'r50'"):
         sdca.get_config("gta5,r50")
+
+
+def test_cfcontra_settings() -> None:
+    config = cfcontra.get_config("gta5")
+    stages = {stage.name: stage for stage in plan(config, Path("runs/x"), DOMAINS)}
+    adapt, minent_stages = stages["adapt"].config, plan(minent.get_config("gta5"), Path("runs/y"), DOMAINS)
+    for ours, theirs in zip(("source_only", "minent", "oracle"), minent_stages, strict=True):
+        assert stages[ours].fingerprint == theirs.fingerprint  # trained once for both recipes
+    assert (adapt.source.resize, adapt.target.resize, adapt.evaluation.size) == ((1280, 640), (1280, 640), (1024, 512))
+    assert stages["prototypes"].config.source.resize == (1280, 640)
+    assert adapt.init == "imagenet" and stages["prototypes"].init[0] == Path("runs/x/minent/checkpoints")
+    assert (adapt.optim.repeat_decay, adapt.optim.repeat.block) == ("fresh", 3)
+    assert {adapt[f"lambda_{term}"] for term in ("source", "target", "target_to_source", "source_to_target")} == {0.001}
+
+
+@pytest.mark.parametrize("benchmark", ["streets", "camvid"])
+def test_cfcontra_shares_stages_with_minent(benchmark: str) -> None:
+    ours, theirs = (plan(module.get_config(benchmark), Path("runs/x"), DOMAINS) for module in (cfcontra, minent))
+    ours = {stage.name: stage.fingerprint for stage in ours}
+    assert [ours[name] for name in ("source_only", "minent", "oracle")] == [stage.fingerprint for stage in theirs]
 
 
 def check(config, num_classes: int) -> None:

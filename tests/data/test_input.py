@@ -48,6 +48,19 @@ def _assert_equal(first, second):
                 np.testing.assert_array_equal(a[domain][key], b[domain][key])
 
 
+def test_target_labels_enter_a_batch_only_if_asked_for():
+    target, options = _records(3, seed=1, depth=True), {"steps": 2}
+    plain, labelled = _batches(target=target, **options), _batches(target=target, target_labels=True, **options)
+    assert labelled[0]["target"].keys() == {"image", "label", "id"}
+    assert labelled[0]["target"]["label"].shape == (4, 10, 12)
+    for batch in labelled:
+        del batch["target"]["label"]
+    _assert_equal(plain, labelled)
+    for record in target:
+        del record["label"]
+    assert _batches(target=target, target_labels=True, **options)[0]["target"].keys() == {"image", "id"}
+
+
 def test_batches_have_the_promised_content():
     batches = _batches(target=_records(3, seed=1, depth=True))
     assert len(batches) == 6
