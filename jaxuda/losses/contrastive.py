@@ -201,7 +201,7 @@ def nearest_prototype_labels(
     """The class of the nearest prototype in Euclidean distance, where it is clearly nearer than the second (CFContra).
 
     A pixel is labelled if the second smallest distance minus the smallest is at least `margin`. Classes that were
-    never seen are no candidates; with a single one seen, every pixel gets it.
+    never seen are no candidates; with fewer than two candidates there is nothing to tell apart, and no label.
 
     Args:
       features: (..., A) float, such as (N, h, w, A).
@@ -226,7 +226,7 @@ def nearest_prototype_labels(
     squares = jnp.sum(jnp.square(flat), axis=-1)
     lengths = (jnp.sqrt(jnp.maximum(squares + score, 0)) for score in (first, second))
     gap = (second - first) / jnp.maximum(sum(lengths), jnp.finfo(flat.dtype).tiny)
-    kept = (gap >= margin) & jnp.any(_seen(memory))
+    kept = (gap >= margin) & (jnp.sum(_seen(memory)) >= 2)
     return jnp.where(kept, nearest, IGNORE).reshape(features.shape[:-1])
 
 
