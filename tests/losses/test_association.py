@@ -231,7 +231,7 @@ def test_shapes_that_do_not_fit_are_named(source, target, labels, message):
 
 
 def test_unknown_metric():
-    with pytest.raises(UserError, match="'dot'.*cosine, kl"):
+    with pytest.raises(UserError, match=r"'dot'.*cosine, kl"):
         cycle_association(jnp.zeros((4, 5)), jnp.zeros((4, 5)), jnp.zeros(4, int), "dot")
 
 
