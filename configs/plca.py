@@ -11,8 +11,8 @@ predicts in it: `configs/plca.py:streets,paired`.
 As published (gta5, synthia): ResNet-101 from ImageNet without head bias, learning rate 2.5e-4 everywhere, batch 8 + 8
 accumulated in two parts, normalisation trained; images of both domains with a short side of 760..988, crop 730x730;
 28 of 30 epochs of 372 steps on GTA5, 8 of 10 on SYNTHIA; evaluated at 1460x730 with test-time aggregation: mIoU 47.8
-and 46.9 (16 classes). Their Lovasz weight of 0.75 was multiplied by 2 GPUs x 2 accumulated parts; here a weight means what
-it says, and the recipes say 3.0. Their Lovasz was taken over the 2 images of one GPU, ours is over the 4 of a part.
+and 46.9 (16 classes). Their Lovasz weight of 0.75 was multiplied by 2 GPUs x 2 accumulated parts; here a weight means
+what it says, and the recipes say 3.0. Their Lovasz was taken over the 2 images of one GPU, ours over the 4 of a part.
 Blocks of the network are computed twice (`model.remat`), so that a part of 4 + 4 fits an accelerator of 24 GiB.
 """
 

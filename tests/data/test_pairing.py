@@ -72,5 +72,5 @@ def test_partners_read_the_stage_and_refuse_another(tmp_path):
     images = {name: [1.0, 0.0, 0.0] for name in target.ids()}
     files.write_json(tmp_path / FILE, {"classes": ["a", "b", "c"], "images": images})
     assert partners(tmp_path, source, target, 12, 0, 3).shape == (12,)
-    with pytest.raises(UserError, match="of other classes or images.*--from_stage"):
+    with pytest.raises(UserError, match=r"of other classes or images.*--from_stage"):
         partners(tmp_path, source, records(5, 2), 12, 0, 3)

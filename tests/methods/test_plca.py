@@ -107,7 +107,7 @@ def test_statistics_of_the_domains_are_kept_apart() -> None:
     target, source = moved(before.batch_stats, after.batch_stats), moved(before.extra, after.extra).batch_stats
     chained = jax.tree.map(lambda t, s, b: 0.9 * (0.9 * b + t) + s, target, source, before.batch_stats)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), chained, together[1].batch_stats)
-    with pytest.raises(UserError, match="model.norm=batch"):
+    with pytest.raises(UserError, match=r"model\.norm=batch"):
         start(stage(separate_norm=True), MODEL.clone(norm="frozen"))
 
 
