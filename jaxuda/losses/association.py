@@ -5,8 +5,8 @@ Kang et al., Pixel-Level Cycle Association: A New Perspective for Domain Adaptiv
 resembles most; where the cycle ends in the class it started in, both steps are made more likely.
 
 The similarities of all L source with all L target pixels never exist: they are computed in blocks of columns, reduced,
-and computed again in the gradient, so that memory grows with L * block. Everything below that speaks of "columns" has
-the columns of a block complete in memory, while rows are pieced together over the blocks.
+and computed again, tile by tile, in the gradient. Memory grows with L * block. A block's columns are complete in it;
+rows are pieced together over the blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxuda.losses.segmentation import IGNORE
 
 PyTree = Any
 METRICS = ("cosine", "kl")
-BLOCK = 256
+BLOCK = 512
 _HIGHEST = lax.Precision.HIGHEST
 
 
@@ -329,7 +329,7 @@ def _best_backward(metric: str, block: int, saved: tuple, gradients: tuple[_Choi
 
     def strip(carry: tuple, left: Any, width: int) -> tuple:
         inner = lambda carry, top, height: tile(carry, top, height, left, width)  # noqa: E731
-        return _over_blocks(len(rows.map), 4 * block, inner, carry)
+        return _over_blocks(len(rows.map), block, inner, carry)
 
     return _over_blocks(len(columns.map), block, strip, jax.tree.map(jnp.zeros_like, (rows, columns)))
 
@@ -362,33 +362,41 @@ def _aggregate_forward(sides: _Sides, metric: str, share: float, block: int) -> 
 
 
 def _aggregate_backward(metric: str, share: float, block: int, saved: tuple, gradient: jax.Array) -> tuple:
-    """A block of positions at a time, which appear both as those who look and as those who are looked at.
+    """Tiles on and above the diagonal: each serves its rows, which look at its columns, and its columns likewise.
 
-    With g the gradient of the result, s_kj the similarity of key k as query j sees it, and W_jk its softmax:
-    dW_jk = share g_j . x_k and ds_kj = sharpness_j W_jk (dW_jk - sum_k W_jk dW_jk), whose sum is share g_j . (W x)_j.
+    With g the gradient of the result, s_jk the similarity of k as j sees it, and W_jk its softmax: dW_jk =
+    share g_j . x_k and ds_jk = sharpness_j W_jk (dW_jk - sum_k W_jk dW_jk), the sum being share g_j . (W x)_j.
     """
     sides, mixed, softmax = saved
     x = sides.map
     offset = jnp.sum(gradient * (mixed - (1 - share) * x), axis=-1)
-    per_position = softmax, offset
+    everything = sides, gradient, softmax, offset
 
-    def body(carry: _Sides, start: Any, size: int) -> _Sides:
-        part, part_gradient = _cut((sides, gradient), start, size)
-        (looking, looked), pull = jax.vjp(lambda part: _similarities(sides, part, metric), part)
-        part_softmax, part_offset = _cut(per_position, start, size)
-        # All positions look at the block: gradient of the block as values, and as keys.
-        weights = softmax(looking, axis=1)
-        d_looking = share * _product(gradient, part.map) - offset[:, None]
-        d_looking *= weights * softmax.sharpness[:, None]
-        # The block looks at all positions: gradient as queries.
-        d_looked = share * _product(x, part_gradient) - part_offset
-        d_looked *= part_softmax(looked, axis=0) * part_softmax.sharpness
-        (d_part,) = pull((d_looking, d_looked))
-        values = lax.dot_general(weights, gradient, (((0,), (0,)), ((), ())), precision=_HIGHEST)
-        d_map = d_part.map + share * values + (1 - share) * part_gradient
-        return _put(carry, d_part._replace(map=d_map), start)
+    def tile(carry: _Sides, top: Any, height: int, left: Any, width: int, weight: float) -> _Sides:
+        rows, row_gradient, row_softmax, row_offset = _cut(everything, top, height)
+        columns, column_gradient, column_softmax, column_offset = _cut(everything, left, width)
+        (across, down), pull = jax.vjp(functools.partial(_similarities, metric=metric), rows, columns)
+        row_weights, column_weights = weight * row_softmax(across, axis=1), weight * column_softmax(down, axis=0)
+        d_across = share * _product(row_gradient, columns.map) - row_offset[:, None]
+        d_across *= row_weights * row_softmax.sharpness[:, None]
+        d_down = share * _product(rows.map, column_gradient) - column_offset
+        d_down *= column_weights * column_softmax.sharpness
+        d_rows, d_columns = pull((d_across, d_down))
+        # What is looked at also moves the result as a value.
+        row_values = share * jnp.matmul(column_weights, column_gradient, precision=_HIGHEST)
+        column_values = share * jnp.matmul(row_weights.T, row_gradient, precision=_HIGHEST)
+        carry = _add(carry, d_rows._replace(map=d_rows.map + row_values), top)
+        return _add(carry, d_columns._replace(map=d_columns.map + column_values), left)
 
-    return (_over_blocks(len(x), block, body, jax.tree.map(jnp.zeros_like, sides)),)
+    def strip(carry: _Sides, left: Any, width: int) -> _Sides:
+        if len(x) > block:
+            above = lambda k, carry: tile(carry, k * block, block, left, width, 1.0)  # noqa: E731
+            carry = lax.fori_loop(0, left // block, above, carry)
+        # On the diagonal each look counts twice, once for its row and once for its column.
+        return tile(carry, left, width, left, width, 0.5)
+
+    start = _Sides((1 - share) * gradient, jnp.zeros_like(sides.other))
+    return (_over_blocks(len(x), block, strip, start),)
 
 
 _aggregate.defvjp(_aggregate_forward, _aggregate_backward)

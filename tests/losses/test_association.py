@@ -57,7 +57,7 @@ def test_loss_and_gradients_equal_the_published_ones(case, metric, share):
     kind = "features" if metric == "cos" else "logits"
     labels = arrays["src_labels"]
     # One case in double precision and many blocks, the other as it runs: in single precision, one block.
-    wide, block = case == "a", 40 if case == "a" else 256
+    wide, block = case == "a", 40 if case == "a" else 512
     with jax.enable_x64(wide):
         maps = [jnp.asarray(arrays[f"{d}_{kind}"], jnp.float64 if wide else jnp.float32) for d in ("src", "trg")]
         value, gradients, found = evaluate(*maps, labels, NAMES[metric], share, block, metric == "kl")
@@ -141,10 +141,10 @@ def test_lfass_code_and_its_equations(case):
 oracle = jax.jit(jax.value_and_grad(dense.loss, (0, 1)), static_argnums=(3, 4))
 # (source grid, target grid, share, block): one position, blocks of one, a last block that is smaller, one block.
 SHAPES = [
-    ((1, 1), (1, 1), 0.5, 256),
+    ((1, 1), (1, 1), 0.5, 512),
     ((1, 4), (3, 1), 1.0, 1),
     ((5, 7), (4, 6), 0.3, 8),
-    ((6, 6), (3, 5), 0.0, 256),
+    ((6, 6), (3, 5), 0.0, 512),
 ]
 
 
@@ -164,7 +164,7 @@ def test_streaming_equals_dense(shape, metric, seed):
             np.testing.assert_allclose(gradient, other, rtol=1e-7, atol=1e-9 * max(np.abs(other).max(), 1))
 
 
-@pytest.mark.parametrize("block", [7, 256])
+@pytest.mark.parametrize("block", [7, 512])
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6))
 def test_of_equals_the_first_counts(block, seed):
@@ -188,7 +188,7 @@ def test_no_positive_gives_zero(metric):
     source, target = (maps(rng, metric, 1, 3, 4, 5).astype(np.float32) for _ in range(2))
     # Nothing labelled; and labels so different that only a cycle to the very pixel would be positive.
     for labels in (np.full((1, 3, 4), 255), np.arange(12).reshape(1, 3, 4)):
-        value, gradients, found = evaluate(source, target, labels, metric, 0.5, 256, False)
+        value, gradients, found = evaluate(source, target, labels, metric, 0.5, 512, False)
         ended = positive(found, labels.reshape(1, -1))
         assert np.array_equal(ended[0], (found.source[0] == np.arange(12)) & (labels.reshape(-1) != 255))
         assert np.isfinite(value) and all(np.isfinite(gradient).all() for gradient in gradients)
