@@ -306,29 +306,26 @@ def _best_forward(rows: _Sides, columns: _Sides, metric: str, block: int) -> tup
 
 def _best_backward(metric: str, block: int, saved: tuple, gradients: tuple[_Choice, _Choice]) -> tuple:
     """d surprise / d s = sharpness * (probability - 1[best]); one tile of similarities at a time."""
-    rows, columns, (there, back), (across, down) = saved
+    rows, columns, (there, back), (row_softmax, column_softmax) = saved
     # Each position's gradient, its softmax and its choice, to be cut together.
-    per_row = gradients[0].surprise * across.sharpness, across, there.index
-    per_column = gradients[1].surprise * down.sharpness, down, back.index
+    per_row = gradients[0].surprise * row_softmax.sharpness, row_softmax, there.index
+    per_column = gradients[1].surprise * column_softmax.sharpness, column_softmax, back.index
 
     def tile(carry: tuple, top: Any, height: int, left: Any, width: int) -> tuple:
         d_rows, d_columns = carry
-        part, pull = jax.vjp(
-            functools.partial(_similarities, metric=metric), _cut(rows, top, height), _cut(columns, left, width)
-        )
-        (weight, softmax, index), (down_weight, down_softmax, down_index) = (
-            _cut(per_row, top, height),
-            _cut(per_column, left, width),
-        )
+        parts = _cut(rows, top, height), _cut(columns, left, width)
+        (across, down), pull = jax.vjp(functools.partial(_similarities, metric=metric), *parts)
+        weight, softmax, index = _cut(per_row, top, height)
+        down_weight, down_softmax, down_index = _cut(per_column, left, width)
         hit = index[:, None] == left + jnp.arange(width)
         down_hit = down_index == top + jnp.arange(height)[:, None]
-        d_across = weight[:, None] * (softmax(part[0], axis=1) - hit)
-        d_down = down_weight * (down_softmax(part[1], axis=0) - down_hit)
+        d_across = weight[:, None] * (softmax(across, axis=1) - hit)
+        d_down = down_weight * (down_softmax(down, axis=0) - down_hit)
         d_part_rows, d_part_columns = pull((d_across, d_down))
         return _add(d_rows, d_part_rows, top), _add(d_columns, d_part_columns, left)
 
     def strip(carry: tuple, left: Any, width: int) -> tuple:
-        inner = lambda carry, top, height: tile(carry, top, height, left, width)  # noqa: E731
+        inner = functools.partial(tile, left=left, width=width)
         return _over_blocks(len(rows.map), block, inner, carry)
 
     return _over_blocks(len(columns.map), block, strip, jax.tree.map(jnp.zeros_like, (rows, columns)))
