@@ -6,8 +6,8 @@
 
 One image pair, value and gradients to both maps, with aggregation, float32. All compute the same numbers, which is
 checked. Each runs in a process of its own. Memory is what is needed beside the maps and their gradients: for JAX what
-the compiled code says it needs, for PyTorch the growth of the process's peak. Times are medians of the repeats, after one
-run that compiles: by the clock, and of all processor cores together, which on a busy machine is the one to compare.
+the compiled code says it needs, for PyTorch the growth of the process's peak. Times are medians of the repeats, after
+one run that compiles: by the clock, and of all processor cores together, which on a busy machine is what to compare.
 Without PyTorch its row is left out.
 """
 
