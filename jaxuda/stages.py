@@ -195,9 +195,8 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
         start = [before("init", stage).fingerprint, which or "last"]
         if "sweep" in own:
             resolved.train = before("init", stage).config.train  # the method whose predictions it takes
-    reads = {
-        stage: before("reads", stage) for stage in dict.fromkeys([*own.reads, *filter(None, [own.labels, own.split])])
-    }
+    named = [*own.reads, own.labels, own.split, own.get("pairing", "")]
+    reads = {stage: before("reads", stage) for stage in dict.fromkeys(filter(None, named))}
 
     identity = json.loads(resolved.to_json()) | {"init": start, "data": datasets}
     identity["reads"] = {stage: origin.fingerprint for stage, origin in reads.items()}

@@ -18,7 +18,7 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxuda import checkpoints, data, files, methods, parallel
-from jaxuda.data import sampling
+from jaxuda.data import pairing, sampling
 from jaxuda.data.records import EASY, HARD, Subset, read_split
 from jaxuda.errors import UserError
 from jaxuda.models.deeplab import DeepLabV2
@@ -115,7 +115,9 @@ def train(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
       Interrupted: on SIGTERM or SIGINT, after saving.
     """
     config = stage.config
-    devices = parallel.choose_devices(config.batch, run_config.devices, run_config.platform)
+    # Each of the parts that a step accumulates is spread over the devices.
+    part = config.batch // config.get("accumulate", 1)
+    devices = parallel.choose_devices(part, run_config.devices, run_config.platform)
     if config.init == IMAGENET:
         raise UserError(
             f"the stage '{stage.name}' starts from published ImageNet weights, which this version cannot read from "
@@ -128,7 +130,7 @@ def train(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
     saved = checkpoints.Checkpoints(stage.folder / "checkpoints", log.say)
     try:
         start = saved.newest() or 0
-        with _input(stage, run_config, labelled, unlabelled, start) as batches:
+        with _input(stage, run_config, labelled, unlabelled, start, artifacts) as batches:
             loop = _Loop(stage, run_config, domains.target_val, log, devices, saved)
             if start < config.steps:
                 first = next(batches)
@@ -170,13 +172,21 @@ def evaluation_devices(config: Any, devices: list[jax.Device]) -> list[jax.Devic
 
 
 def _input(
-    stage: Stage, run_config: ConfigDict, labelled: Any, unlabelled: Any, start: int
+    stage: Stage,
+    run_config: ConfigDict,
+    labelled: Any,
+    unlabelled: Any,
+    start: int,
+    artifacts: dict[str, Path],
 ) -> data.input.BatchIterator:
     config = stage.config
-    order = None
+    order, draws = None, config.steps * config.batch
     if config.class_balanced:
         present = sampling.classes_of_images(labelled, labelled.label_space.num_classes)
-        order = sampling.class_balanced_order(present, config.steps * config.batch, config.seed)
+        order = sampling.class_balanced_order(present, draws, config.seed)
+    elif config.get("pairing"):
+        folder = artifacts[config.pairing]
+        order = pairing.partners(folder, labelled, unlabelled, draws, config.seed, config.pairing_pool)
     return data.make_input(
         labelled,
         unlabelled,
@@ -291,7 +301,8 @@ class _Loop:
         seconds = time.perf_counter() - self._since
         step, config = self._pending[-1][0], self._stage.config
         values = {metric: float(np.mean([row[metric] for row in rows])) for metric in rows[0]}
-        text = "  ".join(f"{metric} {value:.4g}" for metric, value in values.items())
+        # Figures by class are for the curves.
+        text = "  ".join(f"{metric} {value:.4g}" for metric, value in values.items() if "/" not in metric)
         values["images_per_s"] = round(len(rows) * config.batch * len(self._pending[-1][2]) / seconds, 2)
         values["input_wait"] = round(self._waited / seconds, 4)
         self._log.scalars(self._stage.name, step, values)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from test_stages import DOMAINS
 
-from configs import advent, cfcontra, dada, fada, intrada, minent, sdca
+from configs import advent, cfcontra, dada, fada, intrada, lfass, minent, plca, sdca
 from jaxuda import methods
 from jaxuda.optim import make_optimizer
 from jaxuda.stages import plan
@@ -70,7 +70,30 @@ def test_cfcontra_shares_stages_with_minent(benchmark: str) -> None:
     assert [ours[name] for name in ("source_only", "minent", "oracle")] == [stage.fingerprint for stage in theirs]
 
 
-def check(config, num_classes: int) -> None:
+@pytest.mark.parametrize("config", [plca, lfass])
+@pytest.mark.parametrize("benchmark", ["gta5", "synthia,paired"])
+def test_association(config, benchmark: str) -> None:
+    check(config.get_config(benchmark), CLASSES[benchmark.partition(",")[0]], least=11e6)
+
+
+def test_association_settings() -> None:
+    config = plca.get_config("gta5")
+    assert (config.adapt.steps, config.adapt.schedule_steps) == (10_416, 11_160)
+    assert config.adapt.batch / config.adapt.accumulate == 4 and config.model.head_bias is False
+    assert config.source.crop == config.target.crop == (730, 730) and config.target.interpolation == "bilinear"
+    config = lfass.get_config("synthia,paired")
+    assert config.name == "lfass_paired" and config.pipeline[1] == config.adapt.pairing == "target_classes"
+    assert config.optim.repeat.block == 3 and config.adapt.lambda_probs == config.adapt.test_aggregation == 0
+    ours, theirs = (
+        {stage.name: stage.fingerprint for stage in plan(module.get_config(), Path("runs/x"), DOMAINS)}
+        for module in (plca, sdca)
+    )
+    assert ours["source_only"] == theirs["source_only"] and ours["oracle"] == theirs["oracle"]
+    with pytest.raises(ValueError, match="no variant 'pairs'"):
+        plca.get_config("streets,pairs")
+
+
+def check(config, num_classes: int, least: float = 15e6) -> None:
     """Every training stage: one abstract step at the published batch and image sizes keeps the state's shapes."""
     for stage in plan(config, Path("runs/x"), DOMAINS):
         if "sweep" in stage.config:
@@ -98,7 +121,7 @@ def check(config, num_classes: int) -> None:
         after, metrics = jax.eval_shape(make_step(method, model, tx, stage.config), before, batch)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), before)
         assert metrics["loss"].shape == ()
-        assert sum(leaf.size for leaf in jax.tree.leaves(before.params)) > 15e6
+        assert sum(leaf.size for leaf in jax.tree.leaves(before.params)) > least
 
 
 def _size(domain) -> tuple[int, int]:

@@ -142,17 +142,31 @@ def _stream(
             records = records.images_only()
         elif domain == "source" and not records.labelled:
             raise UserError(f"{records.name} has no labels and cannot be a source")
-    # Domains draw from unrelated streams, and so do runs whose seeds follow each other.
-    domain_seed = np.random.SeedSequence([seed, domain == "target"]).generate_state(1)[0]
     if order is None:
-        epochs = max(1, -(-count // len(records)))
-        dataset = grain.MapDataset.source(records).seed(int(domain_seed)).shuffle().repeat(epochs)
+        dataset = _shuffled(records, count, seed, domain)
     else:
         if len(order) < count:
             raise UserError(f"the order of the {domain} has {len(order)} entries, but {count} records are to be drawn")
-        dataset = grain.MapDataset.source(_Ordered(records, order)).seed(int(domain_seed))
+        dataset = grain.MapDataset.source(_Ordered(records, order)).seed(_domain_seed(seed, domain))
     keys = ("image", "id", *(("label",) if keep_labels else ()), *(("depth",) if domain == "source" else ()))
     return dataset.random_map(_TransformKeys(transform, keys))[:count]
+
+
+def _domain_seed(seed: int, domain: str) -> int:
+    """Domains draw from unrelated streams, and so do runs whose seeds follow each other."""
+    return int(np.random.SeedSequence([seed, domain == "target"]).generate_state(1)[0])
+
+
+def _shuffled(records: Sequence, count: int, seed: int, domain: str) -> grain.MapDataset:
+    """At least `count` records, shuffled anew every epoch."""
+    epochs = max(1, -(-count // len(records)))
+    return grain.MapDataset.source(records).seed(_domain_seed(seed, domain)).shuffle().repeat(epochs)
+
+
+def draw_order(length: int, count: int, seed: int, domain: str) -> np.ndarray:
+    """Indices of the first `count` records that `make_input` draws from a domain of `length` without `source_order`."""
+    dataset = _shuffled(range(length), count, seed, domain)
+    return np.array([dataset[index] for index in range(count)], np.int32)
 
 
 class _Ordered(Sequence):

@@ -89,6 +89,7 @@ class DeepLabV2(nn.Module):
     norm: "batch" (statistics of the global batch in training) or "frozen" (running ones always).
     norm_eps: 1e-5; SDCA's frozen layers use 0.
     dtype: compute dtype; parameters, statistics and outputs stay float32 with "bfloat16".
+    remat: trade a second forward pass of a ResNet's blocks for most of the memory of training.
     axis_name: device axis over which norm="batch" reduces while training.
 
     Variables: params["backbone" | "head" | "aux_head" | "depth"] and batch_stats["backbone"].
@@ -107,6 +108,7 @@ class DeepLabV2(nn.Module):
     norm: str = "batch"
     norm_eps: float = 1e-5
     dtype: str = "float32"
+    remat: bool = False
     axis_name: str | None = None
 
     @nn.compact
@@ -122,7 +124,7 @@ class DeepLabV2(nn.Module):
                 BatchNorm, mode=self.norm, eps=self.norm_eps, axis_name=self.axis_name, dtype=self.dtype
             )
             middle, features = ResNet(
-                self.backbone, self.variant, self.width, blocks, self.dilated, conv, norm, name="backbone"
+                self.backbone, self.variant, self.width, blocks, self.dilated, self.remat, conv, norm, name="backbone"
             )(images, train)
 
         depth = None

@@ -74,6 +74,8 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Stem and four stages; the last two keep stride 1 and, where `dilated`, use dilations 2 and 4.
 
+    With `remat` only the input of each block is kept for the gradient and the rest computed again.
+
     Returns the maps of stages 3 and 4: (N, h, w, 16 * width) and (N, h, w, 32 * width) for bottlenecks, a
     quarter of those channels for basic blocks; h and w are about an eighth of the image's.
     """
@@ -83,6 +85,7 @@ class ResNet(nn.Module):
     width: int
     blocks: tuple[int, ...] | None
     dilated: bool
+    remat: bool
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
 
@@ -93,6 +96,8 @@ class ResNet(nn.Module):
         if len(blocks) != 4:
             raise UserError(f"model.blocks = {tuple(blocks)}: {self.depth} needs 4 numbers, one per stage")
         make_block = Bottleneck if bottleneck else BasicBlock
+        if self.remat:
+            make_block = nn.remat(make_block, static_argnums=(2,))  # `train`, counting from self
         strides = (1, 2, 1, 1)
         dilations = (1, 1, 2, 4) if self.dilated else (1, 1, 1, 1)
 

@@ -1,0 +1,53 @@
+"""LFASS: a replication of PLCA on ResNet-18, with the association of features alone.
+
+    python -m jaxuda.main --config configs/lfass.py            # streets, two CPU cores
+    python -m jaxuda.main --config configs/lfass.py:camvid     # day -> dusk, after jaxuda.prepare camvid
+    python -m jaxuda.main --config configs/lfass.py:synthia    # as published; also gta5
+
+The method is PLCA's (`jaxuda/methods/plca.py`) without probabilities, smoothness and test-time aggregation. Stages
+as in configs/plca.py, and ",paired" likewise, which was on the wish list of the report.
+
+As published (synthia, 16 classes): ResNet-18 from ImageNet, not dilated, learning rate 2.5e-4 (head 10x), CE + 0.75
+Lovasz + 0.1 association, 30,000 steps of 4 + 4 images; mIoU 18.7 source only, 19.3 with Lovasz, 20.3 with association.
+Its report and its code disagree: the report's images have a short side of 760..988, a crop of 730x730 and flips, the
+code's are squeezed to 730x730, 8 per step. This follows the report. The code also normalises similarities along the
+wrong axis and lets gradients through their statistics; this computes what the report's equations say. Its optimizer
+moved backbone weights several times per step without meaning to (see `repeat` in jaxuda/optim.py), which is kept.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from configs.plca import association, crops, pair
+
+PUBLISHED = {"lr": 2.5e-4, "steps": 30_000, "init": "imagenet", "lambda_lovasz": 0.75}
+FEATURES_ONLY = {"lambda_probs": 0.0, "lambda_smooth": 0.0, "test_aggregation": 0.0}
+
+
+def get_config(benchmark: str = "streets") -> ConfigDict:
+    """The config for one benchmark: streets, camvid, folder, gta5 or synthia; "streets,paired" pairs by class."""
+    benchmark, _, pairing = benchmark.partition(",")
+    config = common.base("lfass", benchmark, published=True)
+    config.pipeline = ("source_only", "adapt", "oracle")
+    if benchmark in ("gta5", "synthia"):
+        _network(config)
+        crops(config)
+        config.source_only = common.source_only(**PUBLISHED)
+        config.adapt = common.train_stage("plca", **PUBLISHED, **association(**FEATURES_ONLY))
+        config.oracle = common.oracle(**PUBLISHED)
+    else:
+        lovasz = {"lambda_lovasz": 0.75, "lovasz_shrink": 4}
+        config.source_only = common.source_only(**lovasz)
+        config.adapt = common.train_stage(
+            "plca", init="source_only", steps=200, lr=0.005, **lovasz, **association(**FEATURES_ONLY)
+        )
+        config.oracle = common.oracle(**lovasz)
+    pair(config, pairing)
+    return config
+
+
+def _network(config: ConfigDict) -> None:
+    config.preprocess = "caffe"
+    config.model.update({"backbone": "resnet18", "variant": "caffe", "width": 64, "dilated": False})
+    config.optim.update({"head_factor": 10.0, "train_norm": False, "repeat_decay": "fresh"})
+    config.optim.repeat.update({"stem": 1, "block": 3, "shortcut": 4})

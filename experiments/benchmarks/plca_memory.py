@@ -1,0 +1,57 @@
+"""What one published step of PLCA needs: ResNet-101, 8 + 8 crops of 730x730, by compiling it, without running it.
+
+    python experiments/benchmarks/plca_memory.py                                     # a minute or two
+    python experiments/benchmarks/plca_memory.py --config.model.remat=False          # without computing blocks twice
+
+Any field of configs/plca.py:gta5 can be set. The convolutions are those that an accelerator is given. On a CPU the
+figures are XLA's plan for the arrays of the step; an accelerator's library may take some working memory more.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from jaxuda import methods
+from jaxuda.main import parse
+from jaxuda.models import layers
+from jaxuda.optim import make_optimizer
+from jaxuda.train import make_model, make_step
+from jaxuda.train_state import TrainState
+
+ROOT, CLASSES = Path(__file__).resolve().parents[2], 19
+
+
+def main() -> None:
+    """Compiles the step and prints its memory."""
+    layers.use_cpu_forms = lambda: False
+    config = parse(["plca_memory", f"--config={ROOT}/configs/plca.py:gta5", *sys.argv[1:]]).config
+    stage = config.adapt
+    stage.update({name: config[name] for name in ("seed", "preprocess", "model", "optim", "label_space")})
+    model, method, tx = make_model(stage, CLASSES), methods.load("plca"), make_optimizer(stage)
+    width, height = config.source.crop
+    image = jax.ShapeDtypeStruct((stage.batch, height, width, 3), jnp.uint8)
+    label = jax.ShapeDtypeStruct(image.shape[:3], jnp.uint8)
+    batch = {"source": {"image": image, "label": label}, "target": {"image": image}}
+
+    def start() -> TrainState:
+        variables = model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+        return TrainState.create({"model": variables["params"]}, tx, variables["batch_stats"])
+
+    step = partial(make_step(method, model, tx, stage), axis_name=None)
+    compiled = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(start), batch).compile()
+    memory = compiled.memory_analysis()
+    # The state is donated: what comes out lies where it came in.
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    print(f"{stage.batch} + {stage.batch} images of {width}x{height} in {stage.accumulate} parts, {stage.model.dtype}")
+    print(f"state and images {memory.argument_size_in_bytes / 2**30:6.2f} GiB")
+    print(f"while computing  {memory.temp_size_in_bytes / 2**30:6.2f} GiB")
+    print(f"together         {total / 2**30:6.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()

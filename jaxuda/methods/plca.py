@@ -1,0 +1,157 @@
+"""PLCA: pixels of both domains that find each other in a cycle drawn together; and LFASS, its smaller replication.
+
+Kang et al., Pixel-Level Cycle Association: A New Perspective for Domain Adaptive Semantic Segmentation, NeurIPS 2020:
+L = CE(s) + lambda_lovasz * Lovasz(s) + lambda_features * L_ass(features) + lambda_probs * L_ass(probabilities)
+  + lambda_smooth * (LSR(s) + LSR(t))
+all at the resolution of the network, source image n with target image n; target labels are never used. LFASS is this
+with features alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxuda.data.labels import label_space
+from jaxuda.errors import UserError
+from jaxuda.losses.association import aggregate, cycle_association, smoothness
+from jaxuda.methods.supervised import forward, supervised_loss
+from jaxuda.models.deeplab import DeepLabV2, Head
+from jaxuda.models.layers import resize_labels
+from jaxuda.train_state import TrainState
+
+PyTree = Any
+
+
+class SourceNorm(NamedTuple):
+    """With `separate_norm`, the running statistics of the source; those of the target are the state's own, with which
+    it is evaluated. They start afresh: training uses the batch's, and these forget their start within 50 steps."""
+
+    batch_stats: PyTree
+
+
+def init(key: jax.Array, *, model: DeepLabV2, batch: PyTree, config: Any, artifacts: PyTree) -> tuple[dict, PyTree]:
+    """No parameters of its own; `extra` is `SourceNorm` with `separate_norm`, else nothing.
+
+    Raises:
+      UserError: frozen normalisation is to be kept per domain.
+    """
+    if not config.separate_norm:
+        return {}, ()
+    if model.norm == "frozen":
+        raise UserError("separate_norm keeps statistics that training moves: it needs model.norm=batch, not frozen")
+    image = jnp.zeros((1, *batch["source"]["image"].shape[1:]))
+    shapes = jax.eval_shape(model.init, key, image)["batch_stats"]
+    fresh = lambda path, leaf: jnp.full(leaf.shape, float(path[-1].key == "var"), leaf.dtype)  # noqa: E731
+    return {}, SourceNorm(jax.tree_util.tree_map_with_path(fresh, shapes))
+
+
+def train_step(
+    state: TrainState,
+    batch: PyTree,
+    key: jax.Array,
+    *,
+    model: DeepLabV2,
+    tx: optax.GradientTransformation,
+    config: Any,
+    axis_name: str | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update on `batch["source"]` ("image", "label") and `batch["target"]` ("image"), in `config.accumulate` parts.
+
+    The gradient is the mean of those of the parts, each with its own batch statistics, which move with every part.
+    """
+
+    def objective(params: PyTree, norms: tuple[PyTree, PyTree], part: PyTree) -> tuple[jax.Array, tuple]:
+        source, target = part["source"], part["target"]
+        batch_stats, extra = norms
+        # The target goes first, as in the published loop.
+        theirs, batch_stats = forward(model, params["model"], batch_stats, target["image"], axis_name)
+        if config.separate_norm:
+            ours, moved = forward(model, params["model"], extra.batch_stats, source["image"], axis_name)
+            extra = SourceNorm(moved)
+        else:
+            ours, batch_stats = forward(model, params["model"], batch_stats, source["image"], axis_name)
+
+        loss, metrics = supervised_loss(ours, source, config, axis_name)
+        label = resize_labels(source["label"], ours.main.shape[1:3])
+        if config.lambda_features:
+            term = cycle_association(
+                ours.features, theirs.features, label, "cosine", config.aggregation, axis_name=axis_name
+            )
+            loss, metrics["features"] = loss + config.lambda_features * term, term
+        if config.lambda_probs:
+            probs = jax.nn.softmax(ours.main), jax.nn.softmax(theirs.main)
+            term = cycle_association(*probs, label, "kl", config.aggregation, axis_name=axis_name)
+            loss, metrics["probs"] = loss + config.lambda_probs * term, term
+        if config.lambda_smooth:
+            term = smoothness(ours.main, axis_name=axis_name) + smoothness(theirs.main, axis_name=axis_name)
+            loss, metrics["smooth"] = loss + config.lambda_smooth * term, term
+        metrics |= out_of_class(label, theirs.main, config, axis_name)
+        return loss, ((batch_stats, extra), {"loss": loss, **metrics})
+
+    def add(carry: tuple, part: PyTree) -> tuple[tuple, dict]:
+        norms, total = carry
+        grads, (norms, metrics) = jax.grad(objective, has_aux=True)(state.params, norms, part)
+        return (norms, jax.tree.map(jnp.add, total, grads)), metrics
+
+    start = (state.batch_stats, state.extra), jax.tree.map(jnp.zeros_like, state.params)
+    ((batch_stats, extra), total), metrics = lax.scan(add, start, split(batch, config.accumulate))
+    grads = jax.tree.map(lambda x: x / config.accumulate, total)
+    metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics)
+    return state.apply_gradients(grads, tx, axis_name=axis_name, batch_stats=batch_stats, extra=extra), metrics
+
+
+def split(batch: PyTree, parts: int) -> PyTree:
+    """Each (N, ...) as (parts, N / parts, ...), image n in part n % parts, so that devices do not matter."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        if len(x) % parts:
+            raise UserError(
+                f"accumulate={parts} does not divide the {len(x)} images per device: change the stage's batch or "
+                "accumulate, or config.devices"
+            )
+        return jnp.moveaxis(x.reshape(len(x) // parts, parts, *x.shape[1:]), 1, 0)
+
+    return jax.tree.map(cut, batch)
+
+
+def out_of_class(label: jax.Array, logits: jax.Array, config: Any, axis_name: str | None) -> dict[str, jax.Array]:
+    """How often a class is predicted in a target image but is not in its source partner, where nothing can meet it.
+
+    Args:
+      label: (N, h, w) int32 of the source.
+      logits: (N, h', w', C) of the target.
+      config: `label_space` names the classes; without one they are numbered.
+      axis_name: the device axis, or None.
+
+    Returns:
+      "out_of_class/CLASS": the share of the pairs, 0..1; "out_of_class": the share of all classes predicted.
+    """
+    classes = jnp.arange(logits.shape[-1])
+    predicted = jnp.any(jnp.argmax(logits, axis=-1)[..., None] == classes, axis=(1, 2))  # (N, C)
+    missing = predicted & ~jnp.any(label[..., None] == classes, axis=(1, 2))
+    shares = jnp.mean(jnp.stack([missing, predicted]).astype(logits.dtype), axis=1)
+    if axis_name is not None:
+        shares = lax.pmean(shares, axis_name)
+    names = label_space(config.label_space).classes if config.label_space else range(logits.shape[-1])
+    by_class = {f"out_of_class/{name}": share for name, share in zip(names, shares[0], strict=False)}
+    return {"out_of_class": jnp.sum(shares[0]) / jnp.sum(shares[1]), **by_class}
+
+
+def predict(variables: PyTree, images: jax.Array, *, model: DeepLabV2, config: Any) -> jax.Array:
+    """Class probabilities (N, h, w, C) of normalised images (N, H, W, 3), at network resolution.
+
+    With `config.test_aggregation` above 0 features are aggregated before the head, probabilities after it, as the
+    published evaluation does.
+    """
+    outputs, share = model.apply(variables, images, train=False), config.test_aggregation
+    if not share:
+        return jax.nn.softmax(outputs.main)
+    head = Head(model.num_classes, model.head_bias, model.dtype)
+    features = aggregate(outputs.features, "cosine", share)
+    logits = head.apply({"params": variables["params"]["head"]}, features).astype(outputs.main.dtype)
+    return aggregate(jax.nn.softmax(logits), "kl", share)

@@ -1,0 +1,52 @@
+"""Which classes the network sees in each target image: what source partners are chosen by (see `data.pairing`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxuda import files, parallel
+from jaxuda.data.pairing import FILE
+from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.stages import Domains
+from jaxuda.sweeps.scores import make_scores, sweep
+from jaxuda.writers import progress_bar
+
+PyTree = Any
+
+
+def run(
+    variables: PyTree,
+    domains: Domains,
+    folder: Path,
+    *,
+    model: DeepLabV2,
+    method: Any,
+    config: Any,
+    devices: list[jax.Device],
+    say: Callable[[str], None],
+) -> None:
+    """Writes `folder`/target_classes.json: the share of each class in the prediction of each target training image."""
+    target, classes = domains.target.images_only(), domains.source.label_space.classes
+    scores = make_scores(model, method, config)
+
+    @jax.jit
+    def shares(variables: PyTree, images: jax.Array) -> jax.Array:
+        predicted = jnp.argmax(scores(variables, images), -1)[..., None] == jnp.arange(len(classes))
+        return jnp.mean(predicted.astype(jnp.float32), (1, 2))
+
+    variables, images = parallel.everywhere(variables, devices), {}
+    with progress_bar(len(target), "target classes", "img") as bar:
+        for batch in sweep(target, config):
+            found = np.asarray(shares(variables, parallel.spread(batch["image"], devices)))
+            rows = [[round(float(share), 6) for share in row] for row in found]
+            images |= dict(zip(batch["id"], rows, strict=False))
+            bar.update(batch["count"])
+    files.write_json(folder / FILE, {"classes": list(classes), "images": images})
+    seen = np.mean([np.count_nonzero(row) for row in images.values()])
+    say(f"{seen:.1f} of {len(classes)} classes are predicted in a target image, on average")
