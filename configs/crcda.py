@@ -21,12 +21,13 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
         domains=("source",),
         region_sizes=(4,),
         sample=20_000,
-        eps=0.15,
-        min_samples=20,
+        eps=0.18,
+        min_samples=10,
         max_relations=100,
     )
     if benchmark in ("gta5", "synthia"):
         common.advent_family(config)
+        config.context_relations.update({"eps": 0.15, "min_samples": 20})
         config.source_only = common.source_only(**common.ADVENT_SCHEDULE)
         config.adapt = common.train_stage("crcda", **common.ADVENT_SCHEDULE, **max_min(0.001, 0.001))
         config.oracle = common.oracle(**common.ADVENT_SCHEDULE)

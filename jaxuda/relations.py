@@ -51,7 +51,7 @@ def region_grid(grid: tuple[int, int], size: int) -> tuple[int, int]:
         raise UserError(f"region_sizes holds {size}: a region has at least one feature cell")
     if min(grid) < size:
         raise UserError(
-            f"a region of {size}x{size} feature cells does not fit into label maps of {grid[1]}x{grid[0]} feature cells: "
+            f"label maps of {grid[1]}x{grid[0]} feature cells are smaller than a region of {size}x{size}: "
             "take smaller region_sizes, or larger images (source.resize)"
         )
     return grid[0] // size, grid[1] // size
