@@ -79,9 +79,10 @@ def describe(regions: Array, num_classes: int) -> Array:
 
     The first C entries are the class histogram over labelled cells. The other 16 are the layout: every class's
     indicator map is differentiated by central differences (at the rim, where a neighbour is missing, the cell itself
-    stands for it), each difference in x and y being -1, 0 or 1; its length, 1 or sqrt 2, counts for its direction
-    modulo 180 degrees in the quarter of the region where it lies, summed over classes. Both parts have unit length,
-    or are zero (the layout of a single class), and the layout is weighted by 0.5.
+    stands for it; an ignored neighbour makes no difference), each difference in x and y being -1, 0 or 1; its length,
+    1 or sqrt 2, counts for its direction modulo 180 degrees in the quarter of the region where it lies, summed over
+    classes. Both parts have unit length, or are zero (the layout of a single class), and the layout is weighted by
+    0.5.
 
     Args:
       regions: (..., s, s) integers in 0..C-1, 255 = ignore; s even.
@@ -93,9 +94,10 @@ def describe(regions: Array, num_classes: int) -> Array:
     xp = regions.__array_namespace__()
     lead, side = regions.shape[:-2], regions.shape[-1]
     member = (regions[..., None] == xp.arange(num_classes)).astype(xp.int8)  # (..., s, s, C)
-    rim = xp.pad(member, [(0, 0)] * len(lead) + [(1, 1), (1, 1), (0, 0)], mode="edge")
-    dx = rim[..., 1:-1, 2:, :] - rim[..., 1:-1, :-2, :]
-    dy = rim[..., 2:, 1:-1, :] - rim[..., :-2, 1:-1, :]
+    known = xp.any(member, axis=-1, keepdims=True).astype(xp.int8)
+    rim, seen = (xp.pad(x, [(0, 0)] * len(lead) + [(1, 1), (1, 1), (0, 0)], mode="edge") for x in (member, known))
+    dx = (rim[..., 1:-1, 2:, :] - rim[..., 1:-1, :-2, :]) * seen[..., 1:-1, 2:, :] * seen[..., 1:-1, :-2, :]
+    dy = (rim[..., 2:, 1:-1, :] - rim[..., :-2, 1:-1, :]) * seen[..., 2:, 1:-1, :] * seen[..., :-2, 1:-1, :]
     found = (dx != 0) & (dy == 0), dx * dy == 1, (dx == 0) & (dy != 0), dx * dy == -1
     edges = xp.stack([xp.sum(edge, axis=-1) for edge in found], axis=-1)  # (..., s, s, 4) counts
     quarters = xp.sum(edges.reshape(*lead, 2, side // 2, 2, side // 2, DIRECTIONS), axis=(-4, -2))
