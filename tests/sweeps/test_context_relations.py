@@ -160,7 +160,7 @@ def test_settings_that_find_nothing(tmp_path: Path, changes: dict, message: str)
 
 def test_nothing_labelled(tmp_path: Path) -> None:
     records = _Source([{"label": np.full((32, 48), 255, np.uint8)}])
-    with pytest.raises(UserError, match="among 0 regions .* no context relation"):
+    with pytest.raises(UserError, match=r"among 0 regions .* no context relation"):
         run(tmp_path, records)
 
 
