@@ -67,8 +67,6 @@ def main() -> None:
     options = parser.parse_args()
     config = ConfigDict({**crcda.get_config("gta5").context_relations, "seed": 0})
     grid = feature_shape(DeepLabV2(19, "resnet101", "caffe"), SIZE[::-1])[:2]
-    source, sample = Windows(options.maps), BalancedSample(config.sample, 19)
-
     print(f"before: {peak_megabytes():.0f} MB")
     for part in (8, 4, 2, 1):
         source, began = Windows(options.maps // part), time.process_time()
