@@ -79,6 +79,7 @@ def base_margins() -> dict[str, float]:
     return {name: jnp.mean(entropy_map(probs)) for name, probs in predictions(start().params).items()}
 
 
+@jax.jit
 def predictions(params: dict) -> dict[str, jax.Array]:
     """Probabilities of all classifiers on the target, as the first step sees them."""
     target = batch()["target"]["image"]
@@ -135,8 +136,7 @@ def test_finite_differences_of_the_whole_loss() -> None:
 
         def masked(path, leaf, player=player):
             ours = (path[0].key, path[1].key) == ("model", "backbone")
-            scale = 0.01 * np.abs(leaf).mean() if ours == (player == "extractor") else 0.0
-            return scale * rng.normal(size=leaf.shape)
+            return 0.01 * rng.normal(size=leaf.shape) * (ours == (player == "extractor"))
 
         direction = jax.tree_util.tree_map_with_path(masked, state.params)
 
@@ -151,14 +151,14 @@ def test_finite_differences_of_the_whole_loss() -> None:
         np.testing.assert_allclose(slope, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("at", "adaptive", "opening"), [(0, True, 1.0), (5, True, 0.5**0.9), (STEPS, True, 0.0)])
-def test_margin_closes(at: int, adaptive: bool, opening: float) -> None:
+@pytest.mark.parametrize(("at", "opening"), [(0, 1.0), (5, 0.5**0.9), (STEPS, 0.0)])
+def test_margin_closes(at: int, opening: float) -> None:
     """At step 0 only entries above the mean entropy count, at the last step all do."""
     _, metrics = step(1.0, start().replace(step=jnp.asarray(at, jnp.int32)))
     for name, metric in (("pixels", "entropy"), ("regions", f"entropy_{crcda.name_of(SIZE)}")):
         probs = predictions(start().params)[name]
         excess = jnp.maximum(entropy_map(probs) - opening * base_margins()[name], 0)
-        np.testing.assert_allclose(metrics[metric], jnp.mean(jnp.sum(excess, -1)), rtol=1e-9)
+        np.testing.assert_allclose(metrics[metric], jnp.mean(jnp.sum(excess, -1)), rtol=1e-6)
         if at == STEPS:
             np.testing.assert_allclose(metrics[metric], entropy_loss(probs), rtol=1e-9)
         else:
