@@ -174,7 +174,7 @@ def sweep_stage(sweep: str, init: str, **fields) -> ConfigDict:
 
     Args:
       sweep: a file in `jaxuda/sweeps`.
-      init: the stage whose network is used.
+      init: the stage whose network is used; "scratch" for a sweep over the data alone.
       **fields: what the sweep needs.
     """
     shared = {"domains": ("source", "target"), "labels": "", "split": "", "reads": (), "align_corners": True}

@@ -77,10 +77,10 @@ def parameter_group(path: tuple[str, ...], train_norm: bool) -> str:
     them a different number of times; "norm" is the affine part of batch normalisation.
     """
     player, *rest = path
-    if player != "model":
+    if player == "discriminator":
         return player
-    if rest[0] != "backbone":
-        return "head"
+    if player != "model" or rest[0] != "backbone":
+        return "head"  # also what a method adds beside the network, such as a second classifier
     layer = rest[-2]
     if layer.startswith("bn") or layer.endswith("_bn"):
         return "norm" if train_norm else "frozen"

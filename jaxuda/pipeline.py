@@ -73,19 +73,26 @@ def _run_stage(stage: Stage, config: ConfigDict, domains: Domains, log: RunLog, 
 
 
 def sweep(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -> None:
-    """Runs a sweep stage with the network of the stage it starts from; it writes to its `artifacts` folder."""
+    """Runs a sweep stage; it writes to its `artifacts` folder.
+
+    Its network is that of the stage it starts from; a sweep over the data alone has neither variables nor method.
+    """
     module = sweeps.load(stage.config.sweep)
     model = make_model(stage.config, domains.source.label_space.num_classes)
     devices = evaluation_devices(stage.config, jax.local_devices()[: run_config.devices or None])
-    arrays, _ = checkpoints.read_variables(*stage.init)
+    variables = method = None
+    if stage.init is not None:
+        arrays, _ = checkpoints.read_variables(*stage.init)
+        variables = checkpoints.unflatten(arrays, abstract_variables(model, stage.config), str(stage.init[0]))
+        method = methods.load(stage.config.train)
     folder = stage.folder / stages.ARTIFACTS
     folder.mkdir(parents=True, exist_ok=True)
     module.run(
-        checkpoints.unflatten(arrays, abstract_variables(model, stage.config), str(stage.init[0])),
+        variables,
         domains,
         folder,
         model=model,
-        method=methods.load(stage.config.train),
+        method=method,
         config=stage.config,
         devices=devices,
         say=log.say,

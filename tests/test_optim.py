@@ -44,6 +44,7 @@ def test_groups_follow_from_the_path() -> None:
         ("model", "head", "kernel0"): "head",
         ("model", "aux_head", "bias3"): "head",
         ("discriminator", "conv0", "kernel"): "discriminator",
+        ("regions", "regions4", "kernel0"): "head",
     }
     assert {path: parameter_group(path, train_norm=False) for path in cases} == cases
     assert parameter_group(("model", "backbone", "bn1", "scale"), train_norm=True) == "norm"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from test_stages import DOMAINS
 
-from configs import advent, cfcontra, dada, fada, intrada, lfass, minent, plca, sdca
+from configs import advent, cfcontra, crcda, dada, fada, intrada, lfass, minent, plca, sdca
 from jaxuda import methods
 from jaxuda.optim import make_optimizer
 from jaxuda.stages import plan
@@ -22,7 +22,7 @@ def test_sdca(benchmark: str) -> None:
     check(sdca.get_config(benchmark), CLASSES[benchmark.partition(",")[0]])
 
 
-@pytest.mark.parametrize("config", [minent, advent, intrada, fada, cfcontra])
+@pytest.mark.parametrize("config", [minent, advent, intrada, fada, cfcontra, crcda])
 @pytest.mark.parametrize("benchmark", ["gta5", "synthia"])
 def test_adversarial(config, benchmark: str) -> None:
     check(config.get_config(benchmark), CLASSES[benchmark])

@@ -1,10 +1,7 @@
 """What the builders of datasets that come as files share: listing, checking and encoding them."""
 
 import abc
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,9 +9,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxuda.data import encoding
+from jaxuda.data.threads import map_ahead
 from jaxuda.errors import UserError
 
-_THREADS = 4  # decoding releases the interpreter lock
 _MOST_COMPLAINTS = 10
 
 
@@ -98,7 +95,7 @@ class Examples:
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         complaints = Complaints("the dataset")
-        for key, result in enumerate(_map_ahead(self._encode, self._items)):
+        for key, result in enumerate(map_ahead(self._encode, self._items)):
             if isinstance(result, str):
                 complaints.add(result)
             else:
@@ -130,18 +127,3 @@ class Examples:
         except (OSError, ValueError) as error:
             return f"{file}: {error}"
         return record
-
-
-def _map_ahead(function: Callable, items: Sequence) -> Iterator:
-    """Maps in threads, in order, with few results in memory."""
-    remaining = iter(items)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        pending = deque(pool.submit(function, item) for item in islice(remaining, 2 * _THREADS))
-        try:
-            while pending:
-                result = pending.popleft().result()
-                pending.extend(pool.submit(function, item) for item in islice(remaining, 1))
-                yield result
-        finally:
-            for future in pending:
-                future.cancel()

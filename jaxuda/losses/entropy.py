@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.lax import stop_gradient
 
 from jaxuda.losses.reduction import masked_mean
 
@@ -22,3 +23,22 @@ def entropy_loss(probs: jax.Array, *, axis_name: str | None = None) -> jax.Array
       Scalar.
     """
     return masked_mean(jnp.sum(entropy_map(probs), axis=-1), axis_name=axis_name)
+
+
+def adaptive_entropy(probs: jax.Array, opening: float | jax.Array, *, axis_name: str | None = None) -> jax.Array:
+    """Entropy above a margin: what is aligned well already is left alone (Huang et al., CrCDA, ECCV 2020).
+
+    With e = `entropy_map(probs)` and R = opening * mean of e over positions and classes, a constant in the gradient:
+    mean over positions of sum over classes of max(e - R, 0).
+
+    Args:
+      probs: (..., C) float probabilities.
+      opening: of the margin, from 1 (entries below the mean entropy do not count) to 0 (`entropy_loss`).
+      axis_name: device axis over which both means are taken.
+
+    Returns:
+      Scalar.
+    """
+    values = entropy_map(probs)
+    margin = opening * masked_mean(stop_gradient(values), axis_name=axis_name)
+    return masked_mean(jnp.sum(jax.nn.relu(values - margin), axis=-1), axis_name=axis_name)

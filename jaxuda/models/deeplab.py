@@ -147,3 +147,10 @@ class DeepLabV2(nn.Module):
                 raise UserError(f"model.{field} = {value!r} is unknown; choose one of: {', '.join(known)}")
         if self.aux and self.backbone == "vgg16":
             raise UserError("model.aux = True needs a ResNet: there is no second level for vgg16")
+
+
+def feature_shape(model: DeepLabV2, size: tuple[int, int]) -> tuple[int, int, int]:
+    """(h, w, A) of the features of an image of `size` (height, width), found without computing them."""
+    image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    outputs, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
+    return outputs.features.shape[1:]

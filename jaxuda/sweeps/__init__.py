@@ -4,7 +4,8 @@ A sweep that can be a stage of a recipe is a module with one function:
 
     run(variables, domains, folder, *, model, method, config, devices, say) -> None
 
-It leaves its artefacts in `folder` and may be called again after it was interrupted.
+It leaves its artefacts in `folder` and may be called again after it was interrupted. `variables` and `method` are
+None where the stage starts from no other: such a sweep looks at the data alone.
 """
 
 from __future__ import annotations
