@@ -24,7 +24,7 @@ from jaxuda.interop.pickles import shown
 from jaxuda.interop.tensor_files import pth_bytes, read_tensors, safetensors_bytes
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.discriminator import FCDiscriminator
-from jaxuda.models.vgg import BLOCKS
+from jaxuda.models.vgg import BLOCKS, NEW_LAYERS
 
 
 class Layout(NamedTuple):
@@ -112,6 +112,8 @@ def match_network(state: Mapping[str, np.ndarray], model: nn.Module) -> tuple[Ma
 def match_backbone(state: Mapping[str, np.ndarray], model: DeepLabV2) -> Match:
     """The variables of a network's backbone alone, from a classifier of images or any network for segmentation.
 
+    Of torchvision's VGG-16 they are those without fc6 and fc7, which are new layers.
+
     Raises:
       UserError: it has no backbone of this kind.
     """
@@ -125,8 +127,11 @@ def match_backbone(state: Mapping[str, np.ndarray], model: DeepLabV2) -> Match:
             f"its first entries are {[shown(name) for name in list(state)[:3]]}"
         )
     name, first = min(found, key=lambda pair: len(pair[0]))
-    layout = Layout(name.removesuffix(first) + firsts[first], "", pools=4 if first.startswith("features") else 3)
+    classifier = first.startswith("features")
+    layout = Layout(name.removesuffix(first) + firsts[first], "", pools=4 if classifier else 3)
     shapes = {path: shape for path, shape in _shapes(model, state).items() if path[1] == "backbone"}
+    if classifier:
+        shapes = {path: shape for path, shape in shapes.items() if path[2] not in NEW_LAYERS}
     return _match(state, {path: torch_name(path, model, layout) for path in shapes}, shapes)
 
 
