@@ -141,9 +141,9 @@ def export(folder: Path, path: Path, layout: str = "", say: Say = print) -> None
     Raises:
       UserError: there is no such stage, or the file cannot be written.
     """
-    record = files.read_json(folder / "stage.json")
+    record = files.read_json(folder / "stage.json") if folder.is_dir() else None
     if record is None or "train" not in record["identity"]:
-        raise UserError(f"{folder} is neither a torch file nor the folder of a training stage")
+        raise UserError(f"{folder} is not the folder of a training stage, which is what can be exported")
     config = FrozenConfigDict(record["identity"])
     arrays, step = checkpoints.read_variables(folder / "checkpoints")
     model = make_model(config, arrays["params.head.kernel0"].shape[-1])

@@ -96,9 +96,12 @@ def identity(folder: Path, which: str) -> str:
     Raises:
       UserError: there is no checkpoint.
     """
-    record = files.read_json(folder / "stage.json")
+    record = files.read_json(folder / "stage.json") if folder.is_dir() else None
     if record is None:
-        raise UserError(f"there is no checkpoint in {folder}: it is not the folder of a stage (it has no stage.json)")
+        raise UserError(
+            f"there is no checkpoint in {folder}: it is not the folder of a stage (torch's files are converted to one "
+            "by jaxuda.convert)"
+        )
     return record.get("weights") or checkpoints.manifest_hash(folder / "checkpoints", which)
 
 
