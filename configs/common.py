@@ -150,7 +150,8 @@ def train_stage(method: str, **fields) -> ConfigDict:
     return ConfigDict(
         {
             "train": method,
-            "init": "scratch",  # or "imagenet", an earlier stage, or "STAGE:best" (chosen with target labels)
+            # Or "imagenet", an earlier stage, "STAGE:best" (chosen with target labels), the path of any stage's folder.
+            "init": "scratch",
             "domains": ("source", "target"),  # labelled images are of the first, unlabelled ones of the second
             "labels": "",  # a stage whose pseudo-labels stand for the labels of the first domain
             "split": "",  # a ranking stage: labelled images are its easy ones, unlabelled ones its hard ones

@@ -8,8 +8,9 @@ not depend on the number of devices.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,21 @@ def read_variables(folder: Path, which: str = "last") -> tuple[dict[str, np.ndar
     Raises:
       UserError: there is no whole checkpoint.
     """
+    with _opened(folder, which) as (checkpoints, step):
+        arrays = checkpoints.read(step)
+    model = {name.replace("params.model.", "params.", 1): array for name, array in arrays.items()}
+    return {name: array for name, array in model.items() if name.startswith(("params.", "batch_stats."))}, step
+
+
+def manifest_hash(folder: Path, which: str = "last") -> str:
+    """A checksum of the checkpoint that `read_variables` would read; raises UserError as it does."""
+    with _opened(folder, which) as (_, step):
+        return files.sha256(folder / str(step) / MANIFEST)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, which: str) -> Iterator[tuple[Checkpoints, int]]:
+    """The checkpoints in a folder, and the step of the last or the best one."""
     if not folder.is_dir():
         raise UserError(f"there are no checkpoints in {folder}: its stage has not run")
     checkpoints = Checkpoints(folder, read_only=True)
@@ -183,8 +199,6 @@ def read_variables(folder: Path, which: str = "last") -> tuple[dict[str, np.ndar
         step = checkpoints.best() if which == "best" else checkpoints.newest()
         if step is None:
             raise UserError(f"there is no whole checkpoint in {folder}: run its stage again with --from_stage")
-        arrays = checkpoints.read(step)
+        yield checkpoints, step
     finally:
         checkpoints.close()
-    model = {name.replace("params.model.", "params.", 1): array for name, array in arrays.items()}
-    return {name: array for name, array in model.items() if name.startswith(("params.", "batch_stats."))}, step

@@ -39,7 +39,7 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
     with files.lock(workdir):
         log = RunLog(workdir)
         try:
-            domains = load_domains(config)
+            domains = _open_all(config)
             recipe = stages.plan(config, workdir, domains)
             if from_stage and (aside := stages.set_aside(recipe, from_stage)):
                 log.say(f"set aside: {aside}")
@@ -97,6 +97,18 @@ def sweep(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
         devices=devices,
         say=log.say,
     )
+
+
+def _open_all(config: ConfigDict) -> Domains:
+    """`load_domains`; what else the recipe has not is told in the same message."""
+    missing = stages.missing_weights(config)
+    try:
+        domains = load_domains(config)
+    except UserError as error:
+        raise UserError("\n".join([str(error), *missing])) from error
+    if missing:
+        raise UserError("\n".join(missing))
+    return domains
 
 
 def load_domains(config: ConfigDict) -> Domains:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxuda import data, files
+from jaxuda import data, files, weights
 from jaxuda.errors import UserError
 
 SHARED = (
@@ -168,12 +168,7 @@ def plan(config: ConfigDict, workdir: Path, domains: Domains) -> list[Stage]:
 
 
 def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, earlier: Mapping[str, Stage]) -> Stage:
-    own = config[name]
-    resolved = ConfigDict({field: config[field] for field in SHARED}, convert_dict=True)
-    resolved = ConfigDict(json.loads(resolved.to_json()))
-    resolved.update(own.to_dict())
-    if "train" in own:
-        resolved.schedule_steps = own.schedule_steps or own.steps
+    own, resolved = config[name], resolve(name, config)
     datasets = {"source": domains.source.fingerprint, "target": domains.target.fingerprint}
     if own.domains[0] == "target":
         resolved.source, datasets["source"] = resolved.target, datasets["target"]
@@ -185,11 +180,18 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
     def before(field: str, stage: str) -> Stage:
         if stage not in earlier:
             known = ", ".join(earlier) or "none"
-            raise UserError(f"config.{name}.{field} names '{stage}', which is no stage before it (those are: {known})")
+            hint = "; a checkpoint elsewhere is named by its path, with a slash" if field == "init" else ""
+            raise UserError(
+                f"config.{name}.{field} names '{stage}', which is no stage before it (those are: {known}{hint})"
+            )
         return earlier[stage]
 
     init, start = None, own.init
-    if own.init not in (SCRATCH, IMAGENET):
+    if own.init == IMAGENET or _is_path(own.init):
+        init, start = _from_outside(name, resolved, config.data_dir)
+        if "sweep" in own:
+            resolved.train = _trained_with(init[0].parent)
+    elif own.init != SCRATCH:
         stage, _, which = own.init.partition(":")
         init = (before("init", stage).folder / "checkpoints", which or "last")
         start = [before("init", stage).fingerprint, which or "last"]
@@ -205,6 +207,60 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
         identity.get(place, {}).pop("path", None)
     folders = {stage: origin.folder for stage, origin in reads.items()}
     return Stage(name, workdir / name, FrozenConfigDict(resolved), init, folders, identity)
+
+
+def resolve(name: str, config: ConfigDict) -> ConfigDict:
+    """The shared sections of a config overlaid with those of one stage."""
+    own = config[name]
+    resolved = ConfigDict({field: config[field] for field in SHARED}, convert_dict=True)
+    resolved = ConfigDict(json.loads(resolved.to_json()))
+    resolved.update(own.to_dict())
+    if "train" in own:
+        resolved.schedule_steps = own.schedule_steps or own.steps
+    return resolved
+
+
+def missing_weights(config: ConfigDict) -> list[str]:
+    """For each network whose ImageNet weights the recipe needs and has not: what to do, with the command."""
+    needed: dict[str, list[str]] = {}
+    for name in config.pipeline:
+        if name in config and config[name].init == IMAGENET:
+            needed.setdefault(weights.network_name(resolve(name, config)), []).append(name)
+    return [
+        f"{text}\n(for config.{'.init, config.'.join(names)}.init; =scratch starts from random weights instead)"
+        for network, names in needed.items()
+        if (text := weights.missing(network, config.data_dir))
+    ]
+
+
+def _is_path(init: str) -> bool:
+    return os.sep in init or init.startswith(("~", "."))
+
+
+def _from_outside(name: str, resolved: ConfigDict, data_dir: str) -> tuple[tuple[Path, str], Any]:
+    """Checkpoint and identity of weights that no stage of this run makes."""
+    if resolved.init == IMAGENET:
+        network = weights.network_name(resolved)
+        folder, which = weights.imagenet_folder(network, data_dir), "last"
+        # A recipe can be planned without them; `missing_weights` stops it before it runs.
+        start = IMAGENET if weights.missing(network, data_dir) else [weights.identity(folder, which), which]
+        return (folder / "checkpoints", which), start
+    place, _, which = (
+        resolved.init.rpartition(":") if resolved.init.endswith((":best", ":last")) else (resolved.init, "", "last")
+    )
+    folder = Path(place).expanduser().absolute()
+    try:
+        return (folder / "checkpoints", which), [weights.identity(folder, which), which]
+    except UserError as error:
+        raise UserError(f"config.{name}.init={resolved.init}: {error}") from error
+
+
+def _trained_with(folder: Path) -> str:
+    """The method whose predictions a checkpoint from outside is made for."""
+    method = files.read_json(folder / "stage.json")["identity"].get("train")
+    if method is None:
+        raise UserError(f"{folder} holds a backbone alone, which cannot label images")
+    return method
 
 
 def changed_fields(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -17,14 +17,14 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from jaxuda import checkpoints, data, files, methods, parallel
+from jaxuda import checkpoints, data, files, methods, parallel, weights
 from jaxuda.data import pairing, sampling
 from jaxuda.data.records import EASY, HARD, Subset, read_split
 from jaxuda.errors import UserError
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import normalise
 from jaxuda.optim import make_optimizer
-from jaxuda.stages import IMAGENET, Domains, Stage
+from jaxuda.stages import Domains, Stage
 from jaxuda.sweeps.evaluate import make_evaluator
 from jaxuda.train_state import TrainState
 from jaxuda.writers import RunLog, is_interactive, progress_bar
@@ -81,6 +81,7 @@ def init_state(
     stage: Stage,
     batch: PyTree,
     artifacts: dict[str, Path],
+    say: Callable[[str], None] = print,
 ) -> TrainState:
     """The state before the first step, on the host; independent of the number of devices.
 
@@ -88,13 +89,16 @@ def init_state(
       stage: its seed decides the weights, or `stage.init` says which checkpoint they come from.
       batch: any batch as the input gives it; only its shapes and types matter.
       artifacts: what earlier stages left for the method, stage -> folder.
+      say: told which parts of the network are not from that checkpoint.
     """
     model_key, method_key = jax.random.split(jax.random.key(stage.config.seed))
     images = jnp.zeros((1, *batch["source"]["image"].shape[1:]), jnp.float32)
     variables = jax.device_get(jax.jit(partial(model.init, train=False))(model_key, images))
     if stage.init is not None:
         arrays, _ = checkpoints.read_variables(*stage.init)
-        variables = checkpoints.unflatten(arrays, variables, str(stage.init[0]))
+        variables, notes = weights.fit(arrays, variables, str(stage.init[0].parent))
+        for note in notes:
+            say(f"{stage.name}: {note}")
     batch = _to_float(batch, stage.config.preprocess)
     extra_params, extra = method.init(method_key, model=model, batch=batch, config=stage.config, artifacts=artifacts)
     params = {"model": variables["params"], **extra_params}
@@ -118,11 +122,6 @@ def train(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
     # Each of the parts that a step accumulates is spread over the devices.
     part = config.batch // config.get("accumulate", 1)
     devices = parallel.choose_devices(part, run_config.devices, run_config.platform)
-    if config.init == IMAGENET:
-        raise UserError(
-            f"the stage '{stage.name}' starts from published ImageNet weights, which this version cannot read from "
-            f"their files yet: --config.{stage.name}.init=scratch trains from random weights instead"
-        )
     artifacts = stage.artifacts()
     labelled, unlabelled = training_records(config, domains, artifacts)
     model = make_model(config, labelled.label_space.num_classes)
@@ -134,7 +133,8 @@ def train(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
             loop = _Loop(stage, run_config, domains.target_val, log, devices, saved)
             if start < config.steps:
                 first = next(batches)
-                state = init_state(method, model, tx, stage, _arrays(first), artifacts)
+                beginning = stage._replace(init=None) if start else stage  # what is restored needs no other start
+                state = init_state(method, model, tx, beginning, _arrays(first), artifacts, log.say)
                 if start:
                     state = saved.restore(start, state)
                     log.say(f"{stage.name}: continues from step {start}")

@@ -6,8 +6,10 @@ heads (`LAYOUTS`).
 """
 
 import functools
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax
@@ -16,10 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxuda import files
 from jaxuda.errors import UserError
+from jaxuda.interop.pickles import shown
+from jaxuda.interop.tensor_files import pth_bytes, read_tensors, safetensors_bytes
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.discriminator import FCDiscriminator
-from jaxuda.models.vgg import BLOCKS
+from jaxuda.models.vgg import BLOCKS, NEW_LAYERS
 
 
 class Layout(NamedTuple):
@@ -28,6 +33,7 @@ class Layout(NamedTuple):
     backbone: str
     head: str
     aux_head: str = ""
+    pools: int = 3  # of a VGG: those that still take a place in its list of layers
 
 
 # Tried in this order: the first whose main head is in the state dict is used.
@@ -37,6 +43,11 @@ LAYOUTS = {
     "split": Layout("feature_extractor.backbone.", "classifier.conv2d_list.{}"),  # SDCA
     "plca": Layout("backbone.", "classifier.0.convs.{}.0"),
 }
+# Published PLCA networks order the classes in their own way: Cityscapes train id of each of their classes. Those for
+# SYNTHIA have the first 16.
+PLCA_ORDER = (10, 2, 0, 1, 4, 8, 5, 13, 7, 11, 18, 17, 6, 12, 15, 3, 9, 14, 16)
+_WRAPPERS = ("module", "Scale")
+_FIRST_OF_RESNET = "layer1.0.conv1.weight"
 _LEAVES = {
     "kernel": "weight",
     "scale": "weight",
@@ -47,45 +58,167 @@ _LEAVES = {
 _DEPTH = {"enc1": "enc4_1", "enc2": "enc4_2", "enc3": "enc4_3", "dec": "dec4"}
 
 
-def load_torch(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Variables of `model` from a torch state dict.
+class Match(NamedTuple):
+    """The entries of a state dict beside the variables of a network.
+
+    leaves: path in our tree -> array as we keep it, a view.
+    missing: torch names that the network needs and the file has not.
+    unused: names in the file that the network has no place for; counters of batches are not told.
+    misshapen: one line for each entry of another shape.
+    """
+
+    leaves: dict[tuple[str, ...], np.ndarray]
+    missing: list[str]
+    unused: list[str]
+    misshapen: list[str]
+
+
+def load_torch(source: Mapping[str, Any] | str | os.PathLike, model: nn.Module) -> dict[str, Any]:
+    """Variables of `model` from a torch checkpoint.
 
     Args:
-      state_dict: torch name -> array, or, as in SDCA's files, part ("feature_extractor", "classifier") ->
-        such a dict. Convolutions are (out, in, kh, kw).
-      model: a `DeepLabV2` or an `FCDiscriminator`.
+      source: a .pth or .safetensors file, which is read without running anything in it, or a state dict: torch
+        name -> array, or, as in SDCA's files, part ("feature_extractor", "classifier") -> such a dict.
+        Convolutions are (out, in, kh, kw). Names may begin with "module.", and lie below a name of their own.
+      model: a `DeepLabV2` or an `FCDiscriminator`. Classes stay in the order of the file (see `PLCA_ORDER`).
 
     Returns:
       {"params", "batch_stats"} of float32 arrays (without "batch_stats" where the model has none).
 
     Raises:
-      UserError: an entry is missing, left over or of another shape; the text lists them. Only counters of
-        batches (`num_batches_tracked`), which no computation needs, are passed over.
+      UserError: the file cannot be read; or an entry is missing, left over or of another shape: the text lists
+        them. Only counters of batches (`num_batches_tracked`), which no computation needs, and the state of
+        optimizers are passed over.
     """
-    state = {k: np.asarray(v) for k, v in _flattened(state_dict).items() if not k.endswith("num_batches_tracked")}
-    layout = _find_layout(state, model)
-    shapes = _shapes(model, state)
-    names = {path: torch_name(path, model, layout) for path in shapes}
+    state = clean(source if isinstance(source, Mapping) else read_tensors(source))
+    match, _ = match_network(state, model)
+    unused = [name for name in match.unused if not name.startswith("optim")]
+    raise_problems(match._replace(unused=unused), model)
+    return as_variables(match.leaves)
 
-    known = set(names.values())
-    problems = [f"missing: {name}" for name in names.values() if name not in state]
-    problems += [f"not part of the network: {name}" for name in state if name not in known]
-    leaves = {}
+
+def match_network(state: Mapping[str, np.ndarray], model: nn.Module) -> tuple[Match, str]:
+    """All of a network's variables, and the name of the layout that the file has.
+
+    Raises:
+      UserError: it has no pixel classifier that is known.
+    """
+    layout, prefix = _find_layout(state, model)
+    shapes = _shapes(model, state)
+    names = {path: prefix + torch_name(path, model, LAYOUTS.get(layout, Layout("", ""))) for path in shapes}
+    return _match(state, names, shapes), layout
+
+
+def match_backbone(state: Mapping[str, np.ndarray], model: DeepLabV2) -> Match:
+    """The variables of a network's backbone alone, from a classifier of images or any network for segmentation.
+
+    Of torchvision's VGG-16 they are those without fc6 and fc7, which are new layers.
+
+    Raises:
+      UserError: it has no backbone of this kind.
+    """
+    vgg = model.backbone == "vgg16"
+    # torchvision's VGG has its convolutions below "features", SDCA's below "backbone".
+    firsts = {"features.0.weight": "features.", "backbone.0.weight": "backbone."} if vgg else {_FIRST_OF_RESNET: ""}
+    found = [(name, first) for first in firsts for name in state if name == first or name.endswith(f".{first}")]
+    if not found:
+        raise UserError(
+            f"the checkpoint has no backbone of the kind {model.backbone} (looked for {', '.join(firsts)}); "
+            f"its first entries are {[shown(name) for name in list(state)[:3]]}"
+        )
+    name, first = min(found, key=lambda pair: len(pair[0]))
+    classifier = first.startswith("features")
+    layout = Layout(name.removesuffix(first) + firsts[first], "", pools=4 if classifier else 3)
+    shapes = {path: shape for path, shape in _shapes(model, state).items() if path[1] == "backbone"}
+    if classifier:
+        shapes = {path: shape for path, shape in shapes.items() if path[2] not in NEW_LAYERS}
+    return _match(state, {path: torch_name(path, model, layout) for path in shapes}, shapes)
+
+
+def _match(
+    state: Mapping[str, np.ndarray], names: dict[tuple[str, ...], str], shapes: dict[tuple[str, ...], tuple[int, ...]]
+) -> Match:
+    leaves, misshapen = {}, []
     for path, name in names.items():
         if name not in state:
             continue
         array = from_torch(state[name])
         if array.shape != shapes[path]:
             expected = to_torch(np.empty(shapes[path], bool)).shape
-            problems.append(f"shape of {name}: {state[name].shape} in the checkpoint, {expected} in the network")
-        leaves[path] = jnp.asarray(array, jnp.float32)
+            misshapen.append(f"shape of {name}: {state[name].shape} in the checkpoint, {expected} in the network")
+        leaves[path] = array
+    known = set(names.values())
+    missing = [name for name in names.values() if name not in state]
+    return Match(leaves, missing, [shown(name) for name in state if name not in known], misshapen)
+
+
+def raise_problems(match: Match, model: nn.Module) -> None:
+    """UserError if anything is missing, left over or of another shape."""
+    problems = [f"missing: {name}" for name in match.missing]
+    problems += [f"not part of the network: {name}" for name in match.unused]
+    problems += match.misshapen
     if problems:
         listed = "\n  ".join(problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else []))
         raise UserError(
             f"the torch checkpoint does not fit {type(model).__name__}; compare the fields of config.model"
             f" (backbone, variant, num_classes, aux, depth, head_bias) with it:\n  {listed}"
         )
-    return flax.traverse_util.unflatten_dict(leaves)
+
+
+def as_variables(leaves: dict[tuple[str, ...], np.ndarray]) -> dict[str, Any]:
+    """Leaves by path as a tree of float32 arrays."""
+    return flax.traverse_util.unflatten_dict({path: jnp.asarray(leaf, jnp.float32) for path, leaf in leaves.items()})
+
+
+def save_torch(
+    variables: Mapping[str, Any], model: nn.Module, path: str | os.PathLike, layout: str | None = None
+) -> None:
+    """Writes the variables of `model` as its published counterpart names them; `load_torch` reads them back.
+
+    Args:
+      variables: {"params", "batch_stats"}.
+      model: the `DeepLabV2` or `FCDiscriminator` that they belong to.
+      path: ends in .pth (for `torch.load`, with weights_only=True too) or .safetensors.
+      layout: one of `LAYOUTS`; None for that of the published network that is most like `model`.
+
+    Raises:
+      UserError: the file's name ends otherwise, it cannot be written, or the layout has no place for a head.
+    """
+    path = Path(path)
+    if path.suffix not in (".pth", ".safetensors"):
+        raise UserError(f"{path}: say the format by the file's name, which must end in .pth or .safetensors")
+    place = Layout("", "") if isinstance(model, FCDiscriminator) else LAYOUTS[layout or published_layout(model)]
+    if getattr(model, "aux", False) and not place.aux_head:
+        raise UserError(f"the layout '{layout}' has no second head, as model.aux=True has: use 'two_level'")
+    flat = flax.traverse_util.flatten_dict(dict(variables))
+    arrays = {torch_name(leaf, model, place): to_torch(np.asarray(value)) for leaf, value in flat.items()}
+    content = safetensors_bytes(arrays) if path.suffix == ".safetensors" else pth_bytes(_parts(arrays, place))
+    try:
+        files.write_bytes(path, content)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def published_layout(model: DeepLabV2) -> str:
+    """The layout of the published network that is most like `model`."""
+    if model.aux or model.depth:
+        return "two_level"
+    if not model.head_bias:
+        return "plca"
+    if model.backbone == "vgg16" or model.variant == "torchvision":
+        return "split"
+    return "one_level" if model.backbone == "resnet18" else "two_level"
+
+
+def _parts(arrays: dict[str, np.ndarray], layout: Layout) -> dict[str, Any]:
+    """SDCA's files hold one dict for each part, the others one for all."""
+    if layout != LAYOUTS["split"]:
+        return arrays
+    parts: dict[str, Any] = {"feature_extractor": {}, "classifier": {}}
+    for name, array in arrays.items():
+        part, _, inner = name.partition(".")
+        parts[part][inner] = array
+    return parts
 
 
 def torch_name(path: tuple[str, ...], model: nn.Module, layout: Layout) -> str:
@@ -105,7 +238,7 @@ def torch_name(path: tuple[str, ...], model: nn.Module, layout: Layout) -> str:
     if part == "depth":
         return f"{_DEPTH[inner[0]]}.{_LEAVES[leaf]}"
     if model.backbone == "vgg16":
-        inner = [str(_vgg_places(tuple(model.blocks or BLOCKS))[inner[0]])]
+        inner = [str(_vgg_places(tuple(model.blocks or BLOCKS), layout.pools)[inner[0]])]
     else:
         inner = [_torch_module(name) for name in inner]
     return f"{layout.backbone}{'.'.join(inner)}.{_LEAVES[leaf]}"
@@ -127,37 +260,50 @@ def _torch_module(name: str) -> str:
 
 
 @functools.cache
-def _vgg_places(blocks: tuple[int, ...]) -> dict[str, int]:
-    """Index of each convolution in torch's flat list of convolutions, activations and three pools."""
+def _vgg_places(blocks: tuple[int, ...], pools: int) -> dict[str, int]:
+    """Index of each convolution in torch's flat list of convolutions, activations and the first pools."""
     places, place = {}, 0
     for stage, count in enumerate(blocks):
         for index in range(count):
             places[f"conv{stage + 1}_{index + 1}"] = place
             place += 2
-        place += stage < 3
+        place += stage < pools
     return places | {"fc6": place, "fc7": place + 2}
 
 
-def _flattened(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def clean(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Flat names without what wrappers put before them ("module." of data parallel training, "Scale." of the
+    networks that came from Caffe), and without counters of batches."""
+    state = {}
+    for name, array in _flattened(tensors).items():
+        name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if not name.endswith("num_batches_tracked"):
+            state[name] = np.asarray(array)
+    return state
+
+
+def _flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
     flat = {}
-    for key, value in state_dict.items():
+    for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= {f"{key}.{inner}": array for inner, array in value.items()}
+            flat |= {f"{key}.{inner}": array for inner, array in _flattened(value).items()}
         else:
             flat[key] = value
     return flat
 
 
-def _find_layout(state: Mapping[str, np.ndarray], model: nn.Module) -> Layout:
+def _find_layout(state: Mapping[str, np.ndarray], model: nn.Module) -> tuple[str, str]:
+    """Name of the layout, and the name that everything lies below ("" or one that ends in a dot)."""
     if isinstance(model, FCDiscriminator):
-        return Layout("", "")
-    for layout in LAYOUTS.values():
-        if f"{layout.head.format(0)}.weight" in state:
-            return layout
+        return "", ""
+    for name, layout in LAYOUTS.items():
+        head = f"{layout.head.format(0)}.weight"
+        if found := [entry for entry in state if entry == head or entry.endswith(f".{head}")]:
+            return name, min(found, key=len).removesuffix(head)
     heads = ", ".join(layout.head.format(0) for layout in LAYOUTS.values())
     raise UserError(
         f"the torch checkpoint has no pixel classifier that is known (looked for {heads}); "
-        f"its first entries are {list(state)[:3]}"
+        f"its first entries are {[shown(name) for name in list(state)[:3]]}"
     )
 
 

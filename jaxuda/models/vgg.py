@@ -13,6 +13,8 @@ from jaxuda.errors import UserError
 from jaxuda.models.layers import max_pool
 
 BLOCKS = (2, 2, 3, 3, 3)
+# Layers of the segmentation network that weights of an image classifier do not fit.
+NEW_LAYERS = ("fc6", "fc7")
 
 
 class VGG(nn.Module):
@@ -36,6 +38,6 @@ class VGG(nn.Module):
                 x = nn.relu(self.conv(features, 3, dilation=dilation, use_bias=True, name=name)(x))
             if stage < 3:
                 x = max_pool(x, 2, 2)
-        for name in ("fc6", "fc7"):
+        for name in NEW_LAYERS:
             x = nn.relu(self.conv(16 * self.width, 3, dilation=4, use_bias=True, name=name)(x))
         return x

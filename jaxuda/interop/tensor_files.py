@@ -1,0 +1,321 @@
+"""Files of named tensors: torch's two formats (.pth) and safetensors (.safetensors), read and written without torch.
+
+Reading maps the file into memory and gives arrays that are views of it: whatever a file declares, no more memory is
+used than it has bytes. All sizes are checked against the file first. safetensors is eight bytes, JSON and the
+numbers, and is read here too: its package would be one more dependency, and knows no bfloat16 in NumPy.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import mmap
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxuda.errors import UserError
+from jaxuda.interop import pickles
+from jaxuda.interop.pickles import Storage, Tensor, shown
+
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+_MAX_DIRECTORY = 64 * 2**20  # bytes of a zip's or a safetensors file's table of contents
+_MAX_NESTING = 16
+_SAFETENSORS = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """All tensors of a file by name; names of nested dicts and lists are joined with dots.
+
+    The format is told by the content, not by the file's name. The arrays are read-only views of the mapped file.
+
+    Raises:
+      UserError: the file cannot be read, is damaged or cut off, declares more than it holds, asks for anything but
+        tensors, or is no file of weights at all.
+    """
+    where = str(path)
+    try:
+        with open(path, "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise UserError(f"{where} is empty: its download or copy has failed")
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror}") from error
+    if data[:4] == b"PK\x03\x04":
+        tensors = _read_zip(data, where)
+    elif data[:1] == b"\x80":
+        tensors = _read_legacy(data, where)
+    elif data[8:9] == b"{" and len(data) > 10:
+        tensors = _read_safetensors(data, where)
+    else:
+        raise UserError(f"{where} is not a file of weights: {_guess(data)}")
+    if not tensors:
+        raise UserError(f"{where} holds no tensors")
+    return tensors
+
+
+def _guess(data: mmap.mmap) -> str:
+    start = data[:512].lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html")):
+        return "it is a web page, perhaps a download that asked for a confirmation"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS; fetch the file itself"
+    if data[257:262] == b"ustar":
+        return "it is a tar archive, as torch wrote before 2017; load it in torch and save it again"
+    return "it begins neither as torch.save's files (.pth) nor as .safetensors do"
+
+
+def _read_zip(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
+    """The format of torch 1.6 and later: an uncompressed zip with a pickle and one record per storage."""
+    cut_off = f"{where} is damaged or was cut off: its {len(data)} bytes do not end as an archive does"
+    try:
+        if _directory_size(data) > _MAX_DIRECTORY:
+            raise UserError(f"{where} is refused: its table of contents is too long")
+        with zipfile.ZipFile(where) as archive:
+            entries = {info.filename: info for info in archive.infolist()}
+    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OSError, EOFError) as error:
+        raise UserError(cut_off) from error
+    found = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
+    if len(found) != 1:
+        raise UserError(f"{where} is a zip archive, but not one that torch.save wrote: it has no data.pkl")
+    root = found[0].removesuffix("data.pkl")
+
+    def record(name: str) -> memoryview:
+        if root + name not in entries:
+            raise UserError(f"{where} is damaged: it has no record {shown(name)}")
+        return _record(data, entries[root + name], where)
+
+    if f"{root}byteorder" in entries and bytes(record("byteorder")) != b"little":
+        raise UserError(f"{where} was written on a big-endian machine, which is not supported")
+    tree = pickles.load(io.BytesIO(record("data.pkl")), where)
+    tensors = _flatten(tree, where)
+    buffers: dict[str, memoryview] = {}
+    for storage in _storages(tensors.values(), where):
+        buffers[storage.key] = record(f"data/{storage.key}")
+        if sum(len(buffer) for buffer in buffers.values()) > len(data):
+            raise UserError(f"{where} is damaged: its records overlap")
+        if len(buffers[storage.key]) < storage.count * storage.dtype.itemsize:
+            raise UserError(
+                f"{where} is damaged: the record data/{shown(storage.key)} has {len(buffers[storage.key])} bytes, for "
+                f"{storage.count} numbers of {storage.dtype.itemsize}"
+            )
+    return {name: _array(name, tensor, buffers[tensor.storage.key], where) for name, tensor in tensors.items()}
+
+
+def _directory_size(data: mmap.mmap) -> int:
+    """Bytes of a zip's table of contents. torch's archives end without a comment, so the place is known."""
+    end = data[-22:]
+    if end[:4] != b"PK\x05\x06":
+        raise zipfile.BadZipFile
+    size = struct.unpack("<I", end[12:16])[0]
+    if size == 0xFFFFFFFF:
+        size = struct.unpack("<Q", data[-22 - 20 - 56 :][40:48])[0]
+    return size
+
+
+def _record(data: mmap.mmap, info: zipfile.ZipInfo, where: str) -> memoryview:
+    """The bytes of one record, checked."""
+    name = shown(info.filename)
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
+        raise UserError(f"{where} is refused: its record {name} is compressed, which torch.save never does")
+    header = data[info.header_offset : info.header_offset + 30] if info.header_offset >= 0 else b""
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise UserError(f"{where} is damaged: its record {name} is not where it should be")
+    start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+    if start + info.file_size > len(data):
+        raise UserError(f"{where} is damaged or was cut off: its record {name} ends behind its end")
+    content = memoryview(data)[start : start + info.file_size]
+    if zlib.crc32(content) != info.CRC:
+        raise UserError(f"{where} is damaged: the checksum of its record {name} is wrong")
+    return content
+
+
+def _read_legacy(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
+    """The format before torch 1.6: five pickles, then each storage as its length and its numbers."""
+    if pickles.load(data, where) != _MAGIC:
+        raise UserError(f"{where} is a pickle, but not one that torch.save wrote")
+    protocol, system, tree, keys = (pickles.load(data, where) for _ in range(4))
+    if protocol != _PROTOCOL or not isinstance(system, dict) or not isinstance(keys, list):
+        raise UserError(f"{where} is damaged, or of a version of torch that is not known")
+    if not system.get("little_endian", True):
+        raise UserError(f"{where} was written on a big-endian machine, which is not supported")
+    tensors = _flatten(tree, where)
+    storages = {storage.key: storage for storage in _storages(tensors.values(), where)}
+    buffers: dict[str, memoryview] = {}
+    content, position = memoryview(data), data.tell()
+    for key in keys:
+        if not isinstance(key, str) or key not in storages or key in buffers:
+            # Without its type the length of a storage is not known, nor where the next one begins.
+            raise UserError(f"{where} is damaged: it lists numbers that belong to no tensor")
+        storage = storages[key]
+        stored = content[position : position + 8]
+        position += 8 + storage.count * storage.dtype.itemsize
+        if position > len(data):
+            raise UserError(f"{where} is damaged or was cut off: it ends within the numbers of its tensors")
+        if struct.unpack("<q", stored)[0] != storage.count:
+            raise UserError(f"{where} is damaged: the lengths of its tensors disagree")
+        buffers[key] = content[position - storage.count * storage.dtype.itemsize : position]
+    if missing := storages.keys() - buffers.keys():
+        raise UserError(f"{where} is damaged: the numbers of {len(missing)} tensors are missing")
+    return {name: _array(name, tensor, buffers[tensor.storage.key], where) for name, tensor in tensors.items()}
+
+
+def _read_safetensors(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
+    size = struct.unpack("<Q", data[:8])[0]
+    if size > len(data) - 8:
+        raise UserError(f"{where} is damaged, cut off, or no file of weights: its header ends behind its end")
+    if size > _MAX_DIRECTORY:
+        raise UserError(f"{where} is refused: its header is too long")
+    try:
+        header = json.loads(data[8 : 8 + size])
+        content = memoryview(data)[8 + size :]
+        tensors = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] not in _SAFETENSORS:
+                raise UserError(f"{where}: {shown(name)} is of the type {shown(entry['dtype'])}, not supported here")
+            dtype, (begin, end) = np.dtype(_SAFETENSORS[entry["dtype"]]), entry["data_offsets"]
+            if not 0 <= begin <= end <= len(content):
+                raise UserError(f"{where} is damaged or was cut off: {shown(name)} ends behind its end")
+            count = (end - begin) // dtype.itemsize
+            strides = [math.prod(entry["shape"][axis + 1 :]) for axis in range(len(entry["shape"]))]
+            tensor = Tensor(Storage("", dtype, count, 0, count), 0, tuple(entry["shape"]), tuple(strides))
+            tensors[name] = _array(name, tensor, content[begin:end], where)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(f"{where} is damaged: its header cannot be read") from error
+    return tensors
+
+
+def _flatten(tree: Any, where: str) -> dict[str, Tensor]:
+    """The tensors of nested dicts and lists; what is no tensor is passed over."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+
+    def walk(value: Any, names: tuple[str, ...]) -> None:
+        if isinstance(value, Tensor):
+            name = ".".join(names)
+            if name in found:
+                raise UserError(f"{where} is damaged: it has two tensors of the name {shown(name)}")
+            found[name] = value
+        elif isinstance(value, dict | list | tuple) and not isinstance(value, Storage) and value:
+            if len(names) > _MAX_NESTING:
+                raise UserError(f"{where} is refused: its tensors are nested without end")
+            if id(value) in seen:
+                return  # shared; containers that share each other could multiply without end
+            seen.add(id(value))
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                walk(inner, (*names, str(key)))
+
+    walk(tree, ())
+    return found
+
+
+def _storages(tensors: Iterable[Tensor], where: str) -> list[Storage]:
+    """Each storage once, its numbers checked among themselves."""
+    found: dict[str, Storage] = {}
+    for storage in (tensor.storage for tensor in tensors):
+        if min(storage.start, storage.length) < 0 or storage.start + storage.length > storage.count:
+            raise UserError(f"{where} is damaged: a part of a storage lies outside of it")
+        known = found.setdefault(storage.key, storage)
+        if (known.dtype, known.count) != (storage.dtype, storage.count):
+            raise UserError(f"{where} is damaged: its storages contradict each other")
+    return list(found.values())
+
+
+def _array(name: str, tensor: Tensor, buffer: memoryview, where: str) -> np.ndarray:
+    """The array that a tensor describes, a view of `buffer`, which holds its whole storage."""
+    storage, offset, shape, strides = tensor
+    numbers = [offset, *shape, *strides] if type(shape) is type(strides) is tuple else [None]
+    if any(type(n) is not int or not 0 <= n < 2**48 for n in numbers) or len(shape) != len(strides) or len(shape) > 8:
+        raise UserError(f"{where} is damaged: the shape of {shown(name)} is none")
+    size, last = math.prod(shape), offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    if size > storage.length or (size and last >= storage.length):
+        raise UserError(
+            f"{where} is damaged or was cut off: {shown(name)} of the shape {shape} needs more than the "
+            f"{storage.length} numbers that are stored for it"
+        )
+    if not size:
+        return np.zeros([min(n, 1) for n in shape], storage.dtype)
+    first = (storage.start + offset) * storage.dtype.itemsize
+    flat = np.frombuffer(buffer, storage.dtype, storage.length - offset, first)
+    steps = [step * storage.dtype.itemsize for step in strides]
+    return np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)
+
+
+def pth_bytes(tree: Mapping[str, Any]) -> bytes:
+    """A file as torch.save writes since 1.6, which torch.load reads, with weights_only=True too.
+
+    Args:
+      tree: name -> array, or -> such a dict.
+    """
+    arrays: list[np.ndarray] = []
+    pickled = b"\x80\x02" + _pickled_dict(tree, arrays) + b"."
+    records = {"data.pkl": pickled, "byteorder": b"little"}
+    records |= {f"data/{index}": array.tobytes() for index, array in enumerate(arrays)}
+    records["version"] = b"3\n"
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in records.items():
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)  # with a fixed date: equal in, equal out
+    return file.getvalue()
+
+
+def _pickled_dict(tree: Mapping[str, Any], arrays: list[np.ndarray]) -> bytes:
+    items = b"".join(
+        _pickled_text(name)
+        + (_pickled_dict(value, arrays) if isinstance(value, Mapping) else _pickled_tensor(value, arrays))
+        for name, value in tree.items()
+    )
+    return b"ccollections\nOrderedDict\n)R(" + items + b"u"
+
+
+def _pickled_tensor(array: np.ndarray, arrays: list[np.ndarray]) -> bytes:
+    """torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict()); notes the array."""
+    kind = next(name for name, dtype in pickles.STORAGES.items() if dtype == array.dtype)
+    strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
+    text = [_pickled_text("storage"), f"ctorch\n{kind}\n".encode(), *map(_pickled_text, (str(len(arrays)), "cpu"))]
+    storage = b"(" + b"".join(text) + _pickled_int(array.size) + b"tQ"
+    sizes = (b"(" + b"".join(map(_pickled_int, numbers)) + b"t" for numbers in (array.shape, strides))
+    arrays.append(np.ascontiguousarray(array))
+    tail = b"\x89ccollections\nOrderedDict\n)RtR"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _pickled_int(0) + b"".join(sizes) + tail
+
+
+def _pickled_text(text: str) -> bytes:
+    return b"X" + struct.pack("<I", len(text.encode())) + text.encode()
+
+
+def _pickled_int(number: int) -> bytes:
+    return b"J" + struct.pack("<i", number)
+
+
+def safetensors_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """A .safetensors file."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, array in arrays.items():
+        kind = next(kind for kind, dtype in _SAFETENSORS.items() if dtype == array.dtype)
+        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": [position, position + array.nbytes]}
+        position += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    return b"".join([struct.pack("<Q", len(text)), text, *(array.tobytes() for array in arrays.values())])

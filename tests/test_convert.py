@@ -1,0 +1,269 @@
+"""The convert command, and runs that start from what it makes."""
+
+import json
+import re
+from pathlib import Path
+
+import flax
+import jax
+import numpy as np
+import pytest
+import tiny
+from golden_weights import random_variables
+
+from configs import minent, sdca
+from jaxuda import checkpoints, convert, stages, use, weights
+from jaxuda.errors import UserError
+from jaxuda.interop import load_torch, read_tensors, save_torch
+from jaxuda.interop.tensor_files import pth_bytes
+from jaxuda.interop.torch_checkpoint import PLCA_ORDER
+from jaxuda.main import MISTAKE, main
+from jaxuda.models.deeplab import DeepLabV2
+
+ROOT = Path(__file__).parents[1]
+TINY = DeepLabV2(19, backbone="resnet18", variant="torchvision", width=8)  # that of tiny.arguments, for Cityscapes
+TINY_WORDS = ["--config=configs/source_only.py", "--config.model.width=8"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict:
+    return tiny.prepare_domains(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def random_tiny() -> dict:
+    return random_variables(TINY, np.zeros((1, 32, 32, 3), np.float32))
+
+
+def torchvision_file(path: Path) -> tuple[Path, dict]:
+    """A classifier of images named as torchvision's are."""
+    variables = random_tiny()
+    save_torch(variables, TINY, path, "plca")
+    state = {
+        name.removeprefix("backbone."): array
+        for name, array in read_tensors(path).items()
+        if name.startswith("backbone.")
+    }
+    path.write_bytes(pth_bytes(state | {"fc.weight": np.zeros((10, 64), np.float32)}))
+    return path, variables
+
+
+def assert_same(ours, theirs) -> None:
+    jax.tree.map(np.testing.assert_array_equal, ours, jax.device_get(theirs))
+
+
+def test_run_starts_from_imagenet_weights(data: dict, tmp_path: Path, capsys) -> None:
+    words = [
+        *tiny.arguments("source_only", workdir=tmp_path / "run", **data),
+        *("--config.source_only.init=imagenet", "--config.source_only.lr=0.0", "--config.oracle.init=imagenet"),
+    ]
+    assert main(["jaxuda", *words]) == MISTAKE
+    command = f"python -m jaxuda.convert resnet18-f37072fd.pth --imagenet resnet18 --data_dir {data['data_dir']}"
+    message = capsys.readouterr().err
+    assert command in message and "config.source_only.init, config.oracle.init" in message
+
+    file, variables = torchvision_file(tmp_path / "resnet18.pth")
+    convert.import_imagenet(file, "resnet18", str(data["data_dir"]), model=TINY)
+    assert "not used: 1: fc.weight" in capsys.readouterr().out
+    words.append("--config.pipeline=('source_only',)")
+    assert main(["jaxuda", *words]) == 0
+    assert "source_only: head starts anew: the checkpoint has none that fits" in capsys.readouterr().out
+    trained, _ = checkpoints.read_variables(tmp_path / "run" / "source_only" / "checkpoints")
+    backbone = flax.traverse_util.flatten_dict(variables["params"]["backbone"], sep=".")
+    for name, array in backbone.items():
+        np.testing.assert_array_equal(trained[f"params.backbone.{name}"], array)
+
+    # Other weights are another stage.
+    folder = weights.imagenet_folder("resnet18", data["data_dir"])
+    record = json.loads((folder / "stage.json").read_text())
+    (folder / "stage.json").write_text(json.dumps(record | {"weights": "others"}))
+    assert main(["jaxuda", *words]) == MISTAKE
+    assert "init: the stage it starts from has changed" in capsys.readouterr().err
+
+
+def test_checkpoint_in_and_out_again(data: dict, tmp_path: Path, capsys) -> None:
+    """In, as the start of a run with other classes, evaluated, out, and in again."""
+    variables, file, folder = random_tiny(), tmp_path / "published.pth", tmp_path / "published"
+    save_torch(variables, TINY, file)
+    assert sorted({name.split(".")[0] for name in read_tensors(file)}) == ["classifier", "feature_extractor"]
+    assert convert.main([str(file), *TINY_WORDS, f"--out={folder}"]) == 0
+    _, restored, _ = use.restore(str(folder), 19)
+    assert_same(restored, variables)
+    assert convert.main([str(file), *TINY_WORDS, f"--out={folder}"]) == 0
+    assert f"already converted: {folder}" in capsys.readouterr().out
+
+    words = ["jaxuda", *tiny.arguments("source_only", workdir=tmp_path / "run", **data)]
+    assert main([*words, f"--config.source_only.init={folder}", "--config.pipeline=('source_only',)"]) == 0
+    assert "head starts anew: the checkpoint's is for 19 classes, this network has 3" in capsys.readouterr().out
+    trained = tmp_path / "run" / "source_only"
+    assert main([*words, f"--checkpoint={trained}", "--mode=eval"]) == 0
+    assert re.search(r"mIoU \(3\)\s+[\d.]+", capsys.readouterr().out)
+
+    model, variables, _ = use.restore(str(trained), 3)
+    images = np.random.default_rng(0).normal(size=(1, 32, 48, 3)).astype(np.float32)
+    expected = model.apply(variables, images).main
+    for name in ("out.pth", "out.safetensors"):
+        assert convert.main([str(trained), f"--export={tmp_path / name}"]) == 0
+        again = load_torch(tmp_path / name, model)
+        np.testing.assert_array_equal(model.apply(again, images).main, expected)
+
+
+def test_torch_loads_what_is_exported(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    variables = random_tiny()
+    save_torch(variables, TINY, tmp_path / "out.pth")
+    parts = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert sorted(parts) == ["classifier", "feature_extractor"]
+    kernel = parts["classifier"]["conv2d_list.2.weight"].numpy()
+    np.testing.assert_array_equal(kernel.transpose(2, 3, 1, 0), variables["params"]["head"]["kernel2"])
+    layer = torch.nn.BatchNorm2d(8)
+    prefix = "backbone.bn1."
+    state = {k.removeprefix(prefix): v for k, v in parts["feature_extractor"].items() if k.startswith(prefix)}
+    layer.load_state_dict(state)  # strict, though counters of batches are left out
+
+
+def test_initialisation_from_caffe(tmp_path: Path, capsys) -> None:
+    """Names begin with "Scale.", and a classifier of other classes is left out."""
+    model = DeepLabV2(21, width=4, blocks=(1, 1, 1, 1))
+    variables = random_variables(model, np.zeros((1, 32, 32, 3), np.float32))
+    save_torch(variables, model, tmp_path / "init.pth", "one_level")
+    state = {f"Scale.{name}": array for name, array in read_tensors(tmp_path / "init.pth").items()}
+    (tmp_path / "init.pth").write_bytes(pth_bytes(state))
+    folder = convert.import_imagenet(tmp_path / "init.pth", "resnet101-caffe", str(tmp_path), model=model)
+    assert "not used: 8: layer5.conv2d_list." in capsys.readouterr().out
+    arrays, _ = checkpoints.read_variables(folder / "checkpoints")
+    fitted, _ = weights.fit(arrays, jax.tree.map(np.zeros_like, variables), "file")
+    assert_same(fitted["params"]["backbone"], variables["params"]["backbone"])
+    assert not any(np.any(array) for array in fitted["params"]["head"].values())
+    with pytest.raises(UserError, match="comes from Caffe"):
+        convert.import_imagenet(tmp_path / "init.pth", "resnet101-torchvision", str(tmp_path), model=model)
+
+
+def test_vgg_of_torchvision_keeps_its_pools_in_its_numbers(tmp_path: Path) -> None:
+    model = DeepLabV2(3, backbone="vgg16", width=2)
+    variables = random_variables(model, np.zeros((1, 32, 32, 3), np.float32))
+    # torchvision's list of layers: positions of the 13 convolutions, five pools between them.
+    places = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+    convolutions = sorted(name for name in variables["params"]["backbone"] if name.startswith("conv"))
+    state = {"classifier.6.weight": np.zeros((10, 4), np.float32)}
+    for place, name in zip(places, convolutions, strict=True):
+        layer = variables["params"]["backbone"][name]
+        state[f"features.{place}.weight"] = layer["kernel"].transpose(3, 2, 0, 1)
+        state[f"features.{place}.bias"] = layer["bias"]
+    (tmp_path / "vgg.pth").write_bytes(pth_bytes(state))
+    folder = convert.import_imagenet(tmp_path / "vgg.pth", "vgg16-caffe", str(tmp_path), model=model)
+    arrays, _ = checkpoints.read_variables(folder / "checkpoints")
+    fitted, notes = weights.fit(arrays, jax.tree.map(np.zeros_like, variables), "file")
+    for name in convolutions:
+        assert_same(fitted["params"]["backbone"][name], variables["params"]["backbone"][name])
+    assert not np.any(fitted["params"]["backbone"]["fc6"]["kernel"])
+    assert [note.split()[0] for note in notes] == ["backbone.fc6", "backbone.fc7", "head"]
+
+
+def test_training_checkpoint_with_optimizer_and_wrappers(tmp_path: Path, capsys) -> None:
+    variables = random_tiny()
+    save_torch(variables, TINY, tmp_path / "plain.pth", "one_level")
+    plain = read_tensors(tmp_path / "plain.pth")
+    tree = {
+        "state_dict": {f"module.{name}": array for name, array in plain.items()},
+        "optimizer": {"state": {"momentum": np.zeros(3, np.float32)}},
+    }
+    (tmp_path / "training.pth").write_bytes(pth_bytes(tree))
+    assert_same(load_torch(tmp_path / "training.pth", TINY), variables)
+    assert convert.main([str(tmp_path / "training.pth"), *TINY_WORDS, f"--out={tmp_path / 'out'}"]) == 0
+    assert "not used: 1: optimizer.state.momentum" in capsys.readouterr().out
+
+
+def test_classes_of_plca_are_brought_to_our_order(tmp_path: Path) -> None:
+    model = DeepLabV2(19, backbone="resnet18", variant="caffe", width=8, head_bias=False)
+    variables = random_variables(model, np.zeros((1, 32, 32, 3), np.float32))
+    save_torch(variables, model, tmp_path / "plca.pth")
+    words = ["--config=configs/source_only.py", "--config.model.width=8", "--config.model.head_bias=False"]
+    assert convert.main([str(tmp_path / "plca.pth"), *words, f"--out={tmp_path / 'plca'}"]) == 0
+    arrays, _ = checkpoints.read_variables(tmp_path / "plca" / "checkpoints")
+    theirs = variables["params"]["head"]["kernel0"]
+    for index, train_id in enumerate(PLCA_ORDER):
+        np.testing.assert_array_equal(arrays["params.head.kernel0"][..., train_id], theirs[..., index])
+    assert convert.main([str(tmp_path / "plca"), f"--export={tmp_path / 'again.pth'}"]) == 0
+    again, before = read_tensors(tmp_path / "again.pth"), read_tensors(tmp_path / "plca.pth")
+    assert again.keys() == before.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(again[name], array)
+
+
+def test_order_of_16_plca_classes() -> None:
+    # Terrain (9), truck (14) and train (16) are not among them, and not among PLCA_ORDER's first 16.
+    sixteen = [i for i in range(19) if i not in (9, 14, 16)]
+    assert [sixteen[i] for i in convert._plca_order(16)] == list(PLCA_ORDER[:16])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "say one of --imagenet NETWORK, --config FILE and --export FILE"),
+        (["--imagenet=resnet34"], "no ImageNet weights are known for 'resnet34' (known: resnet18"),
+        (["--imagenet=resnet50-torchvision"], "the torch checkpoint does not fit"),
+        (["--imagenet=vgg16-caffe"], "no backbone of the kind vgg16"),
+        (["--imagenet=resnet18", "--confg=x"], "not understood: --confg=x"),
+        ([*TINY_WORDS[:1]], "(8,) in the checkpoint, (32,) in the network"),
+        ([*TINY_WORDS, "--stage=adapt"], "training stages are source_only, oracle"),
+        ([*TINY_WORDS, "--config.label_space=synthia16"], "(19, 64, 3, 3) in the checkpoint, (16, 64, 3, 3)"),
+        (["--config=configs/missing.py"], "missing.py"),
+        (["--export=x.pth"], "is not the folder of a training stage"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, capsys, words: list[str], expected: str) -> None:
+    save_torch(random_tiny(), TINY, tmp_path / "file.pth")
+    assert convert.main([str(tmp_path / "file.pth"), f"--data_dir={tmp_path}", *words]) == MISTAKE
+    message = capsys.readouterr().err
+    assert expected in message and message.startswith("error: ")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file.pth"]
+
+
+def test_taken_place_and_unknown_ending(tmp_path: Path, capsys) -> None:
+    variables = random_tiny()
+    save_torch(variables, TINY, tmp_path / "file.pth")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "stage.json").write_text('{"name": "adapt", "identity": {}}')
+    words = [str(tmp_path / "file.pth"), *TINY_WORDS, f"--out={tmp_path / 'taken'}"]
+    assert convert.main(words) == MISTAKE
+    assert "holds other weights (adapt)" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"must end in \.pth or \.safetensors"):
+        save_torch(variables, TINY, tmp_path / "file.bin")
+    with pytest.raises(UserError, match="cannot be written: No such file"):
+        save_torch(variables, TINY, tmp_path / "nowhere" / "file.pth")
+
+
+def test_missing_weights_are_named_by_network(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    (text,) = stages.missing_weights(sdca.get_config("gta5,vgg16"))
+    assert "python -m jaxuda.convert vgg16-00b39a1b.pth --imagenet vgg16-caffe\n" in text
+    assert "config.source_only.init, config.self_train.init, config.oracle.init" in text
+    (text,) = stages.missing_weights(minent.get_config("gta5"))
+    assert "DeepLab_resnet_pretrained_imagenet.pth --imagenet resnet101-caffe\n" in text
+    assert stages.missing_weights(minent.get_config("streets")) == []
+    config = minent.get_config("gta5")
+    config.model.backbone = "resnet50"
+    with pytest.raises(UserError, match=r"no ImageNet weights are known for config\.model\.backbone=resnet50"):
+        stages.missing_weights(config)
+
+
+def test_start_that_does_not_fit_or_is_not_there(data: dict, tmp_path: Path, capsys) -> None:
+    variables, folder = random_tiny(), tmp_path / "start"
+    save_torch(variables, TINY, tmp_path / "file.pth")
+    assert convert.main([str(tmp_path / "file.pth"), *TINY_WORDS, f"--out={folder}"]) == 0
+    arrays, _ = checkpoints.read_variables(folder / "checkpoints")
+    wide = jax.eval_shape(TINY.clone(width=16).init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    with pytest.raises(UserError, match=r"start does not fit[\s\S]*: \(8,\) in the checkpoint, \(16,\) in the network"):
+        weights.fit(arrays, wide, str(folder))
+
+    words = ["jaxuda", *tiny.arguments("source_only", workdir=tmp_path / "run", **data)]
+    for place in ("none", "file.pth"):
+        assert main([*words, f"--config.source_only.init={tmp_path}/{place}"]) == MISTAKE
+        assert f"there is no checkpoint in {tmp_path}/{place}" in capsys.readouterr().err
+    assert main([*words, "--config.source_only.init=none"]) == MISTAKE
+    assert "is named by its path" in capsys.readouterr().err
