@@ -93,15 +93,22 @@ def train_step(
         metrics |= out_of_class(label, theirs.main, config, axis_name)
         return loss, ((batch_stats, extra), {"loss": loss, **metrics})
 
-    def add(carry: tuple, part: PyTree) -> tuple[tuple, dict]:
-        norms, total = carry
-        grads, (norms, metrics) = jax.grad(objective, has_aux=True)(state.params, norms, part)
-        return (norms, jax.tree.map(jnp.add, total, grads)), metrics
+    def one_part(norms: tuple[PyTree, PyTree], part: PyTree) -> tuple[PyTree, tuple]:
+        return jax.grad(objective, has_aux=True)(state.params, norms, part)
 
-    start = (state.batch_stats, state.extra), jax.tree.map(jnp.zeros_like, state.params)
-    ((batch_stats, extra), total), metrics = lax.scan(add, start, split(batch, config.accumulate))
-    grads = jax.tree.map(lambda x: x / config.accumulate, total)
-    metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics)
+    norms = state.batch_stats, state.extra
+    if config.accumulate == 1:  # XLA's convolutions on CPU are many times slower inside a loop
+        grads, ((batch_stats, extra), metrics) = one_part(norms, batch)
+    else:
+
+        def add(carry: tuple, part: PyTree) -> tuple[tuple, dict]:
+            grads, (norms, metrics) = one_part(carry[0], part)
+            return (norms, jax.tree.map(jnp.add, carry[1], grads)), metrics
+
+        start = norms, jax.tree.map(jnp.zeros_like, state.params)
+        ((batch_stats, extra), total), metrics = lax.scan(add, start, split(batch, config.accumulate))
+        grads = jax.tree.map(lambda x: x / config.accumulate, total)
+        metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics)
     return state.apply_gradients(grads, tx, axis_name=axis_name, batch_stats=batch_stats, extra=extra), metrics
 
 
