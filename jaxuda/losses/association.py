@@ -166,8 +166,7 @@ def _pairs(maps: jax.Array) -> jax.Array:
 
 
 class _Sides(NamedTuple):
-    """What one image brings to its similarities: its map (L, A), and 1 / length of each row (L,) for "cosine" or the
-    logarithm of the map for "kl"."""
+    """One image's part in its similarities: its map (L, A), and 1 / length of each row (L,), or for "kl" its logarithm."""
 
     map: jax.Array
     other: jax.Array
