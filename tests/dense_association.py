@@ -40,7 +40,8 @@ def one_pair(x, y, metric, share):
     there, back = jax.nn.log_softmax(normalise(there)), jax.nn.log_softmax(normalise(back))
     target = jnp.argmax(there, axis=1)
     source = jnp.argmax(back, axis=1)[target]
-    return target, source, jnp.max(there, axis=1) + jnp.max(back, axis=1)[target]
+    # Not by jnp.max: compiled, its gradient looks for the largest entry again and may not find it to the bit.
+    return target, source, there[jnp.arange(len(x)), target] + back[target, source]
 
 
 def loss(source, target, labels, metric="cosine", share=0.5):

@@ -166,8 +166,7 @@ def _pairs(maps: jax.Array) -> jax.Array:
 
 
 class _Sides(NamedTuple):
-    """What one image brings to its similarities: its map (L, A), and 1 / length of each row (L,) for "cosine" or the
-    logarithm of the map for "kl"."""
+    """One image's part in its similarities: its map (L, A), and 1 / length of each row (L,), or for "kl" its logarithm."""
 
     map: jax.Array
     other: jax.Array
@@ -216,9 +215,12 @@ class _Softmax(NamedTuple):
         return jnp.exp((similarities - best) * sharpness - surprise)
 
 
-def _sharpness(squares: jax.Array, count: int) -> jax.Array:
-    """1 / (unbiased standard deviation + 1e-10) from the sum of `count` centred squares."""
-    return 1 / (jnp.sqrt(squares / max(count - 1, 1)) + 1e-10)
+def _sharpness(squares: jax.Array, count: int, best: jax.Array) -> jax.Array:
+    """1 / (unbiased standard deviation + 1e-10) from the sum of `count` centred squares; 0, all are equally likely,
+    where that is rounding."""
+    deviation = jnp.sqrt(squares / max(count - 1, 1))
+    noise = 8 * jnp.finfo(best.dtype).eps * (1 + jnp.abs(best))
+    return jnp.where(deviation > noise, 1 / (deviation + 1e-10), 0)
 
 
 def _first(similarities: jax.Array, best: jax.Array, axis: int) -> jax.Array:
@@ -234,7 +236,7 @@ def _column_softmax(similarities: jax.Array, normalised: bool) -> _Softmax:
     sharpness = jnp.ones_like(best)
     if normalised:
         centred = similarities - jnp.mean(similarities, axis=0)
-        sharpness = _sharpness(jnp.sum(jnp.square(centred), axis=0), len(similarities))
+        sharpness = _sharpness(jnp.sum(jnp.square(centred), axis=0), len(similarities), best)
     return _Softmax(best, sharpness, jnp.log(jnp.sum(jnp.exp((similarities - best) * sharpness), axis=0)))
 
 
@@ -276,7 +278,7 @@ def _best_forward(rows: _Sides, columns: _Sides, metric: str, block: int) -> tup
     ints, floats = functools.partial(jnp.zeros, dtype=jnp.int32), functools.partial(jnp.zeros, dtype=dtype)
 
     def both(carry: tuple, start: Any, size: int) -> tuple:
-        """Columns are done; of the rows best, index, mean and centred squares so far."""
+        """Finishes columns, and carries best, index, mean and centred squares of the rows."""
         (best, index, mean, squares), down_index, down = carry
         across, upright = _similarities(rows, _cut(columns, start, size), metric)
         found = _column_softmax(upright, normalised=True)
@@ -293,7 +295,7 @@ def _best_forward(rows: _Sides, columns: _Sides, metric: str, block: int) -> tup
     start = (jnp.full((height,), -jnp.inf, dtype), ints(height), floats(height), floats(height))
     carry = start, ints(width), _Softmax(*(floats(width) for _ in _Softmax._fields))
     (best, index, _, squares), down_index, down = _over_blocks(width, block, both, carry)
-    sharpness = _sharpness(squares, width)
+    sharpness = _sharpness(squares, width, best)
 
     def total(carry: jax.Array, start: Any, size: int) -> jax.Array:
         across, _ = _similarities(rows, _cut(columns, start, size), metric)
