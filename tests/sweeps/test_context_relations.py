@@ -1,7 +1,6 @@
 """The sample is balanced, bounded and repeatable; planted relations are found; the stage runs without a network."""
 
 import json
-import os
 from pathlib import Path
 
 import cv2
@@ -181,13 +180,13 @@ def test_recipe_on_tiny_data(tmp_path: Path, monkeypatch, capsys) -> None:
     words = ["jaxuda", *tiny.arguments("crcda", workdir=tmp_path / "run", **domains)]
     words += ["--config.pipeline=('context_relations', 'adapt')", "--config.adapt.init=scratch"]
     words += ["--config.adapt.region_sizes=(2,)", "--config.context_relations.region_sizes=(2,)"]
-    assert main(words) == MISTAKE
-    assert "lower min_samples" in capsys.readouterr().err
-    assert main([*words, "--config.context_relations.min_samples=2", "--config.context_relations.eps=0.4"]) == MISTAKE
+    sweep_field = "--config.context_relations.min_samples"
+    assert main([*words, f"{sweep_field}=1000"]) == MISTAKE
+    assert "lower min_samples (now 1000)" in capsys.readouterr().err
+    assert main([*words, f"{sweep_field}=2"]) == MISTAKE
     assert "--from_stage context_relations" in capsys.readouterr().err
-    words += ["--config.context_relations.min_samples=2", "--config.context_relations.eps=0.4"]
-    assert main([*words, "--from_stage=context_relations"]) == 0
+    assert main([*words, f"{sweep_field}=2", "--from_stage=context_relations"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["stage"] == "adapt" and "loss" in row]
     assert len(steps) == 6 and max(row["known_regions2"] for row in steps) > 0
-    assert os.path.exists(tmp_path / "run" / "context_relations" / "artifacts" / FILE)
+    assert (tmp_path / "run" / "context_relations" / "artifacts" / FILE).exists()
