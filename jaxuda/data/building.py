@@ -6,11 +6,9 @@ to know of the labels is gathered on the way.
 
 import abc
 import hashlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, pairwise
-from os import cpu_count
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,10 +17,10 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, splits
 
 from jaxuda.data import encoding
+from jaxuda.data.threads import map_ahead
 from jaxuda.data.transforms import resize_nearest
 from jaxuda.errors import UserError
 
-_THREADS = min(16, 2 * (cpu_count() or 1))  # reading and decoding release the interpreter lock
 _MOST_COMPLAINTS = 1000  # more wrong files than these mean a wrong folder
 _SHARD_BYTES = 2**30
 
@@ -233,7 +231,7 @@ class Examples:
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         complaints, other_size = Complaints("the dataset"), []
-        for key, result in enumerate(_map_ahead(self._encode, self._items)):
+        for key, result in enumerate(map_ahead(self._encode, self._items)):
             if isinstance(result, str):
                 complaints.add(result)
                 continue
@@ -282,18 +280,3 @@ class Examples:
         except (OSError, ValueError) as error:
             return f"{file}: {error}"
         return _Encoded(record, pixels, (width, height), remark)
-
-
-def _map_ahead(function: Callable, items: Sequence) -> Iterator:
-    """Maps in threads, in order, with few results in memory."""
-    remaining = iter(items)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        pending = deque(pool.submit(function, item) for item in islice(remaining, 2 * _THREADS))
-        try:
-            while pending:
-                result = pending.popleft().result()
-                pending.extend(pool.submit(function, item) for item in islice(remaining, 1))
-                yield result
-        finally:
-            for future in pending:
-                future.cancel()

@@ -4,6 +4,7 @@ Everything is derived by class name from the tables below: the 16, 13 and 7 clas
 dataset's table from the class that each of its ids stands for. Train ids are uint8; 255 means "ignore".
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -207,6 +208,13 @@ def table_by_name(names: dict[int, str], space: LabelSpace) -> np.ndarray:
     for raw, name in names.items():
         table[raw] = train_ids.get(name, IGNORE)
     return table
+
+
+def starred(classes: Sequence[str]) -> list[int] | None:
+    """The places of the 13 common classes among the 16 of SYNTHIA, whose mean is called mIoU*; None for others."""
+    if tuple(classes) != label_space("synthia16").classes:
+        return None
+    return [classes.index(name) for name in label_space("common13").classes]
 
 
 def cityscapes_ids(space: LabelSpace) -> np.ndarray | None:

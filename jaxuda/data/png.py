@@ -1,4 +1,4 @@
-"""PNG files as chunks: is one whole, what does it hold, and and palette indices as grey values without encoding again.
+"""PNG files as chunks: is one whole, what does it hold, and palette indices as grey values without encoding again.
 
 Every chunk of a PNG ends with a checksum and the last one is IEND, so that a damaged or truncated file shows
 without being inflated, some fifty times faster than by decoding it (PNG specification, third edition, 5.3).
