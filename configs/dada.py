@@ -20,15 +20,15 @@ PUBLISHED = {**common.ADVENT_SCHEDULE, "steps": 90_000, "schedule_steps": 90_000
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: streets or synthia."""
-    if benchmark not in ("streets", "synthia"):
+    """The config for one benchmark: streets, synthia or mapillary."""
+    if benchmark not in ("streets", "synthia", "mapillary"):
         raise ValueError(
-            f"DADA needs the depth of source images, which '{benchmark}' has not: use configs/dada.py:streets or "
-            f":synthia, or configs/advent.py:{benchmark}, which adapts without depth"
+            f"DADA needs the depth of source images, which '{benchmark}' has not: use configs/dada.py:streets, "
+            f":synthia or :mapillary, or configs/advent.py:{benchmark}, which adapts without depth"
         )
-    config = common.base("dada", benchmark, published=True)
+    config = common.base("dada", benchmark, published=("synthia", "mapillary"))
     config.pipeline = ("source_only", "adapt", "oracle")
-    if benchmark == "synthia":
+    if benchmark != "streets":
         common.advent_family(config)
         config.source_only = common.source_only(**PUBLISHED)
         config.adapt = common.train_stage("dada", **PUBLISHED, **adversarial(0.001), lambda_depth=0.001)

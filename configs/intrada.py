@@ -18,10 +18,10 @@ from configs.advent import adversarial
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: streets, camvid, folder, gta5 or synthia."""
-    config = common.base("intrada", benchmark, published=True)
+    """The config for one benchmark: streets, camvid, folder, or one of common.PUBLISHED."""
+    config = common.base("intrada", benchmark, published=common.PUBLISHED)
     config.pipeline = ("source_only", "inter", "rank", "pseudo_labels", "intra", "oracle")
-    published = benchmark in ("gta5", "synthia")
+    published = benchmark in common.PUBLISHED
     baseline = common.ADVENT_SCHEDULE if published else {}
     inter = intra = {**common.ADVENT_SCHEDULE, **adversarial(0.001)}
     if published:

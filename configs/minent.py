@@ -15,10 +15,10 @@ from configs import common
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: streets, camvid, folder, gta5 or synthia."""
-    config = common.base("minent", benchmark, published=True)
+    """The config for one benchmark: streets, camvid, folder, or one of common.PUBLISHED."""
+    config = common.base("minent", benchmark, published=common.PUBLISHED)
     config.pipeline = ("source_only", "adapt", "oracle")
-    if benchmark in ("gta5", "synthia"):
+    if benchmark in common.PUBLISHED:
         common.advent_family(config)
         config.source_only = common.source_only(**common.ADVENT_SCHEDULE)
         config.adapt = common.train_stage(
