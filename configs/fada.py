@@ -7,7 +7,7 @@ Stages: source only -> FADA from there -> oracle. The published experiments (gta
 batch normalisation, learning rate 2.5e-4 (heads 10x), temperature 1.8, adversarial weight 0.001 and a discriminator
 with Adam 1e-4. Their last stage, self-training on the adapted network's soft predictions, is not here; SDCA's hard
 pseudo-labels do its work. Numbers of steps and batch are those of SDCA, which was built on FADA's code; no score is
-expected of them.
+expected of them; crosscity-CITY and mapillary are trained in the same way.
 """
 
 from ml_collections import ConfigDict

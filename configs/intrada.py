@@ -8,7 +8,8 @@ that network -> AdvEnt from the easy images with their pseudo-labels to the hard
 
 As published (gta5, synthia): both AdvEnt trainings start from ImageNet; mIoU 46.3 on GTA5 -> Cityscapes. Their
 ranking used the checkpoint that was best on the target's labels, which here would be `--config.rank.init=inter:best`;
-and it multiplied the scores as `favour_rare` does, although the paper does not.
+and it multiplied the scores as `favour_rare` does, although the paper does not. crosscity-CITY and mapillary are
+trained in the same way; no score was published. Each AdvEnt stage costs what it does in configs/advent.py.
 """
 
 from ml_collections import ConfigDict

@@ -48,7 +48,13 @@ def _quick(config: ConfigDict) -> None:
 
 
 def _published(config: ConfigDict, backbone: str, benchmark: str) -> None:
-    """Expected mIoU (best snapshot on the target's labels): GTA5 52.9, SYNTHIA 50.2; with VGG-16 47.3 and 43.5."""
+    """Expected mIoU (best snapshot on the target's labels): GTA5 52.9, SYNTHIA 50.2; with VGG-16 47.3 and 43.5.
+
+    For SYNTHIA's mIoU* 56.8 and 50.3. No score was published for crosscity-CITY and mapillary. A step of gta5 holds
+    about 60 GiB in `source_only` (its Lovasz term sorts 8 x 1280 x 720 pixels for each class), 47 GiB in `adapt` and
+    `self_train`, and takes 31, 25 and 18 TFLOP; all stages together 15 hours at 40 TFLOP/s. Traced, not measured
+    (experiments/benchmarks/recipe_cost.py). Devices share a batch.
+    """
     networks = {"r101": ("resnet101", "imagenet"), "vgg16": ("vgg16", "vgg")}
     if backbone not in networks:
         raise ValueError(f"configs/sdca.py has no network '{backbone}' (known: {', '.join(networks)})")

@@ -13,9 +13,10 @@ SIZE = (16, 8)  # width, height
 
 
 def image(file: Path, size: tuple[int, int] = SIZE, seed: int = 0) -> np.ndarray:
-    """Writes noise as PNG or JPEG, as the file's name says."""
+    """Writes noise as PNG or JPEG, as the file's name says; large images are tiles of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    array = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    tile = np.random.default_rng(seed).integers(0, 256, (min(32, size[1]), min(32, size[0]), 3), np.uint8)
+    array = np.tile(tile, (-(-size[1] // len(tile)), -(-size[0] // tile.shape[1]), 1))[: size[1], : size[0]]
     Image.fromarray(array).save(file)
     return array
 
