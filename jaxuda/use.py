@@ -37,15 +37,19 @@ def restore(
     Raises:
       UserError: there is no such stage, or it has no whole checkpoint of this network.
     """
+    config = _stage_config(checkpoint)
+    model = make_model(config, num_classes)
+    arrays, _ = checkpoints.read_variables(Path(checkpoint) / "checkpoints", which)
+    return model, checkpoints.unflatten(arrays, abstract_variables(model, config), checkpoint), config
+
+
+def _stage_config(checkpoint: str) -> FrozenConfigDict:
     if not checkpoint:
         raise UserError("say which model: --checkpoint DIR, a stage's folder such as runs/minent-streets-seed0/adapt")
     record = files.read_json(Path(checkpoint) / "stage.json")
     if record is None or "train" not in record["identity"]:
         raise UserError(f"{checkpoint} is not the folder of a training stage (it has no stage.json that says so)")
-    config = FrozenConfigDict(record["identity"])
-    model = make_model(config, num_classes)
-    arrays, _ = checkpoints.read_variables(Path(checkpoint) / "checkpoints", which)
-    return model, checkpoints.unflatten(arrays, abstract_variables(model, config), checkpoint), config
+    return FrozenConfigDict(record["identity"])
 
 
 def parse_checkpoint(text: str) -> list[tuple[str, str]]:
@@ -79,12 +83,13 @@ def _ensemble(config: ConfigDict, chosen: list[tuple[str, str]], num_classes: in
         raise UserError(f"config.test.weights has {len(weights)} weights, but --checkpoint names {len(chosen)}")
     members, variables = [], []
     for (folder, which), weight in zip(chosen, weights, strict=True):
-        model, arrays, trained = restore(folder, num_classes, which)
-        if trained.label_space != config.label_space:
+        theirs, ours = (space or "its source" for space in (_stage_config(folder).label_space, config.label_space))
+        if theirs != ours:
             raise UserError(
-                f"{folder} was trained on the classes of '{trained.label_space}', this config has those of "
-                f"'{config.label_space}': use the config it was trained with"
+                f"{folder} was trained on the classes of {theirs}, this config has those of {ours}: use the config "
+                "it was trained with"
             )
+        model, arrays, trained = restore(folder, num_classes, which)
         members.append(Member(model, methods.load(trained.train), trained, weight))
         variables.append(arrays)
     return Ensemble(members, flip=config.test.flip, scales=tuple(config.test.scales)), variables

@@ -146,7 +146,11 @@ def test_eval_of_every_checkpoint_and_of_ensembles(finished: Path, data: dict, t
         (f"{adapt},{source}", "--config.test.weights=(1.0,)", "has 1 weights, but --checkpoint names 2"),
         (f"{adapt}:all,{source}", "", "is no ensemble"),
         (f"{adapt}:5000", "", "it is not there"),
-        (f"{adapt}", "--config.label_space=cityscapes19", "none of the classes"),
+        (
+            f"{adapt}",
+            "--config.label_space=cityscapes19",
+            "was trained on the classes of its source, this config has those of cityscapes19",
+        ),
     ):
         assert main([*words, f"--checkpoint={checkpoint}", *filter(None, [more])]) == MISTAKE
         assert complaint in capsys.readouterr().err

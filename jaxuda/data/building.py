@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import example_serializer, splits
 
 from jaxuda.data import encoding
@@ -149,20 +150,17 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         serializer = example_serializer.ExampleSerializer(self.info.features.get_serialized_info())
         count = min(len(examples), max(1, -(-examples.file_bytes // _SHARD_BYTES)))
         edges = [len(examples) * index // count for index in range(count + 1)]
-        rows, size = iter(examples), 0
-
-        def serialised(number: int) -> Iterator[tuple[int, bytes]]:
-            nonlocal size
-            for key, record in islice(rows, number):
-                data = serializer.serialize_example(self.info.features.encode_example(record))
-                size += len(data)
-                yield key, data
-
         lengths = [stop - start for start, stop in pairwise(edges)]
+        rows, size = iter(examples), 0
         for index, length in enumerate(lengths):
-            self._example_writer().write(
-                template.sharded_filepath(shard_index=index, num_shards=count), serialised(length)
-            )
+            # Images are compressed already; records must be readable one by one.
+            path = str(template.sharded_filepath(shard_index=index, num_shards=count))
+            writer = ArrayRecordWriter(path, "group_size:1,uncompressed")
+            for _, record in islice(rows, length):
+                data = serializer.serialize_example(self.info.features.encode_example(record))
+                writer.write(data)
+                size += len(data)
+            writer.close()
         next(rows, None)  # complaints of the last files
         return splits.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template)
 
