@@ -32,17 +32,19 @@ TERMS = ("source", "target", "target_to_source", "source_to_target")
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: streets, camvid, folder, gta5 or synthia."""
+    """The config for one benchmark: streets, camvid, folder, or one of common.PUBLISHED."""
     config = minent.get_config(benchmark)
     config.name, config.minent = "cfcontra", config.adapt
     config.pipeline = ("source_only", "minent", "prototypes", "adapt", "oracle")
     entropy = {name: config.minent[name] for name in ("lambda_entropy", "lambda_entropy_aux")}
-    if benchmark in ("gta5", "synthia"):
-        size = {domain: {"resize": (1280, 640)} for domain in ("source", "target")}
+    size = {}
+    if benchmark in common.PUBLISHED:
+        if benchmark in common.TO_CITYSCAPES:
+            size = {domain: {"resize": (1280, 640)} for domain in ("source", "target")}
         fields = {**common.ADVENT_SCHEDULE, **size, "optim": {"repeat_decay": "fresh"}}
         labels, weight = {"margin": 0.05, "normalise_for_labels": False}, 0.001
     else:
-        size, fields = {}, {"init": "minent", "steps": 250, "lr": 0.005}
+        fields = {"init": "minent", "steps": 250, "lr": 0.005}
         labels, weight = {"margin": 0.1, "normalise_for_labels": True}, 0.01
     shared = {"projection": "mlp", **labels}
     config.prototypes = common.sweep_stage(
@@ -55,7 +57,7 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
         train_head=True,
         temperature=0.07,
         momentum=0.9,
-        target_label_figures=benchmark not in ("gta5", "synthia"),
+        target_label_figures=benchmark not in common.PUBLISHED,
         **{f"lambda_{term}": weight for term in TERMS},
         **entropy,
         **shared,

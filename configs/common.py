@@ -5,17 +5,26 @@ and `pipeline`, the tuple of stage names to run in order. Any field can be set o
 `--config.adapt.lr=0.01`, `--config.model.width=64`.
 """
 
+from functools import partial
+
 from ml_collections import ConfigDict
+
+CITIES = ("rio", "rome", "taipei", "tokyo")
+# The benchmarks of papers: to Cityscapes, from Cityscapes to each city of Cross-City, and from SYNTHIA to Mapillary.
+TO_CITYSCAPES = ("gta5", "synthia")
+PUBLISHED = (*TO_CITYSCAPES, *(f"crosscity-{city}" for city in CITIES), "mapillary")
 
 
 def domain(name: str, **transforms) -> ConfigDict:
     """One training domain: a dataset ("streets/game"), and how its images are transformed (None = not at all).
 
-    Sizes are (width, height). The order is: resize | short_side | scale, crop, flip, jitter, grey, blur.
+    Sizes are (width, height). The order is: resize | fit | short_side | scale, crop, flip, jitter, grey, blur.
     """
     config = ConfigDict({"name": name, "path": "", "split": "train", "interpolation": "bicubic"})
     for field in ("resize", "short_side", "scale", "base", "crop", "flip", "jitter", "grey", "blur"):
         config[field] = transforms.pop(field, None)
+    if "fit" in transforms:
+        config.fit = transforms.pop("fit")  # a field only where it is used: stages are known by their fields
     assert not transforms, f"unknown transforms: {', '.join(transforms)}"
     return config
 
@@ -39,19 +48,19 @@ def quick_model(**fields) -> ConfigDict:
     )
 
 
-def base(name: str, benchmark: str, published: bool = False) -> ConfigDict:
+def base(name: str, benchmark: str, published: tuple[str, ...] = ()) -> ConfigDict:
     """Everything but the stages.
 
     Args:
       name: of the config file.
       benchmark: "streets" (drawn, nothing to download), "camvid" (day -> dusk), "folder" (the user's own
-        images: `--config.source.path=... --config.target.path=...`), or where a config has a published recipe
-        "gta5" or "synthia" (to Cityscapes).
-      published: whether it has.
+        images: `--config.source.path=... --config.target.path=...`), or one of `published`.
+      published: those of `PUBLISHED` for which the config has a recipe.
     """
     benchmarks = {"streets": _streets, "camvid": _camvid, "folder": _folder}
-    if published:
-        benchmarks |= {"gta5": _gta5, "synthia": _synthia}
+    known = {"gta5": _gta5, "synthia": _synthia, "mapillary": _mapillary}
+    known |= {f"crosscity-{city}": partial(_crosscity, city=city) for city in CITIES}
+    benchmarks |= {name: known[name] for name in published}
     if benchmark not in benchmarks:
         raise ValueError(f"configs/{name}.py has no benchmark '{benchmark}' (known: {', '.join(benchmarks)})")
     config = ConfigDict(
@@ -66,6 +75,7 @@ def base(name: str, benchmark: str, published: bool = False) -> ConfigDict:
             "log_every": 10,
             "eval_every": 100,
             "checkpoint_every": 100,
+            "keep_every": 0,  # also keep the checkpoints of every so many steps; 0: the latest two and the best
             "mean_of_last": 3,  # evaluations that the table's 'mean of last' averages
             "preprocess": "imagenet",
             "model": quick_model(),
@@ -81,6 +91,9 @@ def base(name: str, benchmark: str, published: bool = False) -> ConfigDict:
         }
     )
     config.evaluation = ConfigDict({"split": "val", "size": None, "batch": 4})
+    # What --mode eval and predict average: mirrored images, factors of the input size, weights of several
+    # checkpoints (none: equal ones).
+    config.test = ConfigDict({"flip": False, "scales": (1.0,), "weights": ()})
     benchmarks[benchmark](config)
     return config
 
@@ -118,9 +131,31 @@ def _synthia(config: ConfigDict) -> None:
     _cityscapes(config)
 
 
+def _crosscity(config: ConfigDict, city: str) -> None:
+    """The 13 classes that both have; the city's 100 labelled images are called its test split."""
+    config.label_space = "crosscity13"
+    config.source = domain("cityscapes", resize=(1024, 512))
+    config.target = domain(f"crosscity/{city}", resize=(1024, 512))
+    config.evaluation.update({"split": "test", "size": (1024, 512), "batch": 1})
+    _long(config)
+
+
+def _mapillary(config: ConfigDict) -> None:
+    """From SYNTHIA, 7 super-classes; images keep their aspect within 1024x768, as published with DADA."""
+    config.label_space = "super7"
+    config.source = domain("synthia", resize=(1280, 760))
+    config.target = domain("mapillary", fit=(1024, 768))
+    config.evaluation.update({"size": (1024, 768), "batch": 1, "keep_aspect": True})
+    _long(config)
+
+
 def _cityscapes(config: ConfigDict) -> None:
     config.target = domain("cityscapes", resize=(1024, 512))
     config.evaluation.update({"size": (1024, 512), "batch": 1})
+    _long(config)
+
+
+def _long(config: ConfigDict) -> None:
     config.update({"log_every": 100, "eval_every": 2000, "checkpoint_every": 1000, "num_workers": 4})
 
 

@@ -31,10 +31,10 @@ from configs import common
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: streets, camvid, folder, gta5 or synthia."""
-    config = common.base("crcda", benchmark, published=True)
+    """The config for one benchmark: streets, camvid, folder, or one of common.PUBLISHED."""
+    config = common.base("crcda", benchmark, published=common.PUBLISHED)
     config.pipeline = ("source_only", "context_relations", "adapt", "oracle")
-    if benchmark in ("gta5", "synthia"):
+    if benchmark in common.PUBLISHED:
         common.advent_family(config)
         config.source_only = common.source_only(**common.ADVENT_SCHEDULE)
         config.context_relations = relations(eps=0.15, min_samples=20)

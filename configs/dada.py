@@ -3,12 +3,14 @@
     python -m jaxuda.main --config configs/dada.py            # streets, two CPU cores
 
 Stages: source only -> DADA from there -> oracle, all with the same network, which has a depth branch and one level.
-Only a source with depth will do: `streets`, whose depth is exact, and the published `synthia`. CamVid, GTA5 and
-folders have none.
+Only a source with depth will do: `streets`, whose depth is exact, and SYNTHIA: to Cityscapes (`synthia`) and to
+Mapillary Vistas in 7 super-classes (`mapillary`). CamVid, GTA5 and folders have none.
 
-As published (synthia): ResNet-101 from ImageNet weights, batch 1 + 1, learning rate 2.5e-4 (head and depth branch
-10x), all weights 0.001, 90,000 steps; the best of a snapshot every 2,000 steps on the target's labels. As in AdvEnt,
-backbone weights moved several times per step (see `repeat` in jaxuda/optim.py).
+As published (synthia, mapillary): ResNet-101 from ImageNet weights, batch 1 + 1, learning rate 2.5e-4 (head and depth
+branch 10x), all weights 0.001, 90,000 steps; the best of a snapshot every 2,000 steps on the target's labels. As in
+AdvEnt, backbone weights moved several times per step (see `repeat` in jaxuda/optim.py). A step of synthia holds about
+18 GiB and takes 7.5 TFLOP, all three stages together 9 hours at 40 TFLOP/s; traced, not measured
+(experiments/benchmarks/recipe_cost.py).
 """
 
 from ml_collections import ConfigDict
@@ -20,15 +22,15 @@ PUBLISHED = {**common.ADVENT_SCHEDULE, "steps": 90_000, "schedule_steps": 90_000
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: streets or synthia."""
-    if benchmark not in ("streets", "synthia"):
+    """The config for one benchmark: streets, synthia or mapillary."""
+    if benchmark not in ("streets", "synthia", "mapillary"):
         raise ValueError(
-            f"DADA needs the depth of source images, which '{benchmark}' has not: use configs/dada.py:streets or "
-            f":synthia, or configs/advent.py:{benchmark}, which adapts without depth"
+            f"DADA needs the depth of source images, which '{benchmark}' has not: use configs/dada.py:streets, "
+            f":synthia or :mapillary, or configs/advent.py:{benchmark}, which adapts without depth"
         )
-    config = common.base("dada", benchmark, published=True)
+    config = common.base("dada", benchmark, published=("synthia", "mapillary"))
     config.pipeline = ("source_only", "adapt", "oracle")
-    if benchmark == "synthia":
+    if benchmark != "streets":
         common.advent_family(config)
         config.source_only = common.source_only(**PUBLISHED)
         config.adapt = common.train_stage("dada", **PUBLISHED, **adversarial(0.001), lambda_depth=0.001)

@@ -7,7 +7,7 @@ Stages: source only -> FADA from there -> oracle. The published experiments (gta
 batch normalisation, learning rate 2.5e-4 (heads 10x), temperature 1.8, adversarial weight 0.001 and a discriminator
 with Adam 1e-4. Their last stage, self-training on the adapted network's soft predictions, is not here; SDCA's hard
 pseudo-labels do its work. Numbers of steps and batch are those of SDCA, which was built on FADA's code; no score is
-expected of them.
+expected of them; crosscity-CITY and mapillary are trained in the same way.
 """
 
 from ml_collections import ConfigDict
@@ -16,11 +16,11 @@ from configs import common
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: streets, camvid, folder, gta5 or synthia."""
-    config = common.base("fada", benchmark, published=True)
+    """The config for one benchmark: streets, camvid, folder, or one of common.PUBLISHED."""
+    config = common.base("fada", benchmark, published=common.PUBLISHED)
     config.pipeline = ("source_only", "adapt", "oracle")
     start, adapt = {}, {"lr": 0.005, "lambda_adv": 0.005, "discriminator_width": 64}
-    if benchmark in ("gta5", "synthia"):
+    if benchmark in common.PUBLISHED:
         config.model.update({"backbone": "resnet101", "width": 64, "norm": "frozen"})
         config.optim.update({"head_factor": 10.0, "train_norm": False})
         start = {"lr": 5e-4, "steps": 20_000, "schedule_steps": 31_250, "batch": 8, "init": "imagenet"}

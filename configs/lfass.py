@@ -27,9 +27,9 @@ FEATURES_ONLY = {"lambda_probs": 0.0, "lambda_smooth": 0.0, "test_aggregation": 
 def get_config(benchmark: str = "streets") -> ConfigDict:
     """The config for one benchmark: streets, camvid, folder, gta5 or synthia; "streets,paired" pairs by class."""
     benchmark, _, pairing = benchmark.partition(",")
-    config = common.base("lfass", benchmark, published=True)
+    config = common.base("lfass", benchmark, published=common.TO_CITYSCAPES)
     config.pipeline = ("source_only", "adapt", "oracle")
-    if benchmark in ("gta5", "synthia"):
+    if benchmark in common.TO_CITYSCAPES:
         _network(config)
         crops(config)
         config.source_only = common.source_only(**PUBLISHED)

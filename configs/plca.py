@@ -27,9 +27,9 @@ PUBLISHED = {"lr": 2.5e-4, "batch": 8, "init": "imagenet", "align_corners": Fals
 def get_config(benchmark: str = "streets") -> ConfigDict:
     """The config for one benchmark: streets, camvid, folder, gta5 or synthia; "streets,paired" pairs by class."""
     benchmark, _, pairing = benchmark.partition(",")
-    config = common.base("plca", benchmark, published=True)
+    config = common.base("plca", benchmark, published=common.TO_CITYSCAPES)
     config.pipeline = ("source_only", "adapt", "oracle")
-    if benchmark in ("gta5", "synthia"):
+    if benchmark in common.TO_CITYSCAPES:
         _published(config, *((30, 28) if benchmark == "gta5" else (10, 8)))
     else:
         lovasz = {"lambda_lovasz": 0.75, "lovasz_shrink": 4}

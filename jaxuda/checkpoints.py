@@ -41,19 +41,23 @@ class Checkpoints:
       folder: where they lie; made if missing, unless `read_only`.
       report: called with a line of text when a damaged or half-written checkpoint is passed over.
       read_only: nothing in the folder is touched.
+      keep_every: those of every so many steps are kept too; 0: no others.
     """
 
-    def __init__(self, folder: Path, report: Callable[[str], None] = print, read_only: bool = False):
+    def __init__(
+        self, folder: Path, report: Callable[[str], None] = print, read_only: bool = False, keep_every: int = 0
+    ):
         self._folder, self._report = Path(folder).absolute(), report
         # Orbax warns of its own defaults, which tells a user nothing.
         logging.set_verbosity(logging.ERROR)
         policies = checkpoint_managers
-        keep = policies.AnyPreservationPolicy(
-            [
-                policies.LatestN(2),
-                policies.BestN(get_metric_fn=_miou, n=1, keep_checkpoints_without_metrics=False),
-            ]
-        )
+        kept = [
+            policies.LatestN(2),
+            policies.BestN(get_metric_fn=_miou, n=1, keep_checkpoints_without_metrics=False),
+        ]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
+        keep = policies.AnyPreservationPolicy(kept)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep,
             best_fn=_miou,
@@ -167,12 +171,17 @@ def unflatten(arrays: dict[str, np.ndarray], like: PyTree, where: str) -> PyTree
     return jax.tree.unflatten(structure, [arrays[name] for name in names])
 
 
+def kept_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a stage's `checkpoints` folder, whole or not, rising."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
 def read_variables(folder: Path, which: str = "last") -> tuple[dict[str, np.ndarray], int]:
     """The model's arrays in a stage's checkpoints, by dotted path from "params." and "batch_stats.".
 
     Args:
       folder: a stage's `checkpoints` folder.
-      which: "last", or "best" (chosen with target labels).
+      which: "last", "best" (chosen with target labels), or a step.
 
     Raises:
       UserError: there is no whole checkpoint.
@@ -196,7 +205,7 @@ def _opened(folder: Path, which: str) -> Iterator[tuple[Checkpoints, int]]:
         raise UserError(f"there are no checkpoints in {folder}: its stage has not run")
     checkpoints = Checkpoints(folder, read_only=True)
     try:
-        step = checkpoints.best() if which == "best" else checkpoints.newest()
+        step = int(which) if which.isdigit() else checkpoints.best() if which == "best" else checkpoints.newest()
         if step is None:
             raise UserError(f"there is no whole checkpoint in {folder}: run its stage again with --from_stage")
         yield checkpoints, step

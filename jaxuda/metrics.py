@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxuda.data.labels import starred
+
 
 def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int) -> jax.Array:
     """Counts (C, C) int32: row = label, column = prediction.
@@ -34,7 +36,10 @@ def iou(confusion: np.ndarray) -> np.ndarray:
 
 def mean_iou(confusion: np.ndarray) -> float:
     """Mean over the classes that occur, 0..1."""
-    values = iou(confusion)
+    return _mean(iou(confusion))
+
+
+def _mean(values: np.ndarray) -> float:
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
@@ -45,7 +50,7 @@ def pixel_accuracy(confusion: np.ndarray) -> float:
 
 
 def iou_table(columns: dict[str, np.ndarray], classes: Sequence[str]) -> str:
-    """A text table: one row per class, one column per model, IoU in percent.
+    """A text table: one row per class, one column per model, IoU in percent; for SYNTHIA's 16 classes also mIoU*.
 
     Args:
       columns: heading -> confusion matrix (C, C).
@@ -65,5 +70,7 @@ def iou_table(columns: dict[str, np.ndarray], classes: Sequence[str]) -> str:
     lines = [" " * width + "".join(f"  {name:>{head}}" for name, head in heads.items()), rule]
     lines += [row(name, cells) for name, cells in zip(classes, per_class, strict=True)]
     lines += [rule, row(f"mIoU ({len(classes)})", [mean_iou(confusion) for confusion in columns.values()])]
+    if (common := starred(classes)) is not None:
+        lines += [row(f"mIoU* ({len(common)})", [_mean(values[common]) for values in per_class.T])]
     lines += [row("pixel accuracy", [pixel_accuracy(confusion) for confusion in columns.values()])]
     return "\n".join(lines)

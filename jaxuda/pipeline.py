@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxuda import checkpoints, data, files, methods, parallel, stages, sweeps
+from jaxuda.data.records import prepare_command, prepared_folder, read_summary, root
 from jaxuda.errors import UserError
 from jaxuda.metrics import iou_table
 from jaxuda.prepare import prepare
@@ -120,6 +121,7 @@ def load_domains(config: ConfigDict) -> Domains:
     for domain in (config.source, config.target):
         if domain.name.startswith("streets/"):
             prepare(domain.name, data_dir=config.data_dir or None)
+    _check_prepared(config)
     source = open_records(config, "source", config.source.split)
     if not source.labelled:
         raise UserError(f"the source {source.name} has no labels: adaptation needs a labelled source")
@@ -140,11 +142,28 @@ def load_domains(config: ConfigDict) -> Domains:
     return Domains(source, target, target_val)
 
 
-def open_records(config: ConfigDict, domain: str, split: str) -> data.Records:
-    """One split of the "source" or the "target" of a config."""
+def _check_prepared(config: ConfigDict) -> None:
+    """Raises a UserError with the commands that prepare the datasets of a config, if any are missing."""
+    data_dir, missing = config.data_dir or None, {}
+    for domain in ("source", "target"):
+        place = _place(config, domain)
+        if read_summary(prepared_folder(place.name, data_dir, place.path)) is None:
+            missing[prepare_command(place.name, data_dir, place.path)] = place.name
+    if missing:
+        names, verb = " and ".join(missing.values()), "is" if len(missing) == 1 else "are"
+        raise UserError(f"{names} {verb} not prepared in {root(data_dir)}; run\n  " + "\n  ".join(missing))
+
+
+def _place(config: ConfigDict, domain: str) -> ConfigDict:
     place = config[domain]
     if place.name == "folder" and not place.path:
         raise UserError(f"say where the {domain} images lie: --config.{domain}.path=DIR")
+    return place
+
+
+def open_records(config: ConfigDict, domain: str, split: str) -> data.Records:
+    """One split of the "source" or the "target" of a config."""
+    place = _place(config, domain)
     return data.load(
         place.name,
         split,

@@ -7,7 +7,6 @@ run left there is removed by the next one, which starts again.
 import argparse
 import contextlib
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -22,7 +21,8 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tqdm import tqdm
 
-from jaxuda.data import encoding, records
+from jaxuda import files
+from jaxuda.data import records
 from jaxuda.data.labels import IGNORE
 from jaxuda.errors import UserError
 
@@ -55,7 +55,7 @@ def prepare(
     dataset, _, config = name.partition("/")
     names = [name]
     if dataset != "folder" and not config:
-        names = [f"{dataset}/{known}" for known in records.config_names(dataset)]
+        names = [f"{dataset}/{known}" for known in records.config_names(dataset)] or [dataset]
     return [_prepare_config(name, manual_dir, path, data_dir) for name in names]
 
 
@@ -63,7 +63,7 @@ def _prepare_config(
     name: str, manual_dir: str | os.PathLike | None, path: str, data_dir: str | os.PathLike | None
 ) -> Path:
     final = records.prepared_folder(name, data_dir, path)
-    top = final.parent.parent  # of all configs of the dataset
+    top = records.root(data_dir) / name.partition("/")[0]  # of all configs of the dataset
     with _writable(top), _locked(top):
         if records.read_summary(final) is not None:
             print(f"{name}: already prepared in {final}")
@@ -77,8 +77,8 @@ def _prepare_config(
         try:
             with _quiet_tfds():
                 built, summary = _build(name, manual_dir, path, staging)
-            final.parent.mkdir(exist_ok=True)
-            (built / records.SUMMARY).write_text(json.dumps(summary))
+            final.parent.mkdir(parents=True, exist_ok=True)
+            files.write_bytes(built / records.SUMMARY, json.dumps(summary).encode())
             built.rename(final)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -88,35 +88,44 @@ def _prepare_config(
 
 
 def _build(name: str, manual_dir: str | os.PathLike | None, path: str, staging: Path) -> tuple[Path, dict[str, Any]]:
-    """Builds one config below `staging` and reads it once to make its summary."""
+    """Builds one config below `staging`, and makes its summary."""
     dataset, _, config = name.partition("/")
     cls = records.builder_class(dataset)
     if dataset == "folder":
         config, manual_dir = cls.config_of(path), path
-    builder = cls(data_dir=staging, config=config)
-    expected = getattr(cls, "PUBLISHED", {}).get(builder.builder_config.name, {})
+    builder = cls(data_dir=staging, config=config or None)
     needed = _SPARE_BYTES
     if cls.MANUAL_DOWNLOAD_INSTRUCTIONS:
         items = builder.items(_existing_dir(manual_dir, name, cls.MANUAL_DOWNLOAD_INSTRUCTIONS))
-        counts = {split: len(files) for split, files in items.items()}
-        if expected and counts != expected:
+        counts = {split: len(found) for split, found in items.items()}
+        expected = builder.PUBLISHED.get(builder.config_name(), counts)
+        if counts != expected:
             print(f"warning: {name} has {_numbers(counts)} images; published are {_numbers(expected)}")
-        # Twice: tfds keeps all records in temporary files while it writes the final ones.
-        needed += 2 * sum(f.stat().st_size for files in items.values() for i in files for f in i[1:] if f)
+        # Files are stored as they are, but for some labels.
+        needed += int(1.1 * sum(f.stat().st_size for found in items.values() for item in found for f in item.files()))
     _check_disk(staging.parent, needed)
-    _generate(builder, name, manual_dir)
+    generators = _generate(builder, name, manual_dir)
     built = Path(builder.data_path)
-    splits = {split: _summarise(built, split, name) for split in builder.info.splits}
+    splits = {split: _summarise(built, split, examples) for split, examples in generators.items()}
+    for split, examples in generators.items():
+        for remark in examples.remarks:
+            print(f"warning: {name} {split}: {remark}")
     classes = getattr(builder.builder_config, "classes", None)
     return built, {"splits": splits, **({"classes": classes} if classes else {})}
 
 
-def _generate(builder: tfds.core.GeneratorBasedBuilder, name: str, manual_dir: str | os.PathLike | None) -> None:
-    """Lets tfds write the records, with our progress bars in place of its own messages."""
-    split_generators = builder._split_generators
+def _generate(
+    builder: tfds.core.GeneratorBasedBuilder, name: str, manual_dir: str | os.PathLike | None
+) -> dict[str, Any]:
+    """Lets tfds write the records, with our progress bars in place of its own messages.
+
+    Returns:
+        What the builder gave for each split, used up: its `tally` and `remarks` are complete.
+    """
+    split_generators, generators = builder._split_generators, {}
 
     def with_progress(dl_manager: Any) -> dict[str, Iterable]:
-        generators = split_generators(dl_manager)
+        generators.update(split_generators(dl_manager))
         return {split: _Progress(examples, f"{name} {split}") for split, examples in generators.items()}
 
     builder._split_generators = with_progress
@@ -127,23 +136,17 @@ def _generate(builder: tfds.core.GeneratorBasedBuilder, name: str, manual_dir: s
         builder.download_and_prepare(
             download_config=config, download_dir=builder._data_dir_root, file_format="array_record"
         )
+    return generators
 
 
-def _summarise(built: Path, split: str, name: str) -> dict[str, Any]:
-    """Reads a split as it was written: ids in order, a hash of the content, pixels of every label id."""
+def _summarise(built: Path, split: str, examples: Any) -> dict[str, Any]:
+    """What was counted while a split was written; some of its records are read again to see that all are there."""
+    summary = examples.tally.summary()
     reader = records.open_split(built, split)
-    digest, ids, pixels = hashlib.sha256(), [], np.zeros(256, np.int64)
-    for index in _Progress(range(len(reader)), f"{name} {split} check"):
-        record = reader[index]
-        for key in sorted(record):
-            digest.update(f"{key} {len(record[key])}\0".encode() + record[key])
-        ids.append(record["id"].decode())
-        if record.get("label"):
-            pixels += np.bincount(encoding.decode_label(record["label"]).ravel(), minlength=256)
-    if len(set(ids)) < len(ids):
-        raise UserError(f"{name} {split}: ids are not unique")
-    present = {int(raw): int(pixels[raw]) for raw in np.flatnonzero(pixels)}
-    return {"labelled": bool(present), "sha256": digest.hexdigest(), "ids": ids, "pixels": present}
+    few = np.unique(np.linspace(0, len(summary["ids"]) - 1, 16, dtype=int))
+    if len(reader) != len(summary["ids"]) or any(reader[int(i)]["id"].decode() != summary["ids"][i] for i in few):
+        raise UserError(f"{built}: the records of split '{split}' are not those that were written; try again")
+    return summary
 
 
 def _print_summary(summary: dict[str, Any], name: str, data_dir: Any, path: str) -> None:
@@ -218,18 +221,18 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 class _Progress:
-    """Iterates with a progress bar on a terminal, or a line at the end elsewhere; keeps the length."""
+    """Iterates over a split with a progress bar on a terminal, or a line at the end elsewhere."""
 
-    def __init__(self, items: Iterable, text: str):
+    def __init__(self, items: Any, text: str):
         self._items, self._text = items, text
+        self.file_bytes = getattr(items, "file_bytes", 0)
 
     def __len__(self) -> int:
         return len(self._items)
 
     def __iter__(self) -> Iterator:
-        total = len(self._items) if hasattr(self._items, "__len__") else None
         count = 0
-        for item in tqdm(self._items, self._text, total, unit="image", disable=not sys.stderr.isatty()):
+        for item in tqdm(self._items, self._text, len(self), unit="image", disable=not sys.stderr.isatty()):
             count += 1
             yield item
         if not sys.stderr.isatty():

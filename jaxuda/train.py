@@ -126,7 +126,7 @@ def train(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
     labelled, unlabelled = training_records(config, domains, artifacts)
     model = make_model(config, labelled.label_space.num_classes)
     method, tx = methods.load(config.train), make_optimizer(config)
-    saved = checkpoints.Checkpoints(stage.folder / "checkpoints", log.say)
+    saved = checkpoints.Checkpoints(stage.folder / "checkpoints", log.say, keep_every=run_config.keep_every)
     try:
         start = saved.newest() or 0
         with _input(stage, run_config, labelled, unlabelled, start, artifacts) as batches:

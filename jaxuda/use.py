@@ -1,27 +1,35 @@
-"""Using a trained stage: score it, or label images with it."""
+"""Using trained stages: score them, or label images with them; one, or several as an ensemble."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from jaxuda import checkpoints, data, files, methods, parallel, pipeline
 from jaxuda.errors import UserError
 from jaxuda.metrics import iou_table
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.sweeps.evaluate import make_evaluator
-from jaxuda.sweeps.predict import ImageFiles, predictions, write_predictions
+from jaxuda.sweeps.ensemble import Ensemble, Member
+from jaxuda.sweeps.evaluate import make_ensemble_evaluator
+from jaxuda.sweeps.predict import ImageFiles, ensemble_predictions, write_predictions
 from jaxuda.train import abstract_variables, evaluation_devices, make_model
 
+ALL = "all"
 
-def restore(checkpoint: str, num_classes: int) -> tuple[DeepLabV2, dict[str, Any], FrozenConfigDict]:
+
+def restore(
+    checkpoint: str, num_classes: int, which: str = "last"
+) -> tuple[DeepLabV2, dict[str, Any], FrozenConfigDict]:
     """The network of a finished or running training stage.
 
     Args:
       checkpoint: the stage's folder.
       num_classes: of the label space it was trained on.
+      which: "last", "best" (chosen with target labels), or a step.
 
     Returns:
       The network, its variables (host arrays), and the stage's resolved config.
@@ -29,42 +37,120 @@ def restore(checkpoint: str, num_classes: int) -> tuple[DeepLabV2, dict[str, Any
     Raises:
       UserError: there is no such stage, or it has no whole checkpoint of this network.
     """
+    config = _stage_config(checkpoint)
+    model = make_model(config, num_classes)
+    arrays, _ = checkpoints.read_variables(Path(checkpoint) / "checkpoints", which)
+    return model, checkpoints.unflatten(arrays, abstract_variables(model, config), checkpoint), config
+
+
+def _stage_config(checkpoint: str) -> FrozenConfigDict:
     if not checkpoint:
         raise UserError("say which model: --checkpoint DIR, a stage's folder such as runs/minent-streets-seed0/adapt")
     record = files.read_json(Path(checkpoint) / "stage.json")
     if record is None or "train" not in record["identity"]:
         raise UserError(f"{checkpoint} is not the folder of a training stage (it has no stage.json that says so)")
-    config = FrozenConfigDict(record["identity"])
-    model = make_model(config, num_classes)
-    arrays, _ = checkpoints.read_variables(Path(checkpoint) / "checkpoints")
-    return model, checkpoints.unflatten(arrays, abstract_variables(model, config), checkpoint), config
+    return FrozenConfigDict(record["identity"])
+
+
+def parse_checkpoint(text: str) -> list[tuple[str, str]]:
+    """The stages and checkpoints that `--checkpoint` names: "DIR[:last|best|STEP|all]", several with commas.
+
+    Returns:
+      (folder, "last", "best" or a step) of each; "all" becomes all that the stage has kept.
+
+    Raises:
+      UserError: "all" is asked of a stage that has none, or beside others.
+    """
+    found = []
+    for part in text.split(","):
+        folder, which = re.fullmatch(rf"(.*?)(?::(last|best|{ALL}|\d+))?", part.strip()).groups()
+        if which != ALL:
+            found.append((folder, which or "last"))
+            continue
+        if "," in text:
+            raise UserError(f"--checkpoint {text}: '{ALL}' scores one stage after the other, it is no ensemble")
+        steps = checkpoints.kept_steps(Path(folder) / "checkpoints")
+        if not steps:
+            raise UserError(f"there are no checkpoints in {Path(folder) / 'checkpoints'}")
+        found += [(folder, str(step)) for step in steps]
+    return found
+
+
+def _ensemble(config: ConfigDict, chosen: list[tuple[str, str]], num_classes: int) -> tuple[Ensemble, list[Any]]:
+    """The networks of several checkpoints as one, averaged as `config.test` says, and their variables."""
+    weights = tuple(config.test.weights) or (1.0,) * len(chosen)
+    if len(weights) != len(chosen):
+        raise UserError(f"config.test.weights has {len(weights)} weights, but --checkpoint names {len(chosen)}")
+    members, variables = [], []
+    for (folder, which), weight in zip(chosen, weights, strict=True):
+        theirs, ours = (space or "its source" for space in (_stage_config(folder).label_space, config.label_space))
+        if theirs != ours:
+            raise UserError(
+                f"{folder} was trained on the classes of {theirs}, this config has those of {ours}: use the config "
+                "it was trained with"
+            )
+        model, arrays, trained = restore(folder, num_classes, which)
+        members.append(Member(model, methods.load(trained.train), trained, weight))
+        variables.append(arrays)
+    return Ensemble(members, flip=config.test.flip, scales=tuple(config.test.scales)), variables
 
 
 def evaluate(config: ConfigDict, checkpoint: str) -> None:
-    """Prints the table of a stage on the evaluation split of `config`."""
+    """Prints IoU on the evaluation split of `config`: of a stage, of each of its checkpoints, or of an ensemble.
+
+    Args:
+      config: the datasets, and in `config.test` what is averaged.
+      checkpoint: see `parse_checkpoint`.
+    """
     domains = pipeline.load_domains(config)
     if domains.target_val is None or not domains.target_val.labelled:
         raise UserError(f"the target has no labelled split '{config.evaluation.split}' to score on")
-    model, variables, trained = restore(checkpoint, domains.source.label_space.num_classes)
-    method = methods.load(trained.train)
-    devices = parallel.choose_devices(config.evaluation.batch, config.devices, config.platform)
-    run = make_evaluator(model, method, trained, evaluation_devices(trained, devices))
-    confusion = run(variables, domains.target_val).confusion
-    print(f"IoU in % of {checkpoint} on {domains.target_val.name}\n")
-    print(iou_table({Path(checkpoint).name: confusion}, domains.source.label_space.classes))
+    classes = domains.source.label_space.classes
+    chosen = parse_checkpoint(checkpoint)
+    each = [[one] for one in chosen] if checkpoint.endswith(f":{ALL}") else [chosen]
+    columns = {}
+    for members in each:
+        ensemble, variables = _ensemble(config, members, len(classes))
+        devices = parallel.choose_devices(config.evaluation.batch, config.devices, config.platform)
+        devices = evaluation_devices(ensemble.members[0].config, devices)
+        confusion = make_ensemble_evaluator(ensemble, devices)(variables, domains.target_val).confusion
+        columns[_title(members, every=len(each) > 1)] = confusion
+    print(f"IoU in % of {checkpoint} on {domains.target_val.name}{_manner(config)}\n")
+    print(iou_table(columns, classes))
+
+
+def _title(members: list[tuple[str, str]], every: bool) -> str:
+    if every:
+        return f"step {members[0][1]}"
+    return " + ".join(Path(folder).name + ("" if which == "last" else f":{which}") for folder, which in members)
+
+
+def _manner(config: ConfigDict) -> str:
+    scales = tuple(config.test.scales)
+    text = f", input scaled by {' and '.join(map(str, scales))}" if scales != (1.0,) else ""
+    return text + (", mirrored images too" if config.test.flip else "")
 
 
 def predict(config: ConfigDict, checkpoint: str, images: str, workdir: str) -> None:
-    """Writes predictions for the files that match a glob to WORKDIR/predictions (default: beside the checkpoint)."""
+    """Writes predictions for images to WORKDIR/predictions (default: beside the checkpoint).
+
+    Args:
+      config: the label space, and in `config.test` what is averaged.
+      checkpoint: see `parse_checkpoint`.
+      images: a folder or a glob.
+      workdir: see above.
+    """
     if not images:
-        raise UserError("say which images: --images 'DIR/*.png' (quoted, so that the shell leaves it alone)")
+        raise UserError("say which images: --images DIR or --images 'DIR/*.png' (quoted, or the shell expands it)")
     found = ImageFiles(images)
+    chosen = parse_checkpoint(checkpoint)
+    if checkpoint.endswith(f":{ALL}"):
+        raise UserError("images are labelled with one checkpoint, or with several named ones as an ensemble")
     space = data.labels.label_space(config.label_space) if config.label_space else _source_space(config)
-    model, variables, trained = restore(checkpoint, space.num_classes)
-    folder = Path(workdir or checkpoint) / "predictions"
-    method = methods.load(trained.train)
-    write_predictions(predictions(variables, found, model=model, method=method, config=trained), folder, space)
-    print(f"{len(found)} predictions in {folder}/colour and {folder}/ids")
+    ensemble, variables = _ensemble(config, chosen, space.num_classes)
+    folder = Path(workdir or chosen[0][0]) / "predictions"
+    written = write_predictions(ensemble_predictions(ensemble, jax.device_put(variables), found), folder, space)
+    print(f"{len(found)} predictions in {' and '.join(map(str, written))}")
 
 
 def _source_space(config: ConfigDict) -> Any:

@@ -15,6 +15,8 @@ import pytest
 import tiny
 
 from jaxuda import checkpoints, parallel, table
+from jaxuda.checkpoints import kept_steps
+from jaxuda.files import read_json_lines
 from jaxuda.main import INTERRUPTED, MISTAKE, main
 
 ROOT = Path(__file__).parents[1]
@@ -117,6 +119,61 @@ def test_eval_and_predict(finished: Path, data: dict, tmp_path, capsys) -> None:
     np.testing.assert_array_equal(colour, np.array([[0, 90, 40], [80, 90, 40], [160, 90, 40]])[ids])
 
 
+def test_eval_of_every_checkpoint_and_of_ensembles(finished: Path, data: dict, tmp_path, capsys) -> None:
+    words = ["jaxuda", *tiny.arguments("minent", workdir=tmp_path, **data), "--mode=eval"]
+
+    def table(*more: str) -> tuple[str, list[float]]:
+        assert main([*words, *more]) == 0
+        text = capsys.readouterr().out
+        return text, [float(value) for value in re.search(r"mIoU \(3\)((?:\s+[\d.]+)+)", text)[1].split()]
+
+    adapt, source = finished / "adapt", finished / "source_only"
+    rows = {row["step"]: 100 * row["miou"] for row in read_json_lines(adapt / "evaluations.jsonl")}
+    text, scores = table(f"--checkpoint={adapt}:all")
+    steps = [int(step) for step in re.findall(r"step (\d+)", text)]
+    assert steps == kept_steps(adapt / "checkpoints") and steps[-1] == 6 and len(scores) == len(steps) > 1
+    for step, found in zip(steps, scores, strict=True):
+        assert step not in rows or found == pytest.approx(rows[step], abs=0.06)
+    text, (last,) = table(f"--checkpoint={adapt}:6")
+    assert last == scores[-1] and "adapt:6" in text
+
+    text, both = table(f"--checkpoint={adapt},{source}", "--config.test.weights=(1.0, 0.0)")
+    assert both == [last] and "adapt + source_only" in text
+    text, _ = table(f"--checkpoint={adapt},{source}:best", "--config.test.flip=True", "--config.test.scales=(0.5, 1.0)")
+    assert "val, input scaled by 0.5 and 1.0, mirrored images too" in text
+
+    for checkpoint, more, complaint in (
+        (f"{adapt},{source}", "--config.test.weights=(1.0,)", "has 1 weights, but --checkpoint names 2"),
+        (f"{adapt}:all,{source}", "", "is no ensemble"),
+        (f"{adapt}:5000", "", "it is not there"),
+        (
+            f"{adapt}",
+            "--config.label_space=cityscapes19",
+            "was trained on the classes of its source, this config has those of cityscapes19",
+        ),
+    ):
+        assert main([*words, f"--checkpoint={checkpoint}", *filter(None, [more])]) == MISTAKE
+        assert complaint in capsys.readouterr().err
+
+
+def test_predict_takes_a_folder(finished: Path, data: dict, tmp_path, capsys) -> None:
+    words = ["jaxuda", *tiny.arguments("minent", workdir=tmp_path, **data), "--mode=predict"]
+    checkpoint = f"--checkpoint={finished / 'adapt'},{finished / 'oracle'}"
+    assert main([*words, checkpoint, f"--images={data['target']}/images"]) == 0
+    assert "12 predictions in" in capsys.readouterr().out
+    names = sorted(path.name for path in (tmp_path / "predictions" / "ids").iterdir())
+    assert names[0] == "train__0.png" and names[-1] == "val__5.png" and len(names) == 12
+    assert not (tmp_path / "predictions" / "cityscapes_ids").exists()
+
+
+def test_checkpoints_are_kept_on_request(data: dict, tmp_path) -> None:
+    words = tiny.arguments("source_only", workdir=tmp_path, **data)
+    assert (
+        main(["jaxuda", *words, "--config.keep_every=1", "--config.checkpoint_every=1", "--config.eval_every=6"]) == 0
+    )
+    assert kept_steps(tmp_path / "oracle" / "checkpoints") == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["source_only", "adapt", "oracle"])
 def test_killed_run_continues_to_the_same_parameters(finished: Path, data: dict, tmp_path, stage: str) -> None:
@@ -207,6 +264,15 @@ def test_missing_dataset_names_the_command(tmp_path, capsys) -> None:
     assert main(["jaxuda", *words]) == MISTAKE
     expected = f"python -m jaxuda.prepare camvid --manual_dir DIR --data_dir {tmp_path}"
     assert expected in capsys.readouterr().err
+
+
+def test_all_missing_datasets_are_named_at_once(tmp_path, capsys) -> None:
+    words = ["--config=configs/sdca.py:gta5", f"--workdir={tmp_path / 'run'}", f"--config.data_dir={tmp_path}"]
+    assert main(["jaxuda", *words]) == MISTAKE
+    message = capsys.readouterr().err
+    assert f"gta5 and cityscapes are not prepared in {tmp_path}; run" in message
+    for name in ("gta5", "cityscapes"):
+        assert f"\n  python -m jaxuda.prepare {name} --manual_dir DIR --data_dir {tmp_path}" in message
 
 
 def test_unknown_benchmark_and_missing_config(capsys) -> None:

@@ -7,14 +7,17 @@ import jax.numpy as jnp
 import pytest
 from test_stages import DOMAINS
 
-from configs import advent, cfcontra, crcda, dada, fada, intrada, lfass, minent, plca, sdca
+from configs import advent, cfcontra, common, crcda, dada, fada, intrada, lfass, minent, plca, sdca
 from jaxuda import methods
+from jaxuda.data.labels import label_space, lookup_table
 from jaxuda.optim import make_optimizer
 from jaxuda.stages import plan
 from jaxuda.train import make_model, make_step
 from jaxuda.train_state import TrainState
 
-CLASSES = {"gta5": 19, "synthia": 16}
+CLASSES = {"gta5": 19, "synthia": 16, "crosscity-rome": 13, "mapillary": 7}
+TO_CITYSCAPES = pytest.mark.parametrize("benchmark", ["gta5", "synthia"])
+ELSEWHERE = pytest.mark.parametrize("benchmark", ["crosscity-rome", "mapillary"])
 
 
 @pytest.mark.parametrize("benchmark", ["gta5", "gta5,vgg16", "synthia", "synthia,vgg16"])
@@ -23,16 +26,37 @@ def test_sdca(benchmark: str) -> None:
 
 
 @pytest.mark.parametrize("config", [minent, advent, intrada, fada, cfcontra, crcda])
-@pytest.mark.parametrize("benchmark", ["gta5", "synthia"])
+@TO_CITYSCAPES
 def test_adversarial(config, benchmark: str) -> None:
     check(config.get_config(benchmark), CLASSES[benchmark])
 
 
-def test_dada() -> None:
-    check(dada.get_config("synthia"), CLASSES["synthia"])
+@ELSEWHERE
+def test_elsewhere(benchmark: str) -> None:
+    """The other networks and stages are those of the tests above."""
+    check(sdca.get_config(benchmark), CLASSES[benchmark], ("adapt", "self_train"))
+    check(advent.get_config(benchmark), CLASSES[benchmark], ("adapt",))
 
 
-@pytest.mark.parametrize("benchmark", ["camvid", "folder", "gta5"])
+@pytest.mark.parametrize("config", [minent, advent, intrada, fada, sdca, cfcontra, crcda])
+@pytest.mark.parametrize("benchmark", common.PUBLISHED)
+def test_every_method_has_every_benchmark(config, benchmark: str) -> None:
+    recipe = config.get_config(benchmark)
+    assert recipe.model.backbone == "resnet101" and recipe.source_only.steps >= 20_000
+    space, place = label_space(recipe.label_space), recipe.target.name.partition("/")
+    for dataset in (recipe.source.name, place[0]):
+        lookup_table(dataset, space)
+    if benchmark.startswith("crosscity"):
+        assert recipe.evaluation.split == "test" and place[2] == benchmark.partition("-")[2]
+    assert space.num_classes == CLASSES.get(benchmark, 13)
+
+
+@pytest.mark.parametrize("benchmark", ["synthia", "mapillary"])
+def test_dada(benchmark: str) -> None:
+    check(dada.get_config(benchmark), CLASSES[benchmark], ("adapt",))
+
+
+@pytest.mark.parametrize("benchmark", ["camvid", "folder", "gta5", "crosscity-rome"])
 def test_dada_needs_depth(benchmark: str) -> None:
     with pytest.raises(ValueError, match=f"which '{benchmark}' has not"):
         dada.get_config(benchmark)
@@ -93,10 +117,10 @@ def test_association_settings() -> None:
         plca.get_config("streets,pairs")
 
 
-def check(config, num_classes: int, least: float = 15e6) -> None:
+def check(config, num_classes: int, only: tuple[str, ...] = (), least: float = 15e6) -> None:
     """Every training stage: one abstract step at the published batch and image sizes keeps the state's shapes."""
     for stage in plan(config, Path("runs/x"), DOMAINS):
-        if "sweep" in stage.config:
+        if "sweep" in stage.config or (only and stage.name not in only):
             continue
         model, method, tx = make_model(stage.config, num_classes), methods.load(stage.config.train), None
         batch = {
@@ -125,5 +149,5 @@ def check(config, num_classes: int, least: float = 15e6) -> None:
 
 
 def _size(domain) -> tuple[int, int]:
-    width, height = domain.crop or domain.resize
+    width, height = domain.crop or domain.resize or domain.fit
     return height, width

@@ -1,37 +1,53 @@
-"""What the builders of datasets that come as files share: listing, checking and encoding them."""
+"""What the builders of datasets that come as files share: listing, checking, storing and counting them.
+
+Files are stored as they are wherever that is possible, and read once: what `prepare` reports and what training needs
+to know of the labels is gathered on the way.
+"""
 
 import abc
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core import example_serializer, splits
 
 from jaxuda.data import encoding
 from jaxuda.data.threads import map_ahead
+from jaxuda.data.transforms import resize_nearest
 from jaxuda.errors import UserError
 
-_MOST_COMPLAINTS = 10
+_MOST_COMPLAINTS = 1000  # more wrong files than these mean a wrong folder
+_SHARD_BYTES = 2**30
 
 
 class Item(NamedTuple):
-    """One image of the user's, its label if it has one, and the id under which it is stored."""
+    """One image of the user's, its label and depth if it has them, and the id under which it is stored."""
 
     id: str
     image: Path
     label: Path | None
+    depth: Path | None = None
+
+    def files(self) -> list[Path]:
+        """Those that there are."""
+        return [file for file in (self.image, self.label, self.depth) if file is not None]
 
 
 class Complaints:
-    """Collects what is wrong with files, so that the user reads of the first few at once."""
+    """Collects what is wrong with files, so that the user reads of all of them at once."""
 
     def __init__(self, what: str):
         self._what = what
         self._texts = []
 
     def add(self, text: str) -> None:
-        """Adds one complaint, which names its file; at the tenth, all are raised as one `UserError`."""
+        """Adds one complaint, which names its file; at the thousandth, all are raised as one `UserError`."""
         self._texts.append(text)
         if len(self._texts) == _MOST_COMPLAINTS:
             self._texts.append("and perhaps more")
@@ -43,15 +59,53 @@ class Complaints:
             raise UserError("\n  ".join([f"{self._what} cannot be used:", *self._texts]))
 
 
+def listed(folder: Path, endings: Sequence[str], complaints: Complaints) -> dict[str, Path] | None:
+    """Name without its ending -> file, for the files of a folder that end so; others are left alone.
+
+    A folder that is missing or has no such file is complained of; then the result is None.
+    """
+    found = {}
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        for ending in endings:
+            if file.name.lower().endswith(ending.lower()) and not file.name.startswith("."):
+                found[file.name[: -len(ending)]] = file
+    if not found:
+        wanted = " or ".join(f"*{ending}" for ending in endings)
+        complaints.add(f"{folder}: {f'holds no files {wanted}' if folder.is_dir() else 'there is no such folder'}")
+    return found or None
+
+
+def paired(images: dict[str, Path] | None, complaints: Complaints, **others: dict[str, Path] | None) -> list[Item]:
+    """Items of the images by name, each with its `label=` and `depth=`; what has no partner is complained of.
+
+    Where one listing is None there are no items: that has been complained of.
+    """
+    if images is None or None in others.values():
+        return []
+    for kind, files in others.items():
+        for name in sorted(images.keys() - files.keys()):
+            complaints.add(f"{images[name]}: has no {kind}")
+        for name in sorted(files.keys() - images.keys()):
+            complaints.add(f"{files[name]}: has no image")
+    label, depth = others.get("label", {}), others.get("depth", {})
+    return [Item(name, images[name], label.get(name), depth.get(name)) for name in sorted(images)]
+
+
 class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A builder of image and label files; subclasses say where they are and which ids they may hold.
 
     Attributes:
-        PUBLISHED: config -> split -> number of images in the published dataset, if there is one.
+        PUBLISHED: config ("" if there are none) -> split -> number of images in the published dataset.
+        SIZE: (width, height) of the published images, if all have one; other sizes are worth a warning.
+        HAS_DEPTH: whether every item has a depth file.
+        RESIZE_LABELS: whether labels of another size than their image are resized, not refused.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     PUBLISHED: ClassVar[dict[str, dict[str, int]]] = {}
+    SIZE: ClassVar[tuple[int, int] | None] = None
+    HAS_DEPTH: ClassVar[bool] = False
+    RESIZE_LABELS: ClassVar[bool] = False
 
     @abc.abstractmethod
     def items(self, manual_dir: Path) -> dict[str, list[Item]]:
@@ -61,69 +115,166 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def raw_ids(self) -> Sequence[int]:
         """Ids that the label files may hold, those that are ignored included."""
 
+    def store_label(self, data: bytes) -> tuple[bytes, np.ndarray]:
+        """The bytes to store for a label file, and its ids (H, W) uint8; raises ValueError with what is wrong."""
+        return encoding.store_label(data)
+
     def has_labels(self) -> bool:
         """Whether any split has labels."""
         return True
 
+    def config_name(self) -> str:
+        """The config's name, "" where the dataset has none."""
+        return self.builder_config.name if self.builder_config else ""
+
     def _info(self) -> tfds.core.DatasetInfo:
         # In the order of the listing, so that index i is the same image on every machine.
-        return tfds.core.DatasetInfo(
-            builder=self, features=encoding.features(label=self.has_labels()), disable_shuffling=True
-        )
+        features = encoding.features(label=self.has_labels(), depth=self.HAS_DEPTH)
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, "Examples"]:
         items = self.items(Path(dl_manager.manual_dir))
         return {split: self._generate_examples(files) for split, files in items.items()}
 
     def _generate_examples(self, items: list[Item]) -> "Examples":
-        return Examples(items, self.raw_ids(), store_label=self.has_labels())
+        return Examples(items, self)
+
+    def _generate_splits(self, dl_manager: Any, download_config: Any) -> list[splits.SplitInfo]:
+        # Straight into the shards. The way of tfds writes everything twice, and sorts a dataset of fixed order in
+        # memory as a whole.
+        del download_config
+        return [self._write_split(*entry) for entry in self._split_generators(dl_manager).items()]
+
+    def _write_split(self, split: str, examples: "Examples") -> splits.SplitInfo:
+        template = self._get_filename_template(split_name=split)
+        serializer = example_serializer.ExampleSerializer(self.info.features.get_serialized_info())
+        count = min(len(examples), max(1, -(-examples.file_bytes // _SHARD_BYTES)))
+        edges = [len(examples) * index // count for index in range(count + 1)]
+        lengths = [stop - start for start, stop in pairwise(edges)]
+        rows, size = iter(examples), 0
+        for index, length in enumerate(lengths):
+            # Images are compressed already; records must be readable one by one.
+            path = str(template.sharded_filepath(shard_index=index, num_shards=count))
+            writer = ArrayRecordWriter(path, "group_size:1,uncompressed")
+            for _, record in islice(rows, length):
+                data = serializer.serialize_example(self.info.features.encode_example(record))
+                writer.write(data)
+                size += len(data)
+            writer.close()
+        next(rows, None)  # complaints of the last files
+        return splits.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template)
+
+
+class Tally:
+    """What `prepared.json` says of a split (see `records.SUMMARY`), gathered while its records are written."""
+
+    def __init__(self):
+        self._digest, self._ids, self._pixels, self._shown = hashlib.sha256(), [], np.zeros(256, np.int64), []
+
+    def add(self, record: Mapping[str, Any], pixels: np.ndarray | None) -> None:
+        """Counts one record: encoded, "id" as text; `pixels` (256,) says how many have which raw id."""
+        self._ids.append(record["id"])
+        for key in sorted(record):
+            value = record[key].encode() if key == "id" else record[key]
+            self._digest.update(f"{key} {len(value)}\0".encode())
+            self._digest.update(value)
+        self._shown.append([] if pixels is None else np.flatnonzero(pixels).tolist())
+        if pixels is not None:
+            self._pixels += pixels
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values; raises a `UserError` if ids repeat."""
+        repeated = sorted(name for name, count in Counter(self._ids).items() if count > 1)
+        if repeated:
+            raise UserError(f"ids are not unique: {', '.join(repeated)}")
+        pixels = {int(raw): int(self._pixels[raw]) for raw in np.flatnonzero(self._pixels)}
+        return {
+            "labelled": bool(pixels),
+            "sha256": self._digest.hexdigest(),
+            "ids": self._ids,
+            "pixels": pixels,
+            "shown": self._shown,
+        }
+
+
+class _Encoded(NamedTuple):
+    """A record to store, the pixels of each raw id if it has a label, (width, height), and a remark or ""."""
+
+    record: dict[str, Any]
+    pixels: np.ndarray | None
+    size: tuple[int, int]
+    remark: str
 
 
 class Examples:
     """Iterates over (key, encoded record) of a split, checked and encoded in threads; knows its length.
 
-    Raises a `UserError` at the tenth bad file, or at the end if there were fewer.
+    Raises a `UserError` that names all bad files at the end, or at the thousandth.
+
+    Attributes:
+        file_bytes: size of all files together.
+        tally: what was counted so far.
+        remarks: what was mended or is unusual, a line each.
     """
 
-    def __init__(self, items: list[Item], raw_ids: Sequence[int], *, store_label: bool):
-        self._items, self._store_label = items, store_label
+    def __init__(self, items: list[Item], builder: FilesBuilder):
+        self._items, self._builder = items, builder
         self._known = np.zeros(256, bool)
-        self._known[list(raw_ids)] = True
+        self._known[list(builder.raw_ids())] = True
+        self.file_bytes = sum(file.stat().st_size for item in items for file in item.files())
+        self.tally, self.remarks = Tally(), []
 
     def __len__(self) -> int:
         return len(self._items)
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        complaints = Complaints("the dataset")
+        complaints, other_size = Complaints("the dataset"), []
         for key, result in enumerate(map_ahead(self._encode, self._items)):
             if isinstance(result, str):
                 complaints.add(result)
-            else:
-                yield key, result
+                continue
+            if result.remark:
+                self.remarks.append(result.remark)
+            if self._builder.SIZE not in (None, result.size):
+                other_size.append(self._items[key].image)
+            self.tally.add(result.record, result.pixels)
+            yield key, result.record
         complaints.raise_any()
+        if other_size:
+            width, height = self._builder.SIZE
+            self.remarks.append(
+                f"{len(other_size)} images are not {width}x{height} as published, such as {other_size[0]}"
+            )
 
-    def _encode(self, item: Item) -> dict[str, Any] | str:
+    def _encode(self, item: Item) -> _Encoded | str:
         """The encoded record of an item, or what is wrong with one of its files."""
-        file = item.image
+        file, pixels, remark = item.image, None, ""
         try:
             image = file.read_bytes()
             height, width = encoding.check_image(image)
             record = {"image": image, "id": item.id}
             if item.label is not None:
                 file = item.label
-                label = encoding.read_label_file(file.read_bytes())
+                stored, label = self._builder.store_label(file.read_bytes())
                 if label.shape != (height, width):
-                    return (
-                        f"{file}: is {label.shape[1]}x{label.shape[0]}, but its image {item.image.name} is "
-                        f"{width}x{height} (upright, as its EXIF tag says)"
-                    )
-                counts = np.bincount(label.ravel(), minlength=256)
-                unknown = np.flatnonzero((counts > 0) & ~self._known)
+                    differs = f"{file}: is {label.shape[1]}x{label.shape[0]}, but its image {item.image.name} is "
+                    differs += f"{width}x{height}"
+                    if not self._builder.RESIZE_LABELS:
+                        return f"{differs} (upright, as its EXIF tag says)"
+                    remark, label = f"{differs}; it was resized to that", resize_nearest(label, (width, height))
+                    stored = encoding.encode_label(label)
+                pixels = np.bincount(label.ravel(), minlength=256)
+                unknown = np.flatnonzero((pixels > 0) & ~self._known)
                 if len(unknown):
                     return f"{file}: holds ids that the dataset does not name: {', '.join(map(str, unknown))}"
-                record["label"] = encoding.encode_label(label)
-            elif self._store_label:
+                record["label"] = stored
+            elif self._builder.has_labels():
                 record["label"] = b""
+            if item.depth is not None:
+                file = item.depth
+                record["depth"], shape = encoding.store_depth(file.read_bytes())
+                if shape != (height, width):
+                    return f"{file}: is {shape[1]}x{shape[0]}, but its image {item.image.name} is {width}x{height}"
         except (OSError, ValueError) as error:
             return f"{file}: {error}"
-        return record
+        return _Encoded(record, pixels, (width, height), remark)

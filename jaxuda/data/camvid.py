@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from jaxuda.data.building import Complaints, FilesBuilder, Item
+from jaxuda.data.building import Complaints, FilesBuilder, Item, listed, paired
 
 _DUSK = "0001TP"
 _SEQUENCES = ("0006R0", "0016E5", "Seq05VD", _DUSK)
@@ -60,16 +60,9 @@ class Camvid(FilesBuilder, skip_registration=True):
 
 def _frames(manual_dir: Path, folder: str, complaints: Complaints) -> list[Item]:
     """All frames of one of the published folders, sorted by name."""
-    for needed in (folder, f"{folder}annot"):
-        if not (manual_dir / needed).is_dir():
-            complaints.add(f"{manual_dir / needed}: there is no such folder")
-            return []
-    images = {f.stem: f for f in (manual_dir / folder).iterdir() if f.suffix.lower() in (".jpg", ".png")}
-    labels = {f.stem: f for f in (manual_dir / f"{folder}annot").iterdir() if f.suffix.lower() == ".png"}
-    for stem in sorted(images.keys() ^ labels.keys()):
-        file, lacks = (images[stem], "label") if stem in images else (labels[stem], "image")
-        complaints.add(f"{file}: has no {lacks}")
-    for stem in sorted(images):
-        if stem.partition("_")[0] not in _SEQUENCES:
-            complaints.add(f"{images[stem]}: its name starts with none of {', '.join(_SEQUENCES)}")
-    return [Item(stem, images[stem], labels[stem]) for stem in sorted(images.keys() & labels.keys())]
+    images = listed(manual_dir / folder, (".jpg", ".png"), complaints)
+    labels = listed(manual_dir / f"{folder}annot", (".png",), complaints)
+    for name, file in (images or {}).items():
+        if name.partition("_")[0] not in _SEQUENCES:
+            complaints.add(f"{file}: its name starts with none of {', '.join(_SEQUENCES)}")
+    return paired(images, complaints, label=labels)

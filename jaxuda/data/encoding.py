@@ -11,8 +11,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from jaxuda.data import png
+
 # Fast and still small: labels compress well at any level.
 _PNG_LEVEL = 3
+_ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
 
 
 def features(*, depth: bool = False, label: bool = True) -> tfds.features.FeaturesDict:
@@ -74,20 +77,84 @@ def inverse_depth(raw: np.ndarray) -> np.ndarray:
 def check_image(data: bytes) -> tuple[int, int]:
     """Checks that bytes are a whole JPEG or PNG image; OpenCV would fill what is missing with grey.
 
+    A PNG is believed by its checksums; a JPEG, which has none, is decoded, at an eighth of its size.
+
     Returns:
         (height, width) of the upright image.
 
     Raises:
         ValueError: what is wrong with it.
     """
+    if png.is_png(data):
+        found = png.check(data)
+        # OpenCV turns images by this chunk, which hardly any PNG has.
+        return decode_image(data).shape[:2] if png.has(data, b"eXIf") else (found.height, found.width)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.format not in ("JPEG", "MPO", "PNG"):
+            if image.format not in ("JPEG", "MPO"):
                 raise ValueError(f"is {image.format}, not JPEG or PNG")
+            width, height = image.size
+            sideways = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            image.draft(None, (max(1, width // 8), max(1, height // 8)))
             image.load()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot be read as an image ({_text(error)})") from error
-    return decode_image(data).shape[:2]
+    return (width, height) if sideways else (height, width)
+
+
+def store_label(data: bytes) -> tuple[bytes, np.ndarray]:
+    """A user's label PNG as `decode_label` reads it, and its ids; 8-bit files are not encoded again.
+
+    Returns:
+        The bytes to store, and (H, W) uint8.
+
+    Raises:
+        ValueError: as `read_label_file`.
+    """
+    if png.is_png(data):
+        found = png.check(data)
+        if found.bits == 8 and found.colour in (png.GREY, png.PALETTE):
+            stored = png.as_grey(data)
+            return stored, decode_label(stored)
+    label = read_label_file(data)
+    return encode_label(label), label
+
+
+def store_depth(data: bytes) -> tuple[bytes, tuple[int, int]]:
+    """A user's 16-bit depth PNG as `decode_depth` reads it, and its (height, width).
+
+    A grey file is not encoded again; a colour file must hold the same depth in all channels.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    found = png.check(data)
+    if found.bits != 16:
+        raise ValueError(f"has {found.bits} bits per value; depth must be a 16-bit PNG")
+    if found.colour == png.GREY:
+        return png.as_grey(data), (found.height, found.width)
+    depth = _decode(data, cv2.IMREAD_UNCHANGED)
+    if depth.ndim != 3 or (depth[..., :3] != depth[..., :1]).any():
+        raise ValueError("holds colours, not depth")
+    return encode_depth(np.ascontiguousarray(depth[..., 0])), depth.shape[:2]
+
+
+def read_first_channel(data: bytes) -> np.ndarray:
+    """The first channel of a PNG with several 16-bit ones, where SYNTHIA has the class of a pixel.
+
+    Pillow cuts such files to 8 bits. OpenCV turns the order of colours round, and makes grey with alpha into three
+    equal channels and alpha.
+
+    Returns:
+        (H, W) uint8.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    first = _decode(data, cv2.IMREAD_UNCHANGED)[..., 2]
+    if first.max(initial=0) > 255:
+        raise ValueError(f"holds the id {first.max()}; ids must be 0..255")
+    return first.astype(np.uint8)
 
 
 def read_label_file(data: bytes) -> np.ndarray:

@@ -4,6 +4,7 @@ Everything is derived by class name from the tables below: the 16, 13 and 7 clas
 dataset's table from the class that each of its ids stands for. Train ids are uint8; 255 means "ignore".
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -92,6 +93,30 @@ _SUPER_RAW = {
 }  # fmt: skip
 _SUPER_RAW["gta5"] = _SUPER_RAW["cityscapes"]
 
+# Categories of Mapillary Vistas v1.2 in the order of their ids, with the super-class of those that have one, as
+# published with DADA.
+_MAPILLARY = (
+    ("bird", ""), ("ground animal", ""), ("curb", "construction"), ("fence", "construction"),
+    ("guard rail", "construction"), ("barrier", "construction"), ("wall", "construction"), ("bike lane", "flat"),
+    ("crosswalk - plain", "flat"), ("curb cut", "flat"), ("parking", "flat"), ("pedestrian area", "flat"),
+    ("rail track", "flat"), ("road", "flat"), ("service lane", "flat"), ("sidewalk", "flat"),
+    ("bridge", "construction"), ("building", "construction"), ("tunnel", "construction"), ("person", "human"),
+    ("bicyclist", "human"), ("motorcyclist", "human"), ("other rider", "human"),
+    ("lane marking - crosswalk", "flat"), ("lane marking - general", "flat"), ("mountain", ""), ("sand", ""),
+    ("sky", "sky"), ("snow", ""), ("terrain", "flat"), ("vegetation", "nature"), ("water", ""), ("banner", ""),
+    ("bench", ""), ("bike rack", ""), ("billboard", ""), ("catch basin", ""), ("cctv camera", ""),
+    ("fire hydrant", ""), ("junction box", ""), ("mailbox", ""), ("manhole", ""), ("phone booth", ""),
+    ("pothole", "object"), ("street light", "object"), ("pole", "object"), ("traffic sign frame", "object"),
+    ("utility pole", "object"), ("traffic light", "object"), ("traffic sign (back)", "object"),
+    ("traffic sign (front)", "object"), ("trash can", ""), ("bicycle", "vehicle"), ("boat", "vehicle"),
+    ("bus", "vehicle"), ("car", "vehicle"), ("caravan", "vehicle"), ("motorcycle", "vehicle"),
+    ("on rails", "vehicle"), ("other vehicle", "vehicle"), ("trailer", "vehicle"), ("truck", "vehicle"),
+    ("wheeled slow", "vehicle"), ("car mount", ""), ("ego vehicle", ""), ("unlabeled", ""),
+)  # fmt: skip
+MAPILLARY = tuple(name for name, _ in _MAPILLARY)
+_SUPER_RAW["mapillary"] = {index: row[1] for index, row in enumerate(_MAPILLARY) if row[1]}
+_RAW_NAMES["mapillary"] = {}  # its categories are not the 19 classes
+
 # The label space in which a dataset is read unless another one is asked for.
 DEFAULT_SPACE = {
     "cityscapes": "cityscapes19",
@@ -100,6 +125,7 @@ DEFAULT_SPACE = {
     "synthia": "synthia16",
     "crosscity": "crosscity13",
     "camvid": "camvid11",
+    "mapillary": "super7",
 }
 
 
@@ -154,7 +180,7 @@ def lookup_table(dataset: str, space: str | LabelSpace) -> np.ndarray:
     """Maps the ids in a dataset's label files to train ids of a label space.
 
     Args:
-        dataset: "cityscapes", "gta5", "synthia", "crosscity", "streets" or "camvid".
+        dataset: "cityscapes", "gta5", "synthia", "crosscity", "mapillary", "streets" or "camvid".
         space: a label space or its name.
 
     Returns:
@@ -181,6 +207,26 @@ def table_by_name(names: dict[int, str], space: LabelSpace) -> np.ndarray:
     table = np.full(256, IGNORE, np.uint8)
     for raw, name in names.items():
         table[raw] = train_ids.get(name, IGNORE)
+    return table
+
+
+def starred(classes: Sequence[str]) -> list[int] | None:
+    """The places of the 13 common classes among the 16 of SYNTHIA, whose mean is called mIoU*; None for others."""
+    if tuple(classes) != label_space("synthia16").classes:
+        return None
+    return [classes.index(name) for name in label_space("common13").classes]
+
+
+def cityscapes_ids(space: LabelSpace) -> np.ndarray | None:
+    """Maps train ids to the raw ids of Cityscapes, as its test server expects them: (256,) uint8, 255 -> 0.
+
+    None for a label space with classes that Cityscapes does not have, or has several ids for.
+    """
+    raw = {name: index for index, name in _CITYSCAPES_RAW.items()}
+    if not set(space.classes) <= raw.keys():
+        return None
+    table = np.zeros(256, np.uint8)
+    table[: space.num_classes] = [raw[name] for name in space.classes]
     return table
 
 

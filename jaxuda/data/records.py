@@ -21,9 +21,10 @@ from jaxuda.errors import UserError
 
 # Each is a module jaxuda.data.<name> with a builder class <Name>; a new dataset is one file and its name
 # here.
-DATASETS = ("streets", "camvid", "folder")
+DATASETS = ("streets", "camvid", "folder", "gta5", "synthia", "cityscapes", "crosscity", "mapillary")
 # Written last when a dataset is prepared. {"splits": {split: {"ids": [...], "sha256": hex, "labelled": bool,
-# "pixels": {raw id: count}}}}; for "folder" also "classes": what its classes.json says.
+# "pixels": {raw id: count}, "shown": [[raw ids in image 0], ...]}}}; for "folder" also "classes": what its
+# classes.json says.
 SUMMARY = "prepared.json"
 # The lists of ids that a ranking of the target leaves.
 EASY, HARD = "easy.txt", "hard.txt"
@@ -71,6 +72,16 @@ class Records:
     def ids(self) -> list[str]:
         """Ids of all records in the order of their index, without reading the records."""
         return list(self._ids)
+
+    def classes_shown(self) -> np.ndarray | None:
+        """Which classes each label shows, (n, C) bool, as counted by `prepare`; None if it did not count them."""
+        shown = read_summary(self._folder)["splits"][self._split].get("shown")
+        if shown is None:
+            return None
+        result = np.zeros((len(shown), labels.IGNORE + 1), bool)
+        for row, raw in zip(result, shown, strict=True):
+            row[self.table[raw]] = True
+        return result[:, : self.label_space.num_classes]
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         index = index.__index__()
@@ -129,6 +140,11 @@ class Subset(Sequence):
         """Ids of the records in the order of their index."""
         return list(self._ids)
 
+    def classes_shown(self) -> np.ndarray | None:
+        """Which classes each label shows, as `Records.classes_shown`."""
+        shown = self._records.classes_shown()
+        return None if shown is None else shown[self._indices]
+
     def images_only(self) -> "Subset":
         """The same records without labels and depth."""
         return Subset(self._records.images_only(), self._ids)
@@ -153,7 +169,7 @@ def load(
     """Opens one split of a prepared dataset.
 
     Args:
-        name: "streets/game", "streets/camera", "camvid/day", "camvid/dusk" or "folder".
+        name: "folder", a dataset without configs ("gta5"), or one of its configs ("camvid/day").
         split: "train" or "val", or any other split the dataset has.
         label_space: the classes of the labels (`jaxuda.data.labels.label_space`); default: the dataset's own.
             Classes of "folder" are matched with it by name; its labels of other classes become 255.
@@ -214,7 +230,7 @@ def builder_class(dataset: str) -> type[tfds.core.GeneratorBasedBuilder]:
 
 
 def config_names(dataset: str) -> list[str]:
-    """Names of the configs of a dataset, such as ["day", "dusk"]; "folder" has none, only folders."""
+    """Names of the configs of a dataset, such as ["day", "dusk"]; most have none, "folder" has only folders."""
     return [config.name for config in builder_class(dataset).BUILDER_CONFIGS]
 
 
@@ -230,8 +246,8 @@ def prepared_folder(name: str, data_dir: str | os.PathLike | None, path: str = "
         if config or not path:
             raise UserError("the dataset 'folder' is named without a config and needs the path of the user's folder")
         config = builder.config_of(path).name
-    elif config not in config_names(dataset):
-        choices = ", ".join(f"{dataset}/{known}" for known in config_names(dataset))
+    elif config not in (config_names(dataset) or [""]):
+        choices = ", ".join(f"{dataset}/{known}" for known in config_names(dataset)) or dataset
         raise UserError(f"unknown dataset {name!r}; choose from {choices}")
     elif path:
         raise UserError(f"{name} takes no path; only 'folder' does")
@@ -247,7 +263,8 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 def prepare_command(name: str, data_dir: str | os.PathLike | None, path: str = "") -> str:
     """The command that prepares a dataset, to be shown to the user."""
     dataset = name.partition("/")[0]
-    command = f"python -m jaxuda.prepare {dataset}"
+    # All configs of CamVid come from the same few files; the cities of Cross-City are downloads of their own.
+    command = f"python -m jaxuda.prepare {name if dataset == 'crosscity' else dataset}"
     if dataset == "folder":
         command += f" --path {path}"
     elif builder_class(dataset).MANUAL_DOWNLOAD_INSTRUCTIONS:

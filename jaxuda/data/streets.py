@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxuda.data import encoding
+from jaxuda.data.building import Tally
 from jaxuda.data.scenes.look import finish
 from jaxuda.data.scenes.plan import STATISTICS
 from jaxuda.data.scenes.scene import paint_scene
@@ -71,10 +72,11 @@ class Streets(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class Scenes:
-    """Iterates over (key, encoded record) of a split; knows its length."""
+    """Iterates over (key, encoded record) of a split, as `building.Examples` does; knows its length."""
 
     def __init__(self, domain: str, split: str, count: int):
         self._domain, self._split, self._count = domain, split, count
+        self.tally, self.remarks = Tally(), []
 
     def __len__(self) -> int:
         return self._count
@@ -82,12 +84,11 @@ class Scenes:
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         for index in range(self._count):
             image, label, depth = draw_scene(self._domain, self._split, index)
-            yield (
-                index,
-                {
-                    "image": encoding.encode_image(image),
-                    "label": encoding.encode_label(label),
-                    "depth": encoding.encode_depth(depth),
-                    "id": f"{self._domain}_{self._split}_{index:05d}",
-                },
-            )
+            record = {
+                "image": encoding.encode_image(image),
+                "label": encoding.encode_label(label),
+                "depth": encoding.encode_depth(depth),
+                "id": f"{self._domain}_{self._split}_{index:05d}",
+            }
+            self.tally.add(record, np.bincount(label.ravel(), minlength=256))
+            yield index, record

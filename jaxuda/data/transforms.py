@@ -19,7 +19,7 @@ Record = dict[str, Any]
 Transform = Callable[[Record, np.random.Generator], Record]
 
 _INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-# What a crop that is larger than the image is filled with: black, ignore, and no depth (infinitely far).
+# What a window that is larger than the image is filled with: black, ignore, and no depth (infinitely far).
 _PADDING = {"image": 0, "label": IGNORE, "depth": 0}
 
 
@@ -27,10 +27,11 @@ _PADDING = {"image": 0, "label": IGNORE, "depth": 0}
 class TransformSpec:
     """Fields of a transform, applied in this order; None and 0 mean "off". Sizes are (width, height).
 
-    At most one of `resize`, `short_side` and `scale` may be set.
+    At most one of `resize`, `fit`, `short_side` and `scale` may be set.
     """
 
     resize: tuple[int, int] | None = None  # to this size; the aspect may change
+    fit: tuple[int, int] | None = None  # to lie within this size, aspect kept, at the top left; the rest is padding
     short_side: tuple[int, int] | None = None  # the short side uniform in lo..hi (integers, both included)
     scale: tuple[float, float] | None = None  # to a uniform factor in lo..hi of `base`
     base: tuple[int, int] | None = None  # size that `scale` refers to; default: the image's own
@@ -47,6 +48,8 @@ class TransformSpec:
         size = self._target_size(record["image"].shape, rng)
         if size is not None:
             record = _resize(record, size, _INTERPOLATION[self.interpolation])
+        if self.fit:
+            record = _window(record, 0, 0, self.fit)
         if self.crop:
             record = _random_crop(record, self.crop, rng)
         if self.flip and rng.random() < self.flip:
@@ -62,7 +65,9 @@ class TransformSpec:
 
     def _target_size(self, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[int, int] | None:
         height, width = shape[:2]
-        if self.short_side:
+        if self.fit:
+            factor = min(self.fit[0] / width, self.fit[1] / height)
+        elif self.short_side:
             factor = rng.integers(self.short_side[0], self.short_side[1] + 1) / min(width, height)
         elif self.scale:
             factor = rng.uniform(*self.scale)
@@ -87,8 +92,8 @@ def build_transform(spec: Mapping[str, Any] | None) -> Transform:
         problem = _problem(key, value)
         if problem:
             raise UserError(f"transform field {key}={value!r}: {problem}")
-    if sum(key in spec for key in ("resize", "short_side", "scale")) > 1:
-        raise UserError("a transform takes one of resize, short_side and scale, not several")
+    if sum(key in spec for key in ("resize", "fit", "short_side", "scale")) > 1:
+        raise UserError("a transform takes one of resize, fit, short_side and scale, not several")
     if "base" in spec and "scale" not in spec:
         raise UserError("transform field base is the size that scale refers to, but there is no scale")
     return TransformSpec(**spec)
@@ -103,7 +108,7 @@ def _problem(key: str, value: Any) -> str:
     length = 4 if key == "jitter" else 2
     if not isinstance(value, tuple) or len(value) != length or not _numbers(value):
         return f"must be {length} numbers"
-    if key in ("resize", "base", "crop", "short_side") and not all(isinstance(v, int) and v > 0 for v in value):
+    if key in ("resize", "fit", "base", "crop", "short_side") and not all(isinstance(v, int) and v > 0 for v in value):
         return "must be positive integers"
     if key in ("short_side", "scale", "blur") and not 0 < value[0] <= value[1]:
         return "must be 0 < low <= high"
@@ -151,6 +156,12 @@ def _random_crop(record: Record, size: tuple[int, int], rng: np.random.Generator
     rows, columns = record["image"].shape[:2]
     top = rng.integers(max(rows - height, 0) + 1)
     left = rng.integers(max(columns - width, 0) + 1)
+    return _window(record, top, left, size)
+
+
+def _window(record: Record, top: int, left: int, size: tuple[int, int]) -> Record:
+    """A window of `size` (width, height), padded at the right and bottom where it leaves the image."""
+    width, height = size
     cropped = {}
     for key in _PADDING.keys() & record.keys():
         window = record[key][top : top + height, left : left + width]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,7 +13,8 @@ import numpy as np
 from jaxuda import data, parallel
 from jaxuda.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.sweeps.scores import make_scores, padded_sizes, probabilities, resize, resize_matrices, score_grid, sweep
+from jaxuda.sweeps.ensemble import Ensemble, Member, Passes
+from jaxuda.sweeps.scores import probabilities
 from jaxuda.writers import progress_bar
 
 PyTree = Any
@@ -42,26 +43,36 @@ def make_evaluator(
     Images are resized to `config.evaluation.size` for the network; its scores are resized bilinearly to each
     label's own size, then argmax, as the published evaluations do.
     """
-    scores = make_scores(model, method, config)
-    classes = model.num_classes
+    evaluate = make_ensemble_evaluator(Ensemble([Member(model, method, config)]), devices)
+    return lambda variables, records: evaluate([variables], records)
+
+
+def make_ensemble_evaluator(
+    ensemble: Ensemble, devices: list[jax.Device]
+) -> Callable[[Sequence[PyTree], data.Records], Evaluation]:
+    """`evaluate(variables of each member, records) -> Evaluation`, compiled once for all its calls.
+
+    There are label-free figures where every image is seen once, by one network.
+    """
+    first = ensemble.members[0]
 
     @jax.jit
-    def evaluate_batch(variables: PyTree, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        values = scores(variables, batch["image"])
-        sums = _label_free(probabilities(values, method), batch["counts"])
+    def evaluate_batch(variables: list[PyTree], batch: dict[str, jax.Array], passes: Passes) -> dict[str, jax.Array]:
+        coarse, sums = ensemble.coarse(variables, passes), {}
+        if ensemble.single:
+            sums = _label_free(probabilities(coarse[0][0], first.method), batch["counts"])
         if "label" in batch:
-            predictions = jnp.argmax(resize(values, batch["rows"], batch["columns"]), -1)
-            sums["confusion"] = confusion_matrix(batch["label"], predictions, classes)
+            predictions = jnp.argmax(ensemble.average(coarse, passes), -1)
+            sums["confusion"] = confusion_matrix(batch["label"], predictions, first.model.num_classes)
         return sums
 
-    def evaluate(variables: PyTree, records: data.Records) -> Evaluation:
-        variables = parallel.everywhere(variables, devices)
-        grid = score_grid(scores, variables, config)
+    def evaluate(variables: Sequence[PyTree], records: data.Records) -> Evaluation:
+        variables = [parallel.everywhere(each, devices) for each in variables]
         total: dict[str, np.ndarray] = {}
         with progress_bar(len(records), "evaluate", "img") as bar:
-            for batch in sweep(records, config):
-                sums = evaluate_batch(variables, parallel.spread(_arrays(batch, grid, config), devices))
-                for name, value in jax.device_get(sums).items():
+            for batch, passes in ensemble.batches(records, variables, of_labels=True):
+                arrays = parallel.spread((_arrays(batch, passes), passes), devices)
+                for name, value in jax.device_get(evaluate_batch(variables, *arrays)).items():
                     total[name] = total.get(name, 0) + value.astype(np.int64 if name == "confusion" else np.float64)
                 bar.update(batch["count"])
         return _finish(total)
@@ -69,14 +80,12 @@ def make_evaluator(
     return evaluate
 
 
-def _arrays(batch: dict[str, Any], grid: tuple[int, int], config: Any) -> dict[str, np.ndarray]:
-    """A sweep's batch as arrays of few shapes: labels padded with 255 to a common size, repeated images uncounted."""
+def _arrays(batch: dict[str, Any], passes: Passes) -> dict[str, np.ndarray]:
+    """A sweep's labels, padded with 255 to the common size of `passes`, and which images are no repetitions."""
     count, full = batch["count"], len(batch["image"])
-    arrays = {"image": batch["image"], "counts": np.arange(full) < count}
+    arrays = {"counts": np.arange(full) < count}
     if batch["label"] is not None:
-        sizes = padded_sizes([label.shape for label in batch["label"]], full)
-        arrays["rows"], arrays["columns"] = resize_matrices(grid, sizes, config.align_corners)
-        arrays["label"] = np.full((full, arrays["rows"].shape[1], arrays["columns"].shape[1]), 255, np.uint8)
+        arrays["label"] = np.full((full, passes[0]["rows"].shape[1], passes[0]["columns"].shape[1]), 255, np.uint8)
         for padded, label in zip(arrays["label"], batch["label"], strict=False):
             padded[: label.shape[0], : label.shape[1]] = label
     return arrays
@@ -108,6 +117,8 @@ def _label_free(probs: jax.Array, counts: jax.Array) -> dict[str, jax.Array]:
 
 
 def _finish(total: dict[str, np.ndarray]) -> Evaluation:
+    if "images" not in total:
+        return Evaluation(total.get("confusion"), {})
     images, prediction = total["images"], total["prediction"] / total["images"]
     diversity = -np.sum(prediction * np.log(prediction + 1e-30)) / np.log(len(prediction))
     figures = {"entropy": total["entropy"] / images, "diversity": diversity, "snd": total["snd"] / images}

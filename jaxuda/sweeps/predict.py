@@ -1,8 +1,9 @@
-"""Predictions for any images: a colour picture and a map of class ids for each."""
+"""Predictions for any images: a colour picture and maps of class ids for each."""
 
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,29 +16,38 @@ from jaxuda import files
 from jaxuda.data import encoding, labels
 from jaxuda.errors import UserError
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.sweeps.scores import make_scores, padded_sizes, resize, resize_matrices, score_grid, sweep
+from jaxuda.sweeps.ensemble import Ensemble, Member, Passes
 from jaxuda.writers import progress_bar
 
 PyTree = Any
+SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class ImageFiles(Sequence):
-    """The images that match a glob pattern, read as records without labels.
+    """The images in a folder and all below it, or those that match a glob pattern, read as records without labels.
+
+    Predictions are named after the image; where two have one name, after its path below what all have in common.
 
     Raises:
-      UserError: nothing matches, or (when read) a file is no image.
+      UserError: there are none, or (when read) a file is no image.
     """
 
     def __init__(self, pattern: str):
-        found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-        if found and all(path.is_dir() for path in found):
-            raise UserError(f"--images '{pattern}' names a folder: name the files, such as '{pattern}/*.png'")
+        if Path(pattern).is_dir():
+            found = sorted(path for path in Path(pattern).rglob("*") if path.suffix.lower() in SUFFIXES)
+        else:
+            found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
         self._paths = [path for path in found if path.is_file()]
         if not self._paths:
-            raise UserError(f"--images '{pattern}' matches no file")
-        stems = [path.stem for path in self._paths]
-        # Predictions are named after the image; two of one name would overwrite each other.
-        self._names = stems if len(set(stems)) == len(stems) else ["_".join(path.parts[-2:]) for path in self._paths]
+            kinds = f" ({', '.join(SUFFIXES)})" if Path(pattern).is_dir() else ""
+            raise UserError(f"--images '{pattern}' matches no file{kinds}")
+        self._names = [path.stem for path in self._paths]
+        if len(set(self._names)) < len(self._names):
+            top = os.path.commonpath([path.parent for path in self._paths])
+            relative = [path.relative_to(top) for path in self._paths]
+            self._names = ["__".join(path.with_suffix("").parts) for path in relative]
+            if len(set(self._names)) < len(self._names):  # a.png and a.jpg
+                self._names = ["__".join(path.parts) for path in relative]
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -62,26 +72,48 @@ def predictions(
       method: the module it was trained with.
       config: for `evaluation.size`, `evaluation.batch`, `preprocess` and `align_corners`.
     """
-    scores = make_scores(model, method, config)
+    return ensemble_predictions(Ensemble([Member(model, method, config)]), [variables], images)
+
+
+def ensemble_predictions(
+    ensemble: Ensemble, variables: Sequence[PyTree], images: Sequence
+) -> Iterator[tuple[str, np.ndarray]]:
+    """As `predictions`, of an ensemble and the variables of each of its members."""
 
     @jax.jit
-    def label_maps(variables: PyTree, image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-        return jnp.argmax(resize(scores(variables, image), rows, columns), -1).astype(jnp.uint8)
+    def label_maps(variables: list[PyTree], passes: Passes) -> jax.Array:
+        return jnp.argmax(ensemble.average(ensemble.coarse(variables, passes), passes), -1).astype(jnp.uint8)
 
-    grid = score_grid(scores, variables, config)
     with progress_bar(len(images), "predict", "img") as bar:
-        for batch in sweep(images, config):
-            sizes = padded_sizes(batch["size"], len(batch["image"]))
-            maps = label_maps(variables, batch["image"], *resize_matrices(grid, sizes, config.align_corners))
-            for name, (height, width), ids in zip(batch["id"], batch["size"], np.asarray(maps), strict=False):
-                yield name, ids[:height, :width]
+        for batch, passes in ensemble.batches(images, variables):
+            maps = np.asarray(label_maps(list(variables), passes))
+            for name, (height, width), ids in zip(batch["id"], batch["size"], maps, strict=False):
+                yield name, np.ascontiguousarray(ids[:height, :width])
             bar.update(batch["count"])
 
 
-def write_predictions(found: Iterable[tuple[str, np.ndarray]], folder: Path, space: labels.LabelSpace) -> None:
-    """`folder`/colour/ID.png in the label space's palette and `folder`/ids/ID.png (grey train ids) for each."""
-    for kind in ("colour", "ids"):
+def write_predictions(found: Iterable[tuple[str, np.ndarray]], folder: Path, space: labels.LabelSpace) -> list[Path]:
+    """Writes `folder`/KIND/ID.png for each prediction, at its image's size.
+
+    Args:
+      found: ids, and (H, W) uint8 train ids.
+      folder: made if missing.
+      space: what the train ids mean.
+
+    Returns:
+      The folders of the kinds: colour (the label space's palette), ids (grey train ids) and, where all classes are
+      classes of Cityscapes, cityscapes_ids (grey raw ids, as its test server takes them).
+    """
+    kinds = {
+        "colour": lambda ids: encoding.encode_image(labels.colourise(ids, space)),
+        "ids": encoding.encode_label,
+    }
+    raw = labels.cityscapes_ids(space)
+    if raw is not None:
+        kinds["cityscapes_ids"] = lambda ids: encoding.encode_label(raw[ids])
+    for kind in kinds:
         (folder / kind).mkdir(parents=True, exist_ok=True)
     for name, ids in found:
-        files.write_bytes(folder / "ids" / f"{name}.png", encoding.encode_label(ids))
-        files.write_bytes(folder / "colour" / f"{name}.png", encoding.encode_image(labels.colourise(ids, space)))
+        for kind, encode in kinds.items():
+            files.write_bytes(folder / kind / f"{name}.png", encode(ids))
+    return [folder / kind for kind in kinds]

@@ -22,7 +22,16 @@ from jaxuda.data.records import Subset
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import resize_bilinear
 from jaxuda.stages import Domains
-from jaxuda.sweeps.scores import make_scores, padded_sizes, probabilities, resize, resize_matrices, score_grid, sweep
+from jaxuda.sweeps.scores import (
+    kept_aspect,
+    make_scores,
+    padded_sizes,
+    probabilities,
+    resize,
+    resize_matrices,
+    score_grid,
+    sweep,
+)
 from jaxuda.sweeps.thresholds import apply_thresholds, class_thresholds, confidence_histogram
 from jaxuda.writers import progress_bar
 
@@ -110,7 +119,7 @@ def _write_labels(
     with progress_bar(len(names), "pseudo-labels", "img", initial=len(names) - len(missing)) as bar:
         for batch in sweep(Subset(target, missing), config):
             sizes = padded_sizes(batch["size"], len(batch["image"]))
-            arrays = (batch["image"], *resize_matrices(grid, sizes, config.align_corners))
+            arrays = (batch["image"], *resize_matrices(grid, sizes, config.align_corners, kept_aspect(config)))
             maps = np.asarray(label(variables, *parallel.spread(arrays, devices)))
             for name, (height, width), ids in zip(batch["id"], batch["size"], maps, strict=False):
                 ids = np.ascontiguousarray(ids[:height, :width])

@@ -38,17 +38,35 @@ def probabilities(scores: jax.Array, method: ModuleType) -> jax.Array:
     return scores if hasattr(method, "predict") else jax.nn.softmax(scores)
 
 
-def score_grid(scores: Callable, variables: PyTree, config: Any) -> tuple[int, int]:
-    """(h, w) of the scores of images of `config.evaluation.size`, found without computing them."""
-    width, height = config.evaluation.size
+def score_grid(
+    scores: Callable, variables: PyTree, config: Any, size: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """(h, w) of the scores of images of a size (width, height), found without computing them.
+
+    `size` is `config.evaluation.size` unless another one is given.
+    """
+    width, height = size or config.evaluation.size
     images = jax.ShapeDtypeStruct((config.evaluation.batch, height, width, 3), jnp.uint8)
     return jax.eval_shape(scores, variables, images).shape[1:3]
 
 
-def sweep(records: Sequence, config: Any) -> Iterator[dict[str, Any]]:
-    """One pass in order, images resized to `config.evaluation.size`; see `data.sweep_batches`."""
-    transform = data.build_transform({"resize": tuple(config.evaluation.size)})
-    return data.sweep_batches(records, transform, config.evaluation.batch)
+def sweep(
+    records: Sequence, config: Any, size: tuple[int, int] | None = None, batch: int = 0
+) -> Iterator[dict[str, Any]]:
+    """One pass in order; see `data.sweep_batches`.
+
+    Images are resized to `size`, in batches of `batch`; both are those of `config.evaluation` unless given. With
+    `config.evaluation.keep_aspect` they are made to lie within that size, at the top left, the rest black.
+    """
+    kind = "fit" if kept_aspect(config) else "resize"
+    transform = data.build_transform({kind: tuple(size or config.evaluation.size)})
+    return data.sweep_batches(records, transform, batch or config.evaluation.batch)
+
+
+def kept_aspect(config: Any) -> float | None:
+    """Width / height of the network's input where images keep their own aspect in it, else None."""
+    width, height = config.evaluation.size
+    return width / height if config.evaluation.get("keep_aspect", False) else None
 
 
 def padded_sizes(sizes: list[tuple[int, int]], batch: int) -> list[tuple[int, int]]:
@@ -57,7 +75,7 @@ def padded_sizes(sizes: list[tuple[int, int]], batch: int) -> list[tuple[int, in
 
 
 def resize_matrices(
-    grid: tuple[int, int], sizes: Sequence[tuple[int, int]], align_corners: bool
+    grid: tuple[int, int], sizes: Sequence[tuple[int, int]], align_corners: bool, aspect: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bilinear resizes from one grid to several sizes, as matrices of one shape, so that sizes are data.
 
@@ -65,6 +83,8 @@ def resize_matrices(
       grid: (h, w) of the scores.
       sizes: (height, width) of each image of a batch of N.
       align_corners: as in `resize_bilinear`.
+      aspect: None if the grid shows the image alone. Otherwise it shows the image at the top left of a canvas with
+        this width / height (see `kept_aspect`): scores are resized to the canvas, of which only the image is kept.
 
     Returns:
       float32 (N, H, h) and (N, W, w), H and W being the largest size rounded up to a multiple of `BUCKET`; rows
@@ -75,9 +95,16 @@ def resize_matrices(
         longest = -(-max(size[axis] for size in sizes) // BUCKET) * BUCKET
         stack = np.zeros((len(sizes), longest, grid[axis]), np.float32)
         for row, size in zip(stack, sizes, strict=True):
-            row[: size[axis]] = interpolation_matrix(grid[axis], size[axis], align_corners)
+            whole = canvas(size, aspect)[axis] if aspect else size[axis]
+            row[: size[axis]] = interpolation_matrix(grid[axis], whole, align_corners)[: size[axis]]
         stacks.append(stack)
     return stacks[0], stacks[1]
+
+
+def canvas(size: tuple[int, int], aspect: float) -> tuple[int, int]:
+    """The smallest (height, width) of this width / height that an image of `size` (height, width) fits in."""
+    height, width = size
+    return max(height, round(width / aspect)), max(width, round(height * aspect))
 
 
 def resize(scores: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:

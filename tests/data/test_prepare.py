@@ -127,12 +127,14 @@ def test_camvid_complains_of_what_is_missing(tmp_path, capsys):
     )
     source = _camvid(tmp_path / "source")
     (source / "trainannot" / "0006R0_1.png").unlink()
+    (source / "test" / "Seq05VD_1.jpg").unlink()
     (source / "val" / "0016E5_7.jpg").unlink()
     _image(source / "test" / "holiday.jpg")
     _label(source / "testannot" / "holiday.png")
     message = _fails(capsys, "camvid", "--manual_dir", source, "--data_dir", tmp_path)
     assert f"{source}/train/0006R0_1.jpg: has no label" in message
-    assert f"{source}/valannot/0016E5_7.png: has no image" in message
+    assert f"{source}/testannot/Seq05VD_1.png: has no image" in message
+    assert f"{source}/val: holds no files *.jpg or *.png" in message
     assert f"{source}/test/holiday.jpg: its name starts with none of 0006R0" in message
     assert not list(tmp_path.glob("camvid/*"))
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jaxuda.data.transforms import build_transform, resize_nearest
+from jaxuda.data.transforms import build_transform, resize_image, resize_nearest
 from jaxuda.errors import UserError
 
 EVERYTHING = {
@@ -164,8 +164,8 @@ def test_nothing_is_done_without_a_spec():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"resise": (4, 4)}, "unknown transform field resise; known: resize, short_side"),
-        ({"resize": (4, 4), "scale": (1, 2)}, "takes one of resize, short_side and scale"),
+        ({"resise": (4, 4)}, "unknown transform field resise; known: resize, fit, short_side"),
+        ({"resize": (4, 4), "scale": (1, 2)}, "takes one of resize, fit, short_side and scale"),
         ({"base": (4, 4)}, "there is no scale"),
         ({"resize": (4, 0)}, "positive integers"),
         ({"resize": 4}, "must be 2 numbers"),
@@ -180,3 +180,16 @@ def test_nothing_is_done_without_a_spec():
 def test_wrong_specs_are_explained(spec, message):
     with pytest.raises(UserError, match=message):
         build_transform(spec)
+
+
+def test_fit_keeps_the_aspect_and_pads():
+    rng = np.random.default_rng(0)
+    image, label = rng.integers(1, 256, (30, 80, 3), np.uint8), rng.integers(0, 9, (30, 80), np.uint8)
+    depth = rng.random((30, 80), np.float32) + 1
+    fitted = build_transform({"fit": (64, 48)})({"image": image, "label": label, "depth": depth}, rng)
+    np.testing.assert_array_equal(fitted["image"][:24], resize_image(image, (64, 24)))
+    np.testing.assert_array_equal(fitted["label"][:24], resize_nearest(label, (64, 24)))
+    assert fitted["image"].shape == (48, 64, 3) and not fitted["image"][24:].any()
+    assert (fitted["label"][24:] == 255).all() and not fitted["depth"][24:].any()
+    high = build_transform({"fit": (64, 48)})({"image": image.transpose(1, 0, 2)}, rng)["image"]
+    assert high.shape == (48, 64, 3) and high[:, :18].any(-1).all() and not high[:, 18:].any()

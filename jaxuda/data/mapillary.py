@@ -1,0 +1,56 @@
+"""Mapillary Vistas v1.2: streets from all over the world (Neuhold et al., ICCV 2017), images of any size.
+
+The manual folder holds {training,validation}/images/*.jpg and {training,validation}/labels/*.png, palette PNGs
+whose index is the id: the place of the category in config_v1.2.json. Used with the 7 super-classes of
+`jaxuda.data.labels`. Published: 18,000 training and 2,000 validation images.
+"""
+
+import json
+from pathlib import Path
+
+from jaxuda.data.building import Complaints, FilesBuilder, Item, listed, paired
+from jaxuda.data.labels import MAPILLARY
+
+_SPLITS = {"train": "training", "val": "validation"}
+_CONFIG = "config_v1.2.json"
+
+
+class Mapillary(FilesBuilder, skip_registration=True):
+    """Labels are the published ids 0..65."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "the folder with training and validation of Mapillary Vistas v1.2, https://www.mapillary.com/dataset/vistas"
+    )
+    PUBLISHED = {"": {"train": 18_000, "val": 2_000}}  # noqa: RUF012
+
+    def raw_ids(self) -> range:
+        """All categories, unlabelled ones included."""
+        return range(len(MAPILLARY))
+
+    def items(self, manual_dir: Path) -> dict[str, list[Item]]:
+        """Lists both splits; where config_v1.2.json lies beside them, its categories must be ours."""
+        complaints = Complaints(f"the Mapillary folder {manual_dir}")
+        _check_categories(manual_dir / _CONFIG, complaints)
+        result = {}
+        for split, folder in _SPLITS.items():
+            images = listed(manual_dir / folder / "images", (".jpg",), complaints)
+            labels = listed(manual_dir / folder / "labels", (".png",), complaints)
+            result[split] = paired(images, complaints, label=labels)
+        complaints.raise_any()
+        return result
+
+
+def _check_categories(file: Path, complaints: Complaints) -> None:
+    if not file.exists():
+        return
+    try:
+        names = [entry["readable"].lower() for entry in json.loads(file.read_text())["labels"]]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        complaints.add(f"{file}: cannot be read ({error!r})")
+        return
+    for index, (theirs, ours) in enumerate(zip(names, MAPILLARY, strict=False)):
+        if theirs != ours:
+            complaints.add(f"{file}: category {index} is '{theirs}', in v1.2 it is '{ours}'; other versions do not do")
+            return
+    if len(names) != len(MAPILLARY):
+        complaints.add(f"{file}: has {len(names)} categories, v1.2 has {len(MAPILLARY)}; other versions do not do")

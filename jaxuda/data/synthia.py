@@ -1,0 +1,55 @@
+"""SYNTHIA, the part RAND_CITYSCAPES: rendered streets with depth (Ros et al., CVPR 2016), 1280x760, 16 classes.
+
+The manual folder holds, itself or in RAND_CITYSCAPES:
+
+RGB/*.png               images
+GT/LABELS/*.png         16-bit PNGs, class in the first channel and instance in the second
+  or parsed_LABELS      grey PNGs of the class alone
+Depth/Depth/*.png       16-bit PNGs of centimetres
+  or Depth/*.png
+
+Files of one image have one name. Published: 9,400 images.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from jaxuda.data import encoding, png
+from jaxuda.data.building import Complaints, FilesBuilder, Item, listed, paired
+
+
+class Synthia(FilesBuilder, skip_registration=True):
+    """Labels are the published ids 0..22; depth is stored as published."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "the folder RAND_CITYSCAPES of https://synthia-dataset.net, with RGB, GT and Depth"
+    PUBLISHED = {"": {"train": 9_400}}  # noqa: RUF012
+    SIZE = (1280, 760)
+    HAS_DEPTH = True
+
+    def raw_ids(self) -> range:
+        """Void and 22 classes."""
+        return range(23)
+
+    def store_label(self, data: bytes) -> tuple[bytes, np.ndarray]:
+        """Takes the class out of a file that also holds instances; other files must hold the class alone."""
+        found = png.check(data)
+        if found.bits != 16 or found.colour == png.GREY:
+            return super().store_label(data)
+        label = encoding.read_first_channel(data)
+        return encoding.encode_label(label), label
+
+    def items(self, manual_dir: Path) -> dict[str, list[Item]]:
+        """Lists all images, which are for training."""
+        root = manual_dir / "RAND_CITYSCAPES"
+        root = root if root.is_dir() else manual_dir
+        complaints = Complaints(f"the SYNTHIA folder {root}")
+        parsed, nested = root / "parsed_LABELS", root / "Depth" / "Depth"
+        items = paired(
+            listed(root / "RGB", (".png",), complaints),
+            complaints,
+            label=listed(parsed if parsed.is_dir() else root / "GT" / "LABELS", (".png",), complaints),
+            depth=listed(nested if nested.is_dir() else root / "Depth", (".png",), complaints),
+        )
+        complaints.raise_any()
+        return {"train": items}

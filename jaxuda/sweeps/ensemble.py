@@ -1,0 +1,119 @@
+"""What evaluation and prediction average: several networks, input sizes, and mirrored images; usually one of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.sweeps.scores import (
+    kept_aspect,
+    make_scores,
+    padded_sizes,
+    probabilities,
+    resize,
+    resize_matrices,
+    score_grid,
+    sweep,
+)
+
+PyTree = Any
+Passes = list[dict[str, Any]]  # one for each network and input size: "image", "rows", "columns"
+
+
+class Member(NamedTuple):
+    """A network, the method it was trained with, its stage's config, and its weight in the average."""
+
+    model: DeepLabV2
+    method: ModuleType
+    config: Any
+    weight: float = 1.0
+
+
+class Ensemble:
+    """The weighted mean of the scores of several networks, at each image's own size.
+
+    Each network sees images as it was evaluated while it was trained: its `evaluation.size`, times each of `scales`.
+    Logits are averaged where every network sees an image once (ADVENT's published ensembles); where one sees it
+    several times, or its method gives probabilities, class probabilities are.
+
+    Args:
+      members: at least one, all with the same classes. The batch size is that of the first.
+      flip: networks see every image mirrored too.
+      scales: factors of the input size.
+    """
+
+    def __init__(self, members: Sequence[Member], *, flip: bool = False, scales: Sequence[float] = (1.0,)):
+        self.members, self._flip = list(members), flip
+        self._scores = [make_scores(member.model, member.method, member.config) for member in members]
+        self._logits = not flip and len(scales) == 1 and not any(hasattr(m.method, "predict") for m in members)
+        total = len(scales) * sum(member.weight for member in members)
+        # (index of the member, its input size, its share)
+        self._passes = []
+        for index, member in enumerate(members):
+            for scale in scales:
+                size = tuple(round(side * scale) for side in member.config.evaluation.size)
+                self._passes.append((index, size, member.weight / total))
+
+    def batches(
+        self, records: Sequence, variables: Sequence[PyTree], *, of_labels: bool = False
+    ) -> Iterator[tuple[dict[str, Any], Passes]]:
+        """Goes through `records` once, images decoded once for each pass.
+
+        Args:
+          records: as `data.sweep_batches` takes them.
+          variables: of each member.
+          of_labels: scores are wanted at the size of the labels, where there are any; else at that of the images.
+
+        Yields:
+          A batch of `data.sweep_batches`, and what `__call__` needs of it.
+        """
+        batch_size = self.members[0].config.evaluation.batch
+        configs = [self.members[index].config for index, _, _ in self._passes]
+        grids = [
+            score_grid(self._scores[index], variables[index], self.members[index].config, size)
+            for index, size, _ in self._passes
+        ]
+        sweeps = [
+            sweep(records, config, size, batch_size) for config, (_, size, _) in zip(configs, self._passes, strict=True)
+        ]
+        for batches in zip(*sweeps, strict=True):
+            first = batches[0]
+            labelled = of_labels and first["label"] is not None
+            sizes = [label.shape for label in first["label"]] if labelled else first["size"]
+            sizes = padded_sizes(sizes, len(first["image"]))
+            passes = []
+            for batch, grid, config in zip(batches, grids, configs, strict=True):
+                rows, columns = resize_matrices(grid, sizes, config.align_corners, kept_aspect(config))
+                passes.append({"image": batch["image"], "rows": rows, "columns": columns})
+            yield first, passes
+
+    def coarse(self, variables: Sequence[PyTree], passes: Passes) -> list[list[jax.Array]]:
+        """Of each pass the scores (N, h, w, C) at the network's resolution, with `flip` also of mirrored images."""
+        result = []
+        for (index, _, _), arrays in zip(self._passes, passes, strict=True):
+            images, scores = arrays["image"], self._scores[index]
+            views = [scores(variables[index], images)]
+            if self._flip:
+                views.append(scores(variables[index], images[:, :, ::-1])[:, :, ::-1])
+            result.append(views)
+        return result
+
+    def average(self, coarse: list[list[jax.Array]], passes: Passes) -> jax.Array:
+        """The weighted mean (N, H, W, C) of what `coarse` gave, at the sizes that `passes` name."""
+        total = 0.0
+        for (index, _, share), arrays, views in zip(self._passes, passes, coarse, strict=True):
+            for view in views:
+                values = resize(view, arrays["rows"], arrays["columns"])
+                if not self._logits:
+                    values = probabilities(values, self.members[index].method)
+                total += share / len(views) * values
+        return total
+
+    @property
+    def single(self) -> bool:
+        """Whether every image is seen once, by one network."""
+        return len(self._passes) == 1 and not self._flip
