@@ -40,8 +40,8 @@ def write(workdirs: Sequence[Path], out: Path | None = None) -> Path:
         try:
             stages = None if len(runs) == 1 else [run.outcome] if run.outcome else []
             galleries[index] = make_gallery(run, IMAGES, stages)
-        except UserError as error:
-            notes.append(f"There are no pictures of {run.title}: {error}")
+        except Exception as error:  # a full memory, a file that went away: tables and curves are worth having
+            notes.append(f"There are no pictures of {run.title}: {error or type(error).__name__}")
     page = run_page(runs[0], galleries.get(0), notes) if len(runs) == 1 else comparison_page(runs, galleries, notes)
     out = out or runs[0].folder / FILE
     out.parent.mkdir(parents=True, exist_ok=True)

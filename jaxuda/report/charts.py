@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -95,7 +96,7 @@ def line_chart(series: Sequence[Series], title: str, x_label: str, marks: Sequen
     points = [point for s in series for point in s.values]
     frame = _Frame(max([x for x, _ in points] + [mark.x for mark in marks] + [1]), *_limits([y for _, y in points]))
     body = [_axes(frame, title, x_label)]
-    for mark, following in zip(marks, [*marks[1:], Mark(frame.right, "")], strict=True):
+    for mark, following in itertools.pairwise([*marks, Mark(frame.right, "")]):
         x = frame.across(mark.x)
         body.append(tag("line", class_="mark", x1=_n(x), x2=_n(x), y1=TOP, y2=HEIGHT - BOTTOM))
         if len(mark.name) * _LETTER < frame.across(following.x) - x:
@@ -218,12 +219,12 @@ class Cloud(NamedTuple):
     second: np.ndarray
 
 
-def clouds(rows: Sequence[tuple[str, Sequence[Cloud]]], names: tuple[str, str]) -> Markup:
-    """For each row the points of `names[0]`, those of `names[1]`, and the way between their class means.
+def clouds(rows: Sequence[tuple[str, Sequence[Cloud]]], headings: tuple[str, str, str]) -> Markup:
+    """For each row the first points, the second points, and the way from the first class means to the second.
 
     Args:
       rows: title and clouds; axes are shared within a row.
-      names: of what `Cloud.first` and `Cloud.second` are.
+      headings: of the three panels.
     """
     side, gap, top = 280, 14, 40
     body, width = [], 3 * (side + gap) + gap
@@ -231,16 +232,16 @@ def clouds(rows: Sequence[tuple[str, Sequence[Cloud]]], names: tuple[str, str]) 
         down = index * (side + top + gap)
         place = _placement(np.concatenate([part for cloud in found for part in (cloud.first, cloud.second)]), side)
         body.append(tag("text", title, class_="title", x=gap, y=_n(down + 18)))
-        means = f"class means, {names[0]} (ring) to {names[1]} (dot)"
-        for column, heading in enumerate((*names, means)):
+        for column, heading in enumerate(headings):
             left = gap + column * (side + gap)
             body.append(tag("text", heading, class_="tick", x=left, y=_n(down + 34)))
             frame = {"x": left, "y": _n(down + top), "width": side, "height": side}
             body.append(tag("rect", class_="frame-line", **frame))
             offset = np.array([left, down + top])
+            named: list[np.ndarray] = []
             for cloud in found:
                 points = [place(part) + offset for part in (cloud.first, cloud.second)]
-                body.append(_dots(points[column], cloud) if column < 2 else _way(*points, cloud))
+                body.append(_dots(points[column], cloud) if column < 2 else _way(*points, cloud, named))
     bottom = len(rows) * (side + top + gap) + 8
     columns, line = 6, 18
     for index, cloud in enumerate(rows[0][1]):
@@ -263,16 +264,21 @@ def _dots(points: np.ndarray, cloud: Cloud) -> Markup:
     return join(tag("circle", class_="point", cx=_n(x), cy=_n(y), r=2.5, fill=fill) for x, y in points)
 
 
-def _way(first: np.ndarray, second: np.ndarray, cloud: Cloud) -> Markup | None:
+def _way(first: np.ndarray, second: np.ndarray, cloud: Cloud, named: list[np.ndarray]) -> Markup | None:
+    """A line between means; its name is written where it covers none of `named`, to which it is added."""
     if not (len(first) and len(second)):
         return None
     (x1, y1), (x2, y2) = first.mean(0), second.mean(0)
     colour = _rgb(cloud.colour)
+    end = np.array([x2, y2])
+    free = all((abs(end - other) > (50, 11)).any() for other in named)
+    if free:
+        named.append(end)
     return join(
         tag("line", class_="way", x1=_n(x1), y1=_n(y1), x2=_n(x2), y2=_n(y2), stroke=colour),
         tag("circle", class_="ring", cx=_n(x1), cy=_n(y1), r=4, stroke=colour),
         tag("circle", class_="point", cx=_n(x2), cy=_n(y2), r=4, fill=colour),
-        tag("text", cloud.name, class_="tick", x=_n(x2 + 6), y=_n(y2 + 3)),
+        tag("text", cloud.name, class_="tick", x=_n(x2 + 6), y=_n(y2 + 3)) if free else None,
     )
 
 

@@ -14,15 +14,14 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from ml_collections import ConfigDict
 
-from jaxuda import data, files, pipeline, use
+from jaxuda import data, files, use
 from jaxuda.data import encoding
 from jaxuda.data.labels import LabelSpace
 from jaxuda.data.transforms import resize_nearest
 from jaxuda.errors import UserError
 from jaxuda.losses.entropy import entropy_map
-from jaxuda.report.runs import Run, StageRun
+from jaxuda.report.runs import Run, StageRun, label_space, open_split
 
 FOLDER = "pictures"
 WIDEST = 512  # pixels; wider images are shrunk
@@ -92,14 +91,11 @@ def make_gallery(run: Run, count: int, stages: Sequence[StageRun] | None = None)
 
 def open_target(run: Run) -> tuple[data.Records, LabelSpace]:
     """The images that are shown, and the classes of the run; raises UserError if the data are not there any more."""
-    if "target" not in run.config:
-        raise UserError(f"{run.folder} has no config.json that tells its data")
-    config = ConfigDict(run.config)
+    space = label_space(run.config) or open_split(run.config, "source").label_space
     try:
-        records = pipeline.open_records(config, "target", config.evaluation.split)
+        return open_split(run.config, "target", run.config.get("evaluation", {}).get("split")), space
     except UserError:
-        records = pipeline.open_records(config, "target", config.target.split)
-    return records, pipeline.open_records(config, "source", config.source.split).label_space
+        return open_split(run.config, "target"), space
 
 
 def _shrink(image: np.ndarray) -> np.ndarray:

@@ -251,7 +251,9 @@ def slider(gallery: Gallery, pictures: Sequence[Mapping[str, Markup]]) -> Markup
         tag("li", tag("span", class_="swatch", style=f"background:rgb({r},{g},{b})"), f" {name}")
         for name, (r, g, b) in zip(gallery.space.classes, gallery.space.palette.tolist(), strict=True)
     ]
-    how = "Drag the slider, or use the arrow keys (Page Up and Page Down for whole layers). Entropy: bright is unsure."
+    how = "Drag the slider, or use the arrow keys (Page Up and Page Down for whole layers)."
+    if any(name.startswith("entropy") for name in names):
+        how += " Entropy: dark is sure, bright is not."
     return tag(
         "div",
         tag("p", f"{gallery.name}: {', '.join(names)}. {how}", class_="faint"),

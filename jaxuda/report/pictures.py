@@ -21,9 +21,8 @@ import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from jaxuda import data, files, pipeline, use
+from jaxuda import data, files, use
 from jaxuda.data import encoding
 from jaxuda.data.labels import LabelSpace, colourise
 from jaxuda.errors import UserError
@@ -31,8 +30,9 @@ from jaxuda.main import MISTAKE
 from jaxuda.models.layers import normalise, resize_labels
 from jaxuda.report import charts
 from jaxuda.report.gallery import Gallery, Picture, make_gallery, open_target
-from jaxuda.report.runs import Run, StageRun, read_run
+from jaxuda.report.runs import Run, StageRun, open_split, read_run
 
+HEADING = 22  # pixels, above the columns of a sheet
 POINTS = 40  # pixels per class, domain and stage in a picture of features
 
 
@@ -48,9 +48,9 @@ def predictions(request: Request) -> bytes:
     """Rows are images, columns image, truth (if there is one) and stages."""
     gallery = make_gallery(request.run, request.count, request.stages)
 
-    def columns(picture: Picture) -> list[np.ndarray]:
-        maps = [*([] if picture.truth is None else [picture.truth]), *picture.labels.values()]
-        return [picture.image, *(colourise(ids, gallery.space) for ids in maps)]
+    def columns(picture: Picture) -> dict[str, np.ndarray]:
+        truth = {} if picture.truth is None else {"truth": picture.truth}
+        return {name: colourise(ids, gallery.space) for name, ids in (truth | picture.labels).items()}
 
     return _sheet(gallery, columns)
 
@@ -58,24 +58,33 @@ def predictions(request: Request) -> bytes:
 def entropy(request: Request) -> bytes:
     """Rows are images, columns the image and the entropy of each stage's prediction."""
     gallery = make_gallery(request.run, request.count, request.stages)
-    return _sheet(gallery, lambda picture: [picture.image, *map(charts.colour_map, picture.entropy.values())])
+    return _sheet(gallery, lambda picture: {n: charts.colour_map(e) for n, e in picture.entropy.items()})
 
 
-def _sheet(gallery: Gallery, columns: Callable[[Picture], list[np.ndarray]]) -> bytes:
+def _sheet(gallery: Gallery, columns: Callable[[Picture], dict[str, np.ndarray]]) -> bytes:
+    """The images and what `columns` adds to each, all of the size of the first one, under the names of the columns."""
     height, width = gallery.pictures[0].image.shape[:2]
-    rows = [
-        np.concatenate([cv2.resize(p, (width, height), interpolation=cv2.INTER_NEAREST) for p in columns(picture)], 1)
-        for picture in gallery.pictures
-    ]
-    return encoding.encode_image(np.ascontiguousarray(np.concatenate(rows)))
+    rows = []
+    for picture in gallery.pictures:
+        cells = {"image": picture.image, **columns(picture)}
+        if not rows:
+            rows.append(np.concatenate([_heading(name, width) for name in cells], 1))
+        fitted = [cv2.resize(cell, (width, height), interpolation=cv2.INTER_NEAREST) for cell in cells.values()]
+        rows.append(np.concatenate(fitted, 1))
+    return encoding.encode_image(np.concatenate(rows))
+
+
+def _heading(name: str, width: int) -> np.ndarray:
+    strip = np.full((HEADING, width, 3), 255, np.uint8)
+    where = {"fontFace": cv2.FONT_HERSHEY_SIMPLEX, "fontScale": 0.42, "lineType": cv2.LINE_AA}
+    return cv2.putText(strip, name.replace("_", " "), (4, HEADING - 7), color=(20, 20, 20), thickness=1, **where)
 
 
 def features(request: Request) -> bytes:
     """For each stage the first two principal axes of the features of both domains together."""
     run = request.run
-    config = ConfigDict(run.config)
     target, space = open_target(run)
-    source = pipeline.open_records(config, "source", config.source.split)
+    source = open_split(run.config, "source")
     rows = []
     for stage in request.stages:
         found = [stage_features(run, stage, records, request.count, space) for records in (source, target)]
@@ -90,7 +99,8 @@ def features(request: Request) -> bytes:
             for index, name in enumerate(space.classes)
         ]
         rows.append((f"features of {stage.title}; axes hold {100 * shares.sum():.0f}% of the variance", clouds))
-    return charts.standalone(charts.clouds(rows, (source.name, target.name)))
+    headings = (f"source: {source.name}", f"target: {target.name}", "class means: source (ring), target (dot)")
+    return charts.standalone(charts.clouds(rows, headings))
 
 
 def stage_features(
@@ -135,16 +145,19 @@ def statistics(request: Request) -> bytes:
     """Cosine between the mean features of the classes."""
     arrays, names = _artefact(request.run, "class_statistics.npz", ["features_mean"])
     alike = cosine(arrays["features_mean"], arrays["features_mean"])
-    title = "class statistics: cosine of the mean features"
-    return charts.standalone(charts.heat_map(names, names, alike, title, (-1, 1)))
+    return _matrix(alike, names, "class statistics: cosine of the mean features")
 
 
 def prototypes(request: Request) -> bytes:
     """Cosine between the prototypes of the source (rows) and the target (columns)."""
     arrays, names = _artefact(request.run, "prototypes.npz", ["source", "target"])
     alike = cosine(arrays["source"], arrays["target"])
-    title = "prototypes: cosine of source (rows) and target (columns)"
-    return charts.standalone(charts.heat_map(names, names, alike, title, (-1, 1)))
+    return _matrix(alike, names, "prototypes: cosine of source (rows) and target (columns)")
+
+
+def _matrix(alike: np.ndarray, names: Sequence[str], title: str) -> bytes:
+    low = np.nanmin(alike) if np.isfinite(alike).any() else 0.0
+    return charts.standalone(charts.heat_map(names, names, alike, title, (min(low, 0.99), 1.0)))
 
 
 def cosine(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:

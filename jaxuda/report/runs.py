@@ -152,13 +152,26 @@ def read_run(folder: Path) -> Run:
     )
 
 
+def open_split(config: Mapping[str, Any], domain: str, split: str | None = None) -> data.Records:
+    """The records of a run's "source" or "target": of its own split, or of another.
+
+    Raises:
+      UserError: config.json does not tell, or the data are not there any more.
+    """
+    place = config.get(domain, {})
+    if not {"name", "split", "path"} <= place.keys():
+        raise UserError(f"config.json does not tell which data the {domain} has")
+    wanted = {domain: place, "label_space": config.get("label_space", ""), "data_dir": config.get("data_dir", "")}
+    return pipeline.open_records(ConfigDict(wanted), domain, split or place["split"])
+
+
 def label_space(config: Mapping[str, Any]) -> LabelSpace | None:
     """The classes and colours of a run; None where neither its config nor its source, if it is still there, tells."""
     try:
         if config.get("label_space"):
             return data.labels.label_space(config["label_space"])
-        return pipeline.open_records(ConfigDict(config), "source", config["source"]["split"]).label_space
-    except (UserError, KeyError):
+        return open_split(config, "source").label_space
+    except UserError:
         return None
 
 

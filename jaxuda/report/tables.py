@@ -37,7 +37,7 @@ def gain(after: Any, before: Any) -> str:
 
 
 def table(
-    caption: Any, head: Sequence[Any], rows: Sequence[Sequence[Any]], foot: Sequence[Sequence[Any]] = (), kind: str = ""
+    caption: str, head: Sequence[Any], rows: Sequence[Sequence[Any]], foot: Sequence[Sequence[Any]] = (), kind: str = ""
 ) -> Markup:
     """A table whose first column names the rows; it can be scrolled with the keyboard where it is wide."""
 
@@ -52,7 +52,7 @@ def table(
         tag("tfoot", map(row, foot)) if foot else None,
         class_=kind or None,
     )
-    return tag("div", body, class_="scroll", tabindex=0, role="region", aria_label="table, scrolls sideways")
+    return tag("div", body, class_="scroll", tabindex=0, role="group", aria_label=caption)
 
 
 def results(run: Run) -> Markup:
@@ -112,15 +112,12 @@ def confusion(run: Run, stage: StageRun) -> Markup:
     shares = np.divide(100 * counts, total, out=np.zeros_like(counts), where=total > 0)
     rows = []
     for name, row, there in zip(run.classes, shares, total[:, 0], strict=True):
-        cells = (
-            tag("td", f"{v:.0f}" if there else NONE, style=f"--share:{v:.0f}", class_="most" if v > 50 else None)
-            for v in row
-        )
+        cells = (tag("td", f"{v:.0f}" if there else NONE, style=f"--share:{v:.0f}") for v in row)
         rows.append(tag("tr", tag("th", name, scope="row"), cells))
     head = tag("tr", tag("td"), [tag("th", name, scope="col") for name in run.classes])
     caption = f"{stage.title}: rows are the true class, columns the predicted one, in % of the row's pixels"
     body = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", rows), class_="confusion")
-    return tag("div", body, class_="scroll", tabindex=0, role="region", aria_label="confusion matrix, scrolls sideways")
+    return tag("div", body, class_="scroll", tabindex=0, role="group", aria_label=caption)
 
 
 def stages(run: Run) -> Markup:
