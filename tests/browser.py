@@ -7,6 +7,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,17 @@ class Browser:
     def __init__(self, profile: Path):
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
-        # The browser wants the pipe as descriptors 3 and 4; out of their way first.
+        # The browser wants the pipe as descriptors 3 and 4. A process of its own puts them there: forking this one to
+        # do it is not safe beside the threads of JAX.
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_browser, from_browser)]
-
-        def place() -> None:
-            os.dup2(high[0], 3)
-            os.dup2(high[1], 4)
-
+        place = f"import os, sys; os.dup2({high[0]}, 3); os.dup2({high[1]}, 4); os.execv(sys.argv[1], sys.argv[1:])"
         words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         words += ["--no-first-run", "--disable-background-networking", f"--user-data-dir={profile}"]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(
-            [*words, "--remote-debugging-pipe", "about:blank"], preexec_fn=place, pass_fds=(3, 4), **quiet
+            [sys.executable, "-I", "-S", "-c", place, *words, "--remote-debugging-pipe", "about:blank"],
+            pass_fds=high,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         for fd in (to_browser, from_browser, *high):
             os.close(fd)

@@ -150,8 +150,8 @@ def test_table_holds_the_numbers_of_the_results(tmp_path) -> None:
     results = json.loads((folder / "results.json").read_text())["stages"]
     caption = "IoU in % on folder val. Checkpoint: the last of each stage, except in the row marked *."
     head, *rows = parsed.tables[caption]
-    names = ("class", "source only", "adapt", "oracle", "gain")
-    assert all(cell.startswith(name) for cell, name in zip(head, names, strict=True))
+    titles = ("class", "source only", "adapt", "oracle", "gain")
+    assert all(cell.startswith(name) for cell, name in zip(head, titles, strict=True))
     found = {cells[0]: cells[1:] for cells in rows}
     names = ("source_only", "adapt", "oracle")
 
