@@ -52,6 +52,7 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
             results = _results(config, recipe, domains)
             files.write_json(workdir / "results.json", results)
             log.say(final_table(results))
+            _write_report(workdir, log)
             return results
         finally:
             log.close()
@@ -221,6 +222,17 @@ def _results(config: ConfigDict, recipe: list[Stage], domains: Domains) -> dict[
         "classes": list(domains.source.label_space.classes),
         "stages": {stage.name: stage.results() for stage in recipe},
     }
+
+
+def _write_report(workdir: Path, log: RunLog) -> None:
+    """The page for people. Whatever goes wrong with it, the run is done and its results are written."""
+    try:
+        from jaxuda import report  # here: it predicts with finished stages, and so builds on this module
+
+        log.say(f"report in {report.write([workdir])}")
+    except Exception as error:
+        again = f"python -m jaxuda.report --workdir {workdir}"
+        log.say(f"the report could not be written ({type(error).__name__}: {error}); to try again: {again}")
 
 
 def final_table(results: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import argparse
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxuda import files, pipeline
 from jaxuda.errors import UserError
@@ -31,13 +31,21 @@ def spread(values: list[float]) -> str:
     return mean if len(values) < 2 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
 
 
-def summary(runs: list[dict[str, Any]]) -> str:
-    """A Markdown table: one row per benchmark, method and stage, with the scores over seeds.
+class Row(NamedTuple):
+    """One stage of one config on one benchmark: `scores` holds a value per seed for each of `SCORES`."""
+
+    benchmark: str
+    title: str
+    scores: dict[str, list[float]]
+
+
+def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
+    """The rows of a table over seeds.
 
     Args:
       runs: what `pipeline.run` returns, in any order.
     """
-    rows: dict[tuple[str, str], dict[str, list[float]]] = {}
+    rows: dict[tuple[str, str], Row] = {}
     baselines = set()
     for run in runs:
         for stage, result in run["stages"].items():
@@ -47,13 +55,23 @@ def summary(runs: list[dict[str, Any]]) -> str:
             if title == stage.replace("_", " ") and (run["benchmark"], run["seed"], stage) in baselines:
                 continue  # the same baseline, seen in an earlier method's run
             baselines.add((run["benchmark"], run["seed"], stage))
-            scores = rows.setdefault((run["benchmark"], title), {name: [] for name in SCORES})
+            place = (run["benchmark"], title)
+            row = rows.setdefault(place, Row(*place, {name: [] for name in SCORES}))
             for name, score in SCORES.items():
-                scores[name].append(score(result))
+                row.scores[name].append(score(result))
+    return list(rows.values())
+
+
+def summary(runs: list[dict[str, Any]]) -> str:
+    """A Markdown table: one row per benchmark, method and stage, with the scores over seeds.
+
+    Args:
+      runs: what `pipeline.run` returns, in any order.
+    """
     lines = [f"| benchmark | stage | seeds | {' | '.join(SCORES)} |", "|---" * (3 + len(SCORES)) + "|"]
-    for (benchmark, title), scores in rows.items():
-        cells = " | ".join(spread(values) for values in scores.values())
-        lines.append(f"| {benchmark} | {title} | {len(scores['last'])} | {cells} |")
+    for row in rows_of(runs):
+        cells = " | ".join(spread(values) for values in row.scores.values())
+        lines.append(f"| {row.benchmark} | {row.title} | {len(row.scores['last'])} | {cells} |")
     classes = ", ".join(sorted({f"{len(run['classes'])} on {run['benchmark']}" for run in runs}))
     return "\n".join(
         [

@@ -19,16 +19,17 @@ from jaxuda.sweeps.predict import ImageFiles, ensemble_predictions, write_predic
 from jaxuda.train import abstract_variables, evaluation_devices, make_model
 
 ALL = "all"
+HEAD = "params.head.kernel0"  # the one array of every network whose last axis is the classes
 
 
 def restore(
-    checkpoint: str, num_classes: int, which: str = "last"
+    checkpoint: str, num_classes: int | None = None, which: str = "last"
 ) -> tuple[DeepLabV2, dict[str, Any], FrozenConfigDict]:
     """The network of a finished or running training stage.
 
     Args:
       checkpoint: the stage's folder.
-      num_classes: of the label space it was trained on.
+      num_classes: of the label space it was trained on; None: as many as its head has.
       which: "last", "best" (chosen with target labels), or a step.
 
     Returns:
@@ -38,8 +39,8 @@ def restore(
       UserError: there is no such stage, or it has no whole checkpoint of this network.
     """
     config = _stage_config(checkpoint)
-    model = make_model(config, num_classes)
     arrays, _ = checkpoints.read_variables(Path(checkpoint) / "checkpoints", which)
+    model = make_model(config, num_classes or arrays[HEAD].shape[-1])
     return model, checkpoints.unflatten(arrays, abstract_variables(model, config), checkpoint), config
 
 

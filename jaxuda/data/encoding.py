@@ -58,6 +58,18 @@ def decode_label(data: bytes) -> np.ndarray:
     return _decode_as(data, "label", np.uint8)
 
 
+def encode_indexed(ids: np.ndarray, palette: np.ndarray) -> bytes:
+    """Encodes (H, W) uint8 ids as a PNG that shows id i in the colour palette[i], (n, 3) uint8; others are black."""
+    _expect(ids, "ids", np.uint8, 2)
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(palette)] = palette
+    picture = Image.fromarray(ids, "P")
+    picture.putpalette(table.tobytes())
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def encode_depth(depth: np.ndarray) -> bytes:
     """Encodes (H, W) uint16 raw depth as 16-bit grey PNG."""
     _expect(depth, "depth", np.uint16, 2)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from jaxuda import files
 from jaxuda.data import encoding
@@ -21,13 +19,7 @@ LABELS = "labels"
 
 def write_pseudo_label(folder: Path, name: str, ids: np.ndarray, space: LabelSpace) -> None:
     """Writes (H, W) uint8 train ids, 255 = ignore, as folder/labels/NAME.png, atomically."""
-    picture = Image.fromarray(ids, "P")
-    palette = np.zeros((256, 3), np.uint8)
-    palette[: space.num_classes] = space.palette
-    picture.putpalette(palette.tobytes())
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    files.write_bytes(folder / LABELS / f"{name}.png", buffer.getvalue())
+    files.write_bytes(folder / LABELS / f"{name}.png", encoding.encode_indexed(ids, space.palette))
 
 
 class PseudoLabelled(Sequence):

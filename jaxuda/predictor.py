@@ -1,0 +1,82 @@
+"""A trained network for use from Python: `jaxuda.load(checkpoint).predict(image)`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from jaxuda import data, files, methods
+from jaxuda.errors import UserError
+from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.sweeps.scores import make_scores, probabilities, resize, resize_matrices, score_grid
+from jaxuda.use import restore
+
+PyTree = Any
+
+
+class Predictor(NamedTuple):
+    """A trained network that labels any image.
+
+    classes: the names of its C classes in the order of the train ids, or None where its work folder does not tell.
+    model, variables, config: what `jaxuda.use.restore` returns.
+    """
+
+    classes: tuple[str, ...] | None
+    model: DeepLabV2
+    variables: PyTree
+    config: FrozenConfigDict
+
+    def predict(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Labels one image of any size; the network sees it at the size of its evaluation, as in the tables.
+
+        Args:
+          image: (H, W, 3) uint8 RGB.
+
+        Returns:
+          labels (H, W) uint8, the train ids of the likeliest classes, and probabilities (H, W, C) float32.
+
+        Raises:
+          UserError: the image has another shape or type.
+        """
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise UserError(f"predict takes one RGB image, (H, W, 3) uint8, not {image.dtype} {image.shape}")
+        method, config = methods.load(self.config.train), self.config
+        if not hasattr(method, "predict"):
+            # Networks that differ in nothing but their weights share compiled code.
+            method = None
+            config = FrozenConfigDict({name: config[name] for name in ("preprocess", "align_corners", "evaluation")})
+        grid, run = _compiled(self.model, method, config)
+        transform = data.build_transform({"resize": tuple(config.evaluation.size)})
+        small = transform({"image": image}, np.random.default_rng(0))["image"]
+        rows, columns = resize_matrices(grid(self.variables), [image.shape[:2]], config.align_corners)
+        found = np.asarray(run(self.variables, small[None], rows, columns))[0, : image.shape[0], : image.shape[1]]
+        return found.argmax(-1).astype(np.uint8), found
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(model: DeepLabV2, method: ModuleType | None, config: FrozenConfigDict) -> tuple[Callable, Callable]:
+    """`grid(variables)`: (h, w) of the scores; `run(variables, images, rows, columns)`: resized probabilities."""
+    scores = make_scores(model, method, config)
+
+    @jax.jit
+    def run(variables: PyTree, images: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+        return probabilities(resize(scores(variables, images), rows, columns), method)
+
+    return functools.partial(score_grid, scores, config=config), run
+
+
+def load(checkpoint: str) -> Predictor:
+    """The network of a training stage, ready to predict; see `jaxuda.load`."""
+    model, variables, config = restore(checkpoint)
+    if config.label_space:
+        return Predictor(data.labels.label_space(config.label_space).classes, model, variables, config)
+    results = files.read_json(Path(checkpoint).absolute().parent / "results.json")
+    return Predictor(tuple(results["classes"]) if results else None, model, variables, config)

@@ -1,0 +1,49 @@
+"""Reports for people: one HTML file that needs nothing else, of one run or of several.
+
+`python -m jaxuda.report` writes it from a work folder; `python -m jaxuda.report.pictures` draws single pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxuda import files
+from jaxuda.errors import UserError
+from jaxuda.report.comparison import comparison_page
+from jaxuda.report.gallery import make_gallery
+from jaxuda.report.page import run_page
+from jaxuda.report.runs import read_run
+
+FILE = "report.html"
+IMAGES = 4  # in a gallery
+
+
+def write(workdirs: Sequence[Path], out: Path | None = None) -> Path:
+    """Writes the report of a work folder, or a page that compares several.
+
+    Args:
+      workdirs: one or more, finished or not.
+      out: the file to write; default: `FILE` in the work folder.
+
+    Returns:
+      The file.
+
+    Raises:
+      UserError: a folder is no work folder, or there are several and no `out`.
+    """
+    if out is None and len(workdirs) > 1:
+        raise UserError("several work folders make a comparison: say where with --out comparison.html")
+    runs = [read_run(Path(folder)) for folder in workdirs]
+    galleries, notes = {}, []
+    for index, run in enumerate(runs):
+        try:
+            stages = None if len(runs) == 1 else [run.outcome] if run.outcome else []
+            galleries[index] = make_gallery(run, IMAGES, stages)
+        except Exception as error:  # a full memory, a file that went away: tables and curves are worth having
+            notes.append(f"There are no pictures of {run.title}: {error or type(error).__name__}")
+    page = run_page(runs[0], galleries.get(0), notes) if len(runs) == 1 else comparison_page(runs, galleries, notes)
+    out = out or runs[0].folder / FILE
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(out, page.encode())
+    return out

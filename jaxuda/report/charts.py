@@ -1,0 +1,300 @@
+"""Charts as SVG elements: lines, bars, heat maps, points. Their look is in chart.css; colours go by number there."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from jaxuda.report.markup import Markup, join, tag
+
+COLOURS = 6  # that chart.css defines; further series repeat them with dashes
+WIDTH, HEIGHT = 640, 280
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 24, 40
+FEW = 12  # points of a curve that are drawn as dots, too
+_LETTER = 6.2  # rough width of a letter, in the units of the drawing
+
+
+class Series(NamedTuple):
+    """A curve or one bar per group. name: for the legend. colour: its number. values: (x, y) points, or one y each."""
+
+    name: str
+    colour: int
+    values: Sequence[Any]
+
+
+class Mark(NamedTuple):
+    """Where something begins on the x axis of a line chart."""
+
+    x: float
+    name: str
+
+
+def style() -> Markup:
+    """The style element that the charts need."""
+    return tag("style", Markup(resources.files(__package__).joinpath("chart.css").read_text()))
+
+
+def standalone(chart: Markup) -> bytes:
+    """A chart as the content of an SVG file."""
+    head, rest = chart.split(">", 1)
+    paper = tag("rect", class_="paper", width="100%", height="100%")
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{style()}{paper}{rest}'.encode()
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers from `low` to `high`."""
+    span = high - low
+    if not span > 0:
+        return [low]
+    rough = span / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = min((f * power for f in (1, 2, 2.5, 5, 10)), key=lambda s: abs(span / s - count))
+    first = math.ceil(low / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def legend(series: Sequence[Series]) -> Markup:
+    """The names of series beside their colours."""
+    items = (
+        tag(
+            "li",
+            tag(
+                "svg",
+                tag("line", class_=look(s.colour), x1=1, x2=25, y1=6, y2=6),
+                viewBox="0 0 26 12",
+                width=26,
+                height=12,
+                aria_hidden="true",
+            ),
+            f" {s.name}",
+        )
+        for s in series
+    )
+    return tag("ul", items, class_="legend")
+
+
+def look(colour: int) -> str:
+    """The classes of a curve of a colour number; numbers beyond `COLOURS` are dashed."""
+    return f"line c{colour % COLOURS}" + (" dashed" if colour >= COLOURS else "")
+
+
+def line_chart(series: Sequence[Series], title: str, x_label: str, marks: Sequence[Mark] = ()) -> Markup:
+    """Curves over steps, with a vertical line and a name where each stage begins.
+
+    Args:
+      series: `values` are (x, y) points.
+      title: what is drawn, also for those who cannot see it, together with first and last values.
+      x_label: below the x axis.
+      marks: in order.
+    """
+    points = [point for s in series for point in s.values]
+    frame = _Frame(max([x for x, _ in points] + [mark.x for mark in marks] + [1]), *_limits([y for _, y in points]))
+    body = [_axes(frame, title, x_label)]
+    for mark, following in itertools.pairwise([*marks, Mark(frame.right, "")]):
+        x = frame.across(mark.x)
+        body.append(tag("line", class_="mark", x1=_n(x), x2=_n(x), y1=TOP, y2=HEIGHT - BOTTOM))
+        if len(mark.name) * _LETTER < frame.across(following.x) - x:
+            body.append(tag("text", mark.name, class_="name", x=_n(x + 3), y=TOP + 10))
+    for s in series:
+        places = [(_n(frame.across(x)), _n(frame.down(y))) for x, y in s.values]
+        body.append(tag("polyline", class_=look(s.colour), points=" ".join(map(",".join, places))))
+        if len(places) <= FEW:
+            body += [tag("circle", class_=f"dot c{s.colour % COLOURS}", cx=x, cy=y, r=3) for x, y in places]
+    spoken = "; ".join(f"{s.name}: {_ends(s.values)}" for s in series if s.values)
+    return _svg(body, f"{title}. {spoken}", WIDTH, HEIGHT)
+
+
+class _Frame(NamedTuple):
+    """The axes of a line chart: x from 0 to `right`, y from `low` to `high`."""
+
+    right: float
+    low: float
+    high: float
+
+    def across(self, x: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * x / self.right
+
+    def down(self, y: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - self.low) / (self.high - self.low)
+
+
+def _ends(points: Sequence[tuple[float, float]]) -> str:
+    first, last = points[0], points[-1]
+    return f"{first[1]:.3g}" if len(points) == 1 else f"from {first[1]:.3g} to {last[1]:.3g}"
+
+
+def _axes(frame: _Frame, title: str, x_label: str) -> Markup:
+    pieces = [tag("text", title, class_="title", x=LEFT, y=14)]
+    for y in ticks(frame.low, frame.high):
+        height = _n(frame.down(y))
+        pieces.append(tag("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=height, y2=height))
+        pieces.append(tag("text", f"{y:g}", class_="tick end", x=LEFT - 6, y=_n(frame.down(y) + 4)))
+    for x in ticks(0, frame.right, 8):
+        pieces.append(tag("text", f"{x:g}", class_="tick middle", x=_n(frame.across(x)), y=HEIGHT - BOTTOM + 16))
+    pieces.append(tag("text", x_label, class_="tick middle", x=_n((LEFT + WIDTH - RIGHT) / 2), y=HEIGHT - 6))
+    return join(pieces)
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """From 0, or below the lowest value, to above the highest."""
+    low, high = min([0.0, *values]), max([0.0, *values])
+    return low, (high + 0.05 * (high - low)) if high > low else low + 1
+
+
+def bar_chart(groups: Sequence[str], series: Sequence[Series], title: str, highest: float) -> Markup:
+    """Horizontal bars, one group of them per class.
+
+    Args:
+      groups: the names of the groups.
+      series: `values` are one number per group, NaN where there is none.
+      title: also for those who cannot see it.
+      highest: the end of the axis.
+    """
+    thick, gap = 9, 8
+    left = 16 + _LETTER * max(map(len, groups))
+    height = TOP + len(groups) * (len(series) * thick + gap) + 24
+
+    def across(x: float) -> float:
+        return left + (WIDTH - left - 40) * x / highest
+
+    body = [tag("text", title, class_="title", x=4, y=14)]
+    for x in ticks(0, highest):
+        body.append(tag("line", class_="grid", x1=_n(across(x)), x2=_n(across(x)), y1=TOP, y2=height - 22))
+        body.append(tag("text", f"{x:g}", class_="tick middle", x=_n(across(x)), y=height - 8))
+    for index, group in enumerate(groups):
+        top = TOP + 4 + index * (len(series) * thick + gap)
+        body.append(tag("text", group, class_="tick end", x=_n(left - 6), y=_n(top + len(series) * thick / 2 + 4)))
+        for place, s in enumerate(series):
+            value = s.values[index]
+            if math.isfinite(value):
+                box = {"x": _n(left), "y": top + place * thick, "height": thick - 1}
+                body.append(tag("rect", class_=f"bar c{s.colour % COLOURS}", width=_n(across(value) - left), **box))
+    return _svg(body, f"{title}; the numbers are in the table of results", WIDTH, height)
+
+
+def heat_map(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, title: str, limits: tuple) -> Markup:
+    """A matrix as coloured squares with their numbers.
+
+    Args:
+      rows, columns: names.
+      values: (rows, columns), NaN where there is none.
+      title: above.
+      limits: the values of the darkest and the brightest colour.
+    """
+    size, left, top = 26, 16 + _LETTER * max(map(len, rows)), 44 + _LETTER * max(map(len, columns))
+    low, high = limits
+    shades = np.clip(np.nan_to_num((values - low) / (high - low)) * 255, 0, 255).astype(np.uint8)
+    colours = colour_map(shades)
+    body = [tag("text", title, class_="title", x=6, y=18)]
+    for place, name in enumerate(columns):
+        x, y = _n(left + (place + 0.65) * size), _n(top - 6)
+        body.append(tag("text", name, class_="tick", x=x, y=y, transform=f"rotate(-90 {x} {y})"))
+    for i, name in enumerate(rows):
+        body.append(tag("text", name, class_="tick end", x=_n(left - 6), y=_n(top + (i + 0.65) * size)))
+        for j in range(len(columns)):
+            if not np.isfinite(values[i, j]):
+                continue
+            red, green, blue = colours[i, j]
+            place = {"x": _n(left + j * size), "y": _n(top + i * size)}
+            body.append(tag("rect", **place, width=size - 1, height=size - 1, fill=f"rgb({red},{green},{blue})"))
+            ink = "#000" if shades[i, j] > 128 else "#fff"
+            where = {"x": _n(left + (j + 0.48) * size), "y": _n(top + (i + 0.64) * size)}
+            body.append(tag("text", f"{values[i, j]:.2f}".replace("0.", "."), class_="cell", fill=ink, **where))
+    width = max(left + len(columns) * size + 12, 12 + 7.5 * len(title))
+    return _svg(body, title, width, top + len(rows) * size + 12)
+
+
+class Cloud(NamedTuple):
+    """Points of one class: (n, 2) in `first` and `second`, say the domains. colour: RGB."""
+
+    name: str
+    colour: tuple[int, int, int]
+    first: np.ndarray
+    second: np.ndarray
+
+
+def clouds(rows: Sequence[tuple[str, Sequence[Cloud]]], headings: tuple[str, str, str]) -> Markup:
+    """For each row the first points, the second points, and the way from the first class means to the second.
+
+    Args:
+      rows: title and clouds; axes are shared within a row.
+      headings: of the three panels.
+    """
+    side, gap, top = 280, 14, 40
+    body, width = [], 3 * (side + gap) + gap
+    for index, (title, found) in enumerate(rows):
+        down = index * (side + top + gap)
+        place = _placement(np.concatenate([part for cloud in found for part in (cloud.first, cloud.second)]), side)
+        body.append(tag("text", title, class_="title", x=gap, y=_n(down + 18)))
+        for column, heading in enumerate(headings):
+            left = gap + column * (side + gap)
+            body.append(tag("text", heading, class_="tick", x=left, y=_n(down + 34)))
+            frame = {"x": left, "y": _n(down + top), "width": side, "height": side}
+            body.append(tag("rect", class_="frame-line", **frame))
+            offset = np.array([left, down + top])
+            named: list[np.ndarray] = []
+            for cloud in found:
+                points = [place(part) + offset for part in (cloud.first, cloud.second)]
+                body.append(_dots(points[column], cloud) if column < 2 else _way(*points, cloud, named))
+    bottom = len(rows) * (side + top + gap) + 8
+    columns, line = 6, 18
+    for index, cloud in enumerate(rows[0][1]):
+        x, y = gap + (index % columns) * (width - gap) / columns, bottom + 10 + line * (index // columns)
+        body.append(tag("circle", class_="point", cx=_n(x + 5), cy=_n(y - 4), r=5, fill=_rgb(cloud.colour)))
+        body.append(tag("text", cloud.name, x=_n(x + 16), y=_n(y)))
+    height = bottom + 10 + line * -(-len(rows[0][1]) // columns)
+    return _svg(body, "; ".join(title for title, _ in rows), width, height)
+
+
+def _placement(points: np.ndarray, side: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Maps points into a square, the same scale on both axes."""
+    middle = (points.max(0) + points.min(0)) / 2
+    scale = (side - 16) / max(np.ptp(points, axis=0).max(), 1e-12)
+    return lambda part: (part - middle) * scale * (1, -1) + side / 2
+
+
+def _dots(points: np.ndarray, cloud: Cloud) -> Markup:
+    fill = _rgb(cloud.colour)
+    return join(tag("circle", class_="point", cx=_n(x), cy=_n(y), r=2.5, fill=fill) for x, y in points)
+
+
+def _way(first: np.ndarray, second: np.ndarray, cloud: Cloud, named: list[np.ndarray]) -> Markup | None:
+    """A line between means; its name is written where it covers none of `named`, to which it is added."""
+    if not (len(first) and len(second)):
+        return None
+    (x1, y1), (x2, y2) = first.mean(0), second.mean(0)
+    colour = _rgb(cloud.colour)
+    end = np.array([x2, y2])
+    free = all((abs(end - other) > (50, 11)).any() for other in named)
+    if free:
+        named.append(end)
+    return join(
+        tag("line", class_="way", x1=_n(x1), y1=_n(y1), x2=_n(x2), y2=_n(y2), stroke=colour),
+        tag("circle", class_="ring", cx=_n(x1), cy=_n(y1), r=4, stroke=colour),
+        tag("circle", class_="point", cx=_n(x2), cy=_n(y2), r=4, fill=colour),
+        tag("text", cloud.name, class_="tick", x=_n(x2 + 6), y=_n(y2 + 3)) if free else None,
+    )
+
+
+def _rgb(colour: Sequence[int]) -> str:
+    return "rgb({},{},{})".format(*colour)
+
+
+def colour_map(shades: np.ndarray) -> np.ndarray:
+    """(H, W) uint8, dark to bright, as (H, W, 3) uint8 RGB that the colour-blind see as ordered, too."""
+    return cv2.applyColorMap(shades, cv2.COLORMAP_CIVIDIS)[..., ::-1]
+
+
+def _svg(body: Sequence[Markup], spoken: str, width: float, height: float) -> Markup:
+    return tag("svg", body, viewBox=f"0 0 {_n(width)} {_n(height)}", role="img", aria_label=spoken, class_="chart")
+
+
+def _n(value: float) -> str:
+    """A coordinate in few digits."""
+    return f"{value:.1f}".removesuffix(".0")

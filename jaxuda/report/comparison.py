@@ -1,0 +1,182 @@
+"""The page that compares several runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxuda import table as seeds
+from jaxuda.report import charts, page, tables
+from jaxuda.report.gallery import Gallery
+from jaxuda.report.markup import Markup, join, tag
+from jaxuda.report.runs import ADAPTED, ORACLE, SOURCE_ONLY, Run, StageRun
+
+
+class Column(NamedTuple):
+    """A stage of a run under the name that it has on the page."""
+
+    name: str
+    run: Run
+    stage: StageRun
+
+
+def comparison_page(runs: Sequence[Run], galleries: Mapping[int, Gallery], notes: Sequence[str] = ()) -> str:
+    """Several runs on one page, as HTML.
+
+    Args:
+      runs: in the order in which they are shown.
+      galleries: index of the run -> its pictures, where there are some.
+      notes: further lines for the reader.
+    """
+    names = run_names(runs)
+    notes = [*(f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in run.notes), *notes]
+    finals = _finals(runs, names)
+    sections: list[page.Section] = [
+        ("results", "Results", join(_scores(runs, names), _over_seeds(runs))),
+        ("pictures", "Pictures", _gallery(runs, names, galleries)),
+        ("curves", "Curves", _curves(runs, names)),
+        ("classes", "Classes", _classes(finals)),
+        ("ran", "What differs", _differences(runs, names)),
+    ]
+    head = tag("p", f"{len(runs)} runs. Scores are those of last checkpoints, in %.", class_="headline")
+    return page.document(f"Comparison of {len(runs)} runs", head, notes, sections)
+
+
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """A name for each run that no other has."""
+    titles = Counter(run.title for run in runs)
+    names = [run.title if titles[run.title] == 1 else f"{run.title} ({run.folder.name})" for run in runs]
+    return names if len(set(names)) == len(names) else [f"{name} [{i}]" for i, name in enumerate(names, 1)]
+
+
+def _finals(runs: Sequence[Run], names: Sequence[str]) -> list[Column]:
+    """What each run came to: its last adapted stage, else its last one that was scored."""
+    pairs = zip(names, runs, strict=True)
+    found = [(name, run, run.final(ADAPTED) or (run.scored[-1] if run.scored else None)) for name, run in pairs]
+    return [Column(f"{name}: {stage.title}", run, stage) for name, run, stage in found if stage is not None]
+
+
+def _scores(runs: Sequence[Run], names: Sequence[str]) -> Markup:
+    rows = []
+    for name, run in zip(names, runs, strict=True):
+        before, after, best = (run.final(role) for role in (SOURCE_ONLY, ADAPTED, ORACLE))
+        values = [stage.last["miou"] if stage else None for stage in (before, after, best)]
+        mean = after.results.get("mean_of_last", {}) if after else {}
+        chosen = after.results.get("best_on_val_using_target_labels", {}) if after else {}
+        rows.append(
+            [
+                name,
+                run.validation,
+                len(run.classes) or tables.NONE,
+                after.title if after else tables.NONE,
+                *map(tables.percent, values),
+                tables.gain(values[1], values[0]),
+                tables.percent(mean.get("miou")),
+                tables.percent(chosen.get("miou")),
+            ]
+        )
+    head = ["run", "measured on", "classes", "adapted stage", "source only", "adapted", "oracle", "gain"]
+    head += ["adapted, mean of the last few", "adapted, best on val (uses target labels) *"]
+    chosen = "* This checkpoint was chosen with target labels, which an unlabelled target does not have."
+    caption = "mIoU in %, last checkpoint of each stage, except in the column marked *"
+    return join(tables.table(caption, head, rows), tag("p", chosen, class_="faint"))
+
+
+def _over_seeds(runs: Sequence[Run]) -> Markup | None:
+    """Mean and spread of runs that differ in their seed, where there are any."""
+    scored = [run for run in runs if run.scored and "name" in run.config]
+    rows = seeds.rows_of(
+        [
+            {
+                "config": run.config["name"],
+                "benchmark": run.config["benchmark"],
+                "seed": run.config["seed"],
+                "stages": {stage.name: stage.results for stage in run.scored},
+            }
+            for run in scored
+        ]
+    )
+    several = [row for row in rows if len(row.scores["last"]) > 1]
+    if not several:
+        return None
+    head = ["stage", "benchmark", "seeds", *several[0].scores]
+    cells = [[r.title, r.benchmark, len(r.scores["last"]), *map(seeds.spread, r.scores.values())] for r in several]
+    return tables.table("mIoU in %, mean ± standard deviation over seeds. best*: uses target labels", head, cells)
+
+
+def _classes(finals: Sequence[Column]) -> Markup | None:
+    """A table and bars per list of classes: runs on different classes cannot be compared."""
+    groups: dict[tuple[str, ...], list[Column]] = {}
+    for column in finals:
+        groups.setdefault(column.run.classes, []).append(column)
+    parts = []
+    for classes, columns in groups.items():
+        scores = [np.array([np.nan if v is None else v for v in c.stage.last["iou"]]) for c in columns]
+        rows = [[name, *(tables.percent(float(iou[i])) for iou in scores)] for i, name in enumerate(classes)]
+        means = [f"mIoU ({len(classes)} classes)", *(tables.percent(c.stage.last["miou"]) for c in columns)]
+        head = ["class", *(c.name for c in columns)]
+        bars = page.iou_bars(classes, {c.name: (i, c.stage) for i, c in enumerate(columns)})
+        parts += [tables.table("IoU in %, last checkpoint of each run's adapted stage", head, rows, [means]), bars]
+    return join(parts) if parts else None
+
+
+def _curves(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
+    """The curves of each run, beside each other."""
+    parts = []
+    for name, run in zip(names, runs, strict=True):
+        pair = [
+            page.stage_curves(run, "loss", "Loss, as each stage defines it"),
+            page.stage_curves(run, "val/miou", f"mIoU in % on {run.validation}", 100),
+        ]
+        if any(pair):
+            parts.append(join(tag("h3", name), tag("div", pair, class_="charts")))
+    merged = _adapted_curves(runs, names)
+    return join(merged, tag("details", tag("summary", "Run by run"), parts)) if parts else None
+
+
+def _adapted_curves(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
+    """mIoU over the steps of adaptation: the adapted stages of each run, one after the other."""
+    series = []
+    for index, (name, run) in enumerate(zip(names, runs, strict=True)):
+        offset, points = 0, []
+        for stage in run.trainings:
+            if stage.role == ADAPTED:
+                points += [(offset + step, 100 * value) for step, value in stage.curve("val/miou")]
+                offset += stage.steps
+        if points:
+            series.append(charts.Series(name, index, points))
+    if not series:
+        return None
+    chart = charts.line_chart(series, "mIoU in % while adapting", "steps of the adapted stages, one after the other")
+    return tag("figure", chart, tag("figcaption", charts.legend(series)))
+
+
+def _gallery(runs: Sequence[Run], names: Sequence[str], galleries: Mapping[int, Gallery]) -> Markup | None:
+    """The pictures of the first run with what the others' final stages say of them, where they are of the same data."""
+    shown = {i: g for i, g in galleries.items() if g.data == next(iter(galleries.values())).data}
+    if not shown:
+        return None
+    first = next(iter(shown.values()))
+    layers = []
+    for place, picture in enumerate(first.pictures):
+        predicted: dict[str, Any] = {}
+        for index, gallery in shown.items():
+            stage = runs[index].outcome
+            if stage is not None and stage.name in gallery.pictures[place].labels:
+                predicted[f"{names[index]}: {stage.title}"] = gallery.pictures[place].labels[stage.name]
+        layers.append(page.picture_layers(picture, predicted, first.space))
+    return page.slider(first, layers)
+
+
+def _differences(runs: Sequence[Run], names: Sequence[str]) -> Markup:
+    configs = [tables.flat(run.config) | {f"version of {k}": v for k, v in run.versions.items()} for run in runs]
+    fields = sorted(set().union(*configs))
+    rows = []
+    for field in fields:
+        values = [str(config.get(field, tables.NONE)) for config in configs]
+        if len(set(values)) > 1:
+            rows.append([field, *(tag("code", value) for value in values)])
+    return tables.table("Settings and versions that are not the same in all runs", ["field", *names], rows, kind="text")

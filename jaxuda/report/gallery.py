@@ -1,0 +1,143 @@
+"""Pictures for the eye: a few images with their truth, and what each stage says of them.
+
+Predictions need a pass of the network, so they are kept as PNG in the work folder (`pictures/`), under names that
+change with the stage, its checkpoint and the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from jaxuda import data, files, predictor
+from jaxuda.data import encoding
+from jaxuda.data.labels import LabelSpace
+from jaxuda.data.transforms import resize_nearest
+from jaxuda.errors import UserError
+from jaxuda.losses.entropy import entropy_map
+from jaxuda.report.runs import Run, StageRun, label_space, open_split
+
+FOLDER = "pictures"
+WIDEST = 512  # pixels; wider images are shrunk
+
+
+class Picture(NamedTuple):
+    """One image. All maps have its height and width.
+
+    id: of the record.
+    image: (H, W, 3) uint8 RGB.
+    truth: (H, W) uint8 train ids, None without labels.
+    labels: stage -> (H, W) uint8 predicted train ids.
+    entropy: stage -> (H, W) uint8, entropy of the prediction, 0..255 for 0..1.
+    """
+
+    id: str
+    image: np.ndarray
+    truth: np.ndarray | None
+    labels: dict[str, np.ndarray]
+    entropy: dict[str, np.ndarray]
+
+
+class Gallery(NamedTuple):
+    """Pictures of one split. data: its fingerprint. space: its classes and their colours."""
+
+    name: str
+    data: str
+    space: LabelSpace
+    pictures: list[Picture]
+
+
+def make_gallery(run: Run, count: int, stages: Sequence[StageRun] | None = None) -> Gallery:
+    """Images spread evenly over the target's validation split, or over its training images if it has none.
+
+    Args:
+      run: the work folder.
+      count: how many images.
+      stages: whose predictions; default: all trainings that have a checkpoint.
+
+    Raises:
+      UserError: the data are not there any more, no stage has a checkpoint, or a checkpoint is damaged.
+    """
+    records, space = open_target(run)
+    chosen = [stage for stage in (run.trainings if stages is None else stages) if _newest(run.folder / stage.name)]
+    if not chosen:
+        raise UserError(f"no stage in {run.folder} has a checkpoint yet")
+    indices = np.unique(np.linspace(0, len(records) - 1, count).astype(int)).tolist()
+    rows = [records[index] for index in indices]
+    images = [_shrink(row["image"]) for row in rows]
+    truths = [
+        resize_nearest(row["label"], image.shape[1::-1]) if "label" in row else None
+        for row, image in zip(rows, images, strict=True)
+    ]
+    maps = {stage.name: _maps(run, stage, records.fingerprint, indices, rows) for stage in chosen}
+    pictures = [
+        Picture(
+            row["id"],
+            images[place],
+            truths[place],
+            {stage: found[place][0] for stage, found in maps.items()},
+            {stage: found[place][1] for stage, found in maps.items()},
+        )
+        for place, row in enumerate(rows)
+    ]
+    return Gallery(records.name, records.fingerprint, space, pictures)
+
+
+def open_target(run: Run) -> tuple[data.Records, LabelSpace]:
+    """The images that are shown, and the classes of the run; raises UserError if the data are not there any more."""
+    space = label_space(run.config) or open_split(run.config, "source").label_space
+    try:
+        return open_split(run.config, "target", run.config.get("evaluation", {}).get("split")), space
+    except UserError:
+        return open_split(run.config, "target"), space
+
+
+def _shrink(image: np.ndarray) -> np.ndarray:
+    height, width = image.shape[:2]
+    if width <= WIDEST:
+        return image
+    return cv2.resize(image, (WIDEST, round(height * WIDEST / width)), interpolation=cv2.INTER_AREA)
+
+
+def _newest(stage: Path) -> int:
+    """The step of a stage's newest checkpoint, 0 if it has none."""
+    return max((int(path.name) for path in stage.glob("checkpoints/*") if path.name.isdigit()), default=0)
+
+
+def _maps(
+    run: Run, stage: StageRun, fingerprint: str, indices: Sequence[int], rows: Sequence[dict]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Train ids and entropy of each row by one stage, from the files of an earlier call where they are there."""
+    folder = run.folder / FOLDER
+    step = _newest(run.folder / stage.name)
+    key = hashlib.sha256(f"{stage.fingerprint} {step} {fingerprint} {WIDEST}".encode()).hexdigest()[:12]
+    network, found = None, []
+    for index, row in zip(indices, rows, strict=True):
+        paths = [folder / f"{index}-{stage.name}-{kind}-{key}.png" for kind in ("labels", "entropy")]
+        try:
+            maps = tuple(encoding.decode_label(path.read_bytes()) for path in paths)
+        except (OSError, ValueError):
+            network = network or predictor.load(str(run.folder / stage.name))
+            maps = _predict(network, row["image"])
+            with contextlib.suppress(OSError):  # a work folder that cannot be written can be read all the same
+                folder.mkdir(exist_ok=True)
+                for old in folder.glob(f"{index}-{stage.name}-*-*.png"):
+                    old.unlink(missing_ok=True)
+                for path, values in zip(paths, maps, strict=True):
+                    files.write_bytes(path, encoding.encode_label(values))
+        found.append(maps)
+    return found
+
+
+def _predict(network: predictor.Predictor, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    labels, probabilities = network.predict(image)
+    height, width = _shrink(image).shape[:2]
+    entropy = np.asarray(entropy_map(probabilities).sum(-1))
+    entropy = cv2.resize(entropy, (width, height), interpolation=cv2.INTER_AREA)
+    return resize_nearest(labels, (width, height)), np.round(255 * entropy.clip(0, 1)).astype(np.uint8)

@@ -1,0 +1,234 @@
+"""python -m jaxuda.report.pictures KIND --workdir DIR --out FILE [--stages adapt,oracle] [--count 6]
+
+KIND is one of
+  predictions  target images beside their truth and what the stages predict (PNG)
+  entropy      target images beside the entropy of the stages' predictions, dark: sure, bright: unsure (PNG)
+  features     the two main axes (PCA) of features of both domains, by class and by stage (SVG)
+  statistics   how alike the classes are in the class statistics that a sweep collected: cosine of their means (SVG)
+  prototypes   how alike the prototypes of both domains are: cosine, source against target (SVG)
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxuda import data, files, use
+from jaxuda.data import encoding
+from jaxuda.data.labels import LabelSpace, colourise
+from jaxuda.errors import UserError
+from jaxuda.main import MISTAKE
+from jaxuda.models.layers import normalise, resize_labels
+from jaxuda.report import charts
+from jaxuda.report.gallery import Gallery, Picture, make_gallery, open_target
+from jaxuda.report.runs import Run, StageRun, open_split, read_run
+
+HEADING = 22  # pixels, above the columns of a sheet
+POINTS = 40  # pixels per class, domain and stage in a picture of features
+
+
+class Request(NamedTuple):
+    """What is to be drawn. stages: those asked for, or all trainings that have begun. count: of images."""
+
+    run: Run
+    stages: list[StageRun]
+    count: int
+
+
+def predictions(request: Request) -> bytes:
+    """Rows are images, columns image, truth (if there is one) and stages."""
+    gallery = make_gallery(request.run, request.count, request.stages)
+
+    def columns(picture: Picture) -> dict[str, np.ndarray]:
+        truth = {} if picture.truth is None else {"truth": picture.truth}
+        return {name: colourise(ids, gallery.space) for name, ids in (truth | picture.labels).items()}
+
+    return _sheet(gallery, columns)
+
+
+def entropy(request: Request) -> bytes:
+    """Rows are images, columns the image and the entropy of each stage's prediction."""
+    gallery = make_gallery(request.run, request.count, request.stages)
+    return _sheet(gallery, lambda picture: {n: charts.colour_map(e) for n, e in picture.entropy.items()})
+
+
+def _sheet(gallery: Gallery, columns: Callable[[Picture], dict[str, np.ndarray]]) -> bytes:
+    """The images and what `columns` adds to each, all of the size of the first one, under the names of the columns."""
+    height, width = gallery.pictures[0].image.shape[:2]
+    rows = []
+    for picture in gallery.pictures:
+        cells = {"image": picture.image, **columns(picture)}
+        if not rows:
+            rows.append(np.concatenate([_heading(name, width) for name in cells], 1))
+        fitted = [cv2.resize(cell, (width, height), interpolation=cv2.INTER_NEAREST) for cell in cells.values()]
+        rows.append(np.concatenate(fitted, 1))
+    return encoding.encode_image(np.concatenate(rows))
+
+
+def _heading(name: str, width: int) -> np.ndarray:
+    strip = np.full((HEADING, width, 3), 255, np.uint8)
+    where = {"fontFace": cv2.FONT_HERSHEY_SIMPLEX, "fontScale": 0.42, "lineType": cv2.LINE_AA}
+    return cv2.putText(strip, name.replace("_", " "), (4, HEADING - 7), color=(20, 20, 20), thickness=1, **where)
+
+
+def features(request: Request) -> bytes:
+    """For each stage the first two principal axes of the features of both domains together."""
+    run = request.run
+    target, space = open_target(run)
+    source = open_split(run.config, "source")
+    rows = []
+    for stage in request.stages:
+        found = [stage_features(run, stage, records, request.count, space) for records in (source, target)]
+        points, shares = principal_axes(np.concatenate([vectors for vectors, _ in found]))
+        halves = np.split(points, [len(found[0][0])])
+        clouds = [
+            charts.Cloud(
+                name,
+                tuple(space.palette[index].tolist()),
+                *(half[classes == index] for half, (_, classes) in zip(halves, found, strict=True)),
+            )
+            for index, name in enumerate(space.classes)
+        ]
+        rows.append((f"features of {stage.title}; axes hold {100 * shares.sum():.0f}% of the variance", clouds))
+    headings = (f"source: {source.name}", f"target: {target.name}", "class means: source (ring), target (dot)")
+    return charts.standalone(charts.clouds(rows, headings))
+
+
+def stage_features(
+    run: Run, stage: StageRun, records: data.Records, count: int, space: LabelSpace
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features (n, A) of at most `POINTS` pixels per class of `count` images, and their classes (n,).
+
+    Classes are those of the labels, or where the records have none, the predicted ones.
+    """
+    model, variables, config = use.restore(str(run.folder / stage.name), space.num_classes)
+    transform = data.build_transform({"resize": tuple(config.evaluation.size)})
+
+    @jax.jit
+    def forward(variables: dict, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        outputs = model.apply(variables, normalise(image[None], config.preprocess), train=False)
+        return outputs.features[0], jnp.argmax(outputs.main[0], -1).astype(jnp.uint8)
+
+    vectors, classes = [], []
+    for index in np.unique(np.linspace(0, len(records) - 1, count).astype(int)).tolist():
+        record = records[index]
+        image = transform({"image": record["image"]}, np.random.default_rng(index))["image"]
+        maps, predicted = map(np.asarray, forward(variables, image))
+        ids = resize_labels(record["label"], maps.shape[:2]) if "label" in record else predicted
+        vectors.append(maps.reshape(-1, maps.shape[-1]))
+        classes.append(np.asarray(ids).reshape(-1))
+    vectors, classes = np.concatenate(vectors), np.concatenate(classes)
+    rng = np.random.default_rng(0)
+    chosen = [rng.permutation(np.flatnonzero(classes == c))[:POINTS] for c in range(space.num_classes)]
+    chosen = np.concatenate(chosen)
+    return vectors[chosen], classes[chosen]
+
+
+def principal_axes(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates (n, 2) of vectors (n, A) on their two main axes, and the share of the variance on each."""
+    centred = vectors - vectors.mean(0)
+    left, lengths, _ = np.linalg.svd(centred, full_matrices=False)
+    shares = lengths**2 / max((lengths**2).sum(), 1e-30)
+    return left[:, :2] * lengths[:2], shares[:2]
+
+
+def statistics(request: Request) -> bytes:
+    """Cosine between the mean features of the classes."""
+    arrays, names = _artefact(request.run, "class_statistics.npz", ["features_mean"])
+    alike = cosine(arrays["features_mean"], arrays["features_mean"])
+    return _matrix(alike, names, "class statistics: cosine of the mean features")
+
+
+def prototypes(request: Request) -> bytes:
+    """Cosine between the prototypes of the source (rows) and the target (columns)."""
+    arrays, names = _artefact(request.run, "prototypes.npz", ["source", "target"])
+    alike = cosine(arrays["source"], arrays["target"])
+    return _matrix(alike, names, "prototypes: cosine of source (rows) and target (columns)")
+
+
+def _matrix(alike: np.ndarray, names: Sequence[str], title: str) -> bytes:
+    low = np.nanmin(alike) if np.isfinite(alike).any() else 0.0
+    return charts.standalone(charts.heat_map(names, names, alike, title, (min(low, 0.99), 1.0)))
+
+
+def cosine(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Cosine of every row of (n, A) with every row of (m, A); NaN where a row is zero, such as a class never seen."""
+    with np.errstate(invalid="ignore"):
+        ours, theirs = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (ours, theirs))
+    return ours @ theirs.T
+
+
+def _artefact(run: Run, name: str, wanted: Sequence[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Arrays of the file `name` that a stage of the run left, and the names of the classes."""
+    paths = [run.folder / stage.name / "artifacts" / name for stage in run.stages]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        raise UserError(f"no stage in {run.folder} has left {name}: this picture needs a recipe that makes it")
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return {key: saved[key] for key in wanted}, saved["classes"].tolist()
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}): run its stage again with --from_stage") from error
+
+
+KINDS = {
+    "predictions": (predictions, ".png"),
+    "entropy": (entropy, ".png"),
+    "features": (features, ".svg"),
+    "statistics": (statistics, ".svg"),
+    "prototypes": (prototypes, ".svg"),
+}
+
+
+def draw(kind: str, workdir: Path, out: Path, stages: Sequence[str] = (), count: int = 6) -> None:
+    """Draws one picture; the arguments are those of the command.
+
+    Raises:
+      UserError: the file has the wrong suffix, a stage does not exist, or the run has not what the picture needs.
+    """
+    function, suffix = KINDS[kind]
+    if out.suffix != suffix:
+        raise UserError(f"--out {out}: this picture is written as {suffix}; name the file so")
+    run = read_run(workdir)
+    known = [stage for stage in run.trainings if stage.status != "missing"]
+    unknown = sorted(set(stages) - {stage.name for stage in known})
+    if unknown:
+        raise UserError(f"--stages {unknown[0]}: the trainings in {workdir} are {', '.join(s.name for s in known)}")
+    chosen = [stage for stage in known if stage.name in stages] if stages else known
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(out, function(Request(run, chosen, count)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses, draws, says where."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxuda.report.pictures",
+        description=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("kind", choices=KINDS, metavar="KIND")
+    parser.add_argument("--workdir", required=True, type=Path, help="the work folder")
+    parser.add_argument("--out", required=True, type=Path, help="the file to write")
+    parser.add_argument("--stages", default="", help="comma-separated (default: all that train)")
+    parser.add_argument("--count", default=6, type=int, help="number of images (default 6)")
+    args = parser.parse_args(argv)
+    try:
+        draw(args.kind, args.workdir, args.out, [name for name in args.stages.split(",") if name], args.count)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    print(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""What a work folder tells about its run: finished, half-finished, or with parts missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from jaxuda import data, files, pipeline
+from jaxuda.data.labels import LabelSpace
+from jaxuda.errors import UserError
+
+SOURCE_ONLY, ADAPTED, ORACLE, SWEEP = "source only", "adapted", "oracle", "sweep"
+
+
+class StageRun(NamedTuple):
+    """One stage.
+
+    name: of the stage and its folder.
+    role: `SOURCE_ONLY`, `ADAPTED`, `ORACLE` or `SWEEP`.
+    settings: the stage's own section of the config.
+    status: "done", "started" or "missing".
+    fingerprint: of the stage, "" where it has not begun.
+    rows: its lines of metrics.jsonl, by step.
+    evaluations: what was measured on the validation images, by step.
+    results: what it reports when done, else {}.
+    """
+
+    name: str
+    role: str
+    settings: Mapping[str, Any]
+    status: str
+    fingerprint: str
+    rows: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    results: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        """The name for people."""
+        return self.name.replace("_", " ")
+
+    @property
+    def steps(self) -> int:
+        """Training steps that the config asks for."""
+        return int(self.settings.get("steps", 0))
+
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """The last evaluation, of a stage that still runs the latest one; {} if there was none."""
+        return self.results.get("last") or (self.evaluations[-1] if self.evaluations else {})
+
+    @property
+    def scored(self) -> bool:
+        """Whether it has a score, that is, was evaluated on labelled images."""
+        return "confusion" in self.last
+
+    def curve(self, metric: str) -> list[tuple[float, float]]:
+        """(step, value) wherever the metric was logged and is finite; "val/..." is of the evaluations."""
+        # An adopted stage has evaluations of its own but no lines in this folder's metrics.jsonl.
+        own = metric.removeprefix("val/")
+        rows = self.evaluations if own != metric else self.rows
+        points = ((row["step"], row.get(own)) for row in rows)
+        return [(step, value) for step, value in points if isinstance(value, int | float) and math.isfinite(value)]
+
+
+class Run(NamedTuple):
+    """One work folder.
+
+    folder: the work folder.
+    config: the resolved config, {} if config.json is missing.
+    versions: package -> version.
+    revision: the code's git revision, or "".
+    stages: in the order of the pipeline.
+    classes: the names of the classes, () if unknown.
+    validation: what the scores were measured on, or "".
+    notes: what is missing, for the reader.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    versions: Mapping[str, str]
+    revision: str
+    stages: tuple[StageRun, ...]
+    classes: tuple[str, ...]
+    validation: str
+    notes: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """Config, benchmark and seed, or the folder's name."""
+        if "name" not in self.config:
+            return self.folder.name
+        return f"{self.config['name']} on {self.config.get('benchmark', '?')}, seed {self.config.get('seed', '?')}"
+
+    @property
+    def trainings(self) -> list[StageRun]:
+        """The stages that train a network."""
+        return [stage for stage in self.stages if stage.role != SWEEP]
+
+    @property
+    def scored(self) -> list[StageRun]:
+        """The stages with a score."""
+        return [stage for stage in self.trainings if stage.scored]
+
+    @property
+    def outcome(self) -> StageRun | None:
+        """What the run is about: its last adapted stage that has begun, else its last training that has."""
+        begun = [stage for stage in self.trainings if stage.status != "missing"]
+        return next((s for s in reversed(begun) if s.role == ADAPTED), begun[-1] if begun else None)
+
+    def final(self, role: str) -> StageRun | None:
+        """The last stage of a role that has a score; None if there is none."""
+        return next((stage for stage in reversed(self.scored) if stage.role == role), None)
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a work folder.
+
+    Raises:
+      UserError: it is no work folder, or one of its files is damaged.
+    """
+    saved = files.read_json(folder / "config.json") or {}
+    results = files.read_json(folder / "results.json") or {}
+    config = saved.get("config", {})
+    known = config.get("pipeline") or [record.parent.name for record in sorted(folder.glob("*/stage.json"))]
+    if not known and not results:
+        raise UserError(
+            f"{folder} is no work folder: it has neither config.json nor stages; runs are in runs/ by default"
+        )
+    rows = files.read_json_lines(folder / "metrics.jsonl")
+    stages = [_read_stage(folder, name, config, rows, results) for name in known or results["stages"]]
+    stages = [stage for stage in stages if stage is not None]
+    confusion = next((stage.last["confusion"] for stage in stages if stage.scored), [])
+    space = label_space(config)
+    classes = tuple(results.get("classes") or (space.classes if space else ()))
+    if len(classes) != len(confusion) and confusion:
+        classes = tuple(f"class {index}" for index in range(len(confusion)))
+    target, split = config.get("target", {}).get("name", ""), config.get("evaluation", {}).get("split", "")
+    return Run(
+        folder,
+        config,
+        saved.get("versions", {}),
+        saved.get("git") or "",
+        tuple(stages),
+        classes,
+        results.get("validation") or f"{target} {split}".strip(),
+        tuple(_notes(saved, stages)),
+    )
+
+
+def open_split(config: Mapping[str, Any], domain: str, split: str | None = None) -> data.Records:
+    """The records of a run's "source" or "target": of its own split, or of another.
+
+    Raises:
+      UserError: config.json does not tell, or the data are not there any more.
+    """
+    place = config.get(domain, {})
+    if not {"name", "split", "path"} <= place.keys():
+        raise UserError(f"config.json does not tell which data the {domain} has")
+    wanted = {domain: place, "label_space": config.get("label_space", ""), "data_dir": config.get("data_dir", "")}
+    return pipeline.open_records(ConfigDict(wanted), domain, split or place["split"])
+
+
+def label_space(config: Mapping[str, Any]) -> LabelSpace | None:
+    """The classes and colours of a run; None where neither its config nor its source, if it is still there, tells."""
+    try:
+        if config.get("label_space"):
+            return data.labels.label_space(config["label_space"])
+        return open_split(config, "source").label_space
+    except UserError:
+        return None
+
+
+def _read_stage(
+    folder: Path, name: str, config: Mapping[str, Any], rows: list[dict], results: Mapping[str, Any]
+) -> StageRun | None:
+    """One stage of a run; None where its name is not that of a folder in the work folder, or it was left out."""
+    if Path(name).name != name:
+        return None
+    record = files.read_json(folder / name / "stage.json") or {}
+    settings = config.get(name) or record.get("identity") or {}
+    role = _role(settings)
+    reported = files.read_json(folder / name / "results.json") or results.get("stages", {}).get(name) or {}
+    if role == ORACLE and not record and results and not reported:
+        return None  # the target has no labels to train it on
+    status = record.get("status") or ("done" if reported else "missing")
+    return StageRun(
+        name,
+        role,
+        settings,
+        status,
+        record.get("fingerprint", ""),
+        [row for row in rows if row.get("stage") == name and "step" in row],
+        [row for row in files.read_json_lines(folder / name / "evaluations.jsonl") if "step" in row],
+        reported,
+    )
+
+
+def _role(settings: Mapping[str, Any]) -> str:
+    if "sweep" in settings:
+        return SWEEP
+    if len(settings.get("domains", ())) != 1 or settings.get("labels"):
+        return ADAPTED
+    return SOURCE_ONLY if settings["domains"][0] == "source" else ORACLE
+
+
+def _notes(saved: Mapping[str, Any], stages: list[StageRun]) -> list[str]:
+    notes = []
+    if not saved:
+        notes.append("config.json is missing: settings and versions are unknown.")
+    waiting = [stage.title for stage in stages if stage.status == "missing"]
+    running = [stage.title for stage in stages if stage.status == "started"]
+    if waiting or running:
+        parts = [f"not finished: {', '.join(running)}"] if running else []
+        parts += [f"not begun: {', '.join(waiting)}"] if waiting else []
+        notes.append(f"This run is not complete ({'; '.join(parts)}). The same command continues it.")
+    trained = [stage for stage in stages if stage.role != SWEEP and stage.status == "done"]
+    if trained and not any(stage.scored for stage in stages):
+        notes.append("There were no labelled validation images, so there are no scores; see the label-free figures.")
+    adopted = [stage.title for stage in trained if not stage.rows]
+    if adopted:
+        notes.append(f"Taken over from another work folder, where their losses are logged: {', '.join(adopted)}.")
+    return notes

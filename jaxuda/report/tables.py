@@ -1,0 +1,168 @@
+"""The tables of a report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxuda.report.markup import Markup, join, tag
+from jaxuda.report.runs import ADAPTED, ORACLE, SOURCE_ONLY, SWEEP, Run, StageRun
+
+NONE = "-"  # as in the tables on the terminal
+ROLES = {
+    SOURCE_ONLY: "labels of the source alone",
+    ADAPTED: "adapted to the target without its labels",
+    ORACLE: "trained with target labels",
+    SWEEP: "a pass over the data",
+}
+FIGURES = {
+    "entropy": "mean entropy of the predictions, 0 to 1",
+    "diversity": "entropy of the mean prediction, 0 to 1; low: collapsed to few classes",
+    "snd": "soft neighbourhood density",
+}
+
+
+def percent(share: Any) -> str:
+    """A share in percent with one digit; a dash for None and NaN."""
+    return NONE if share is None or not math.isfinite(share) else f"{100 * share:.1f}"
+
+
+def gain(after: Any, before: Any) -> str:
+    """The difference of two shares in points, with its sign."""
+    known = all(value is not None and math.isfinite(value) for value in (after, before))
+    return f"{100 * (after - before):+.1f}" if known else NONE
+
+
+def table(
+    caption: str, head: Sequence[Any], rows: Sequence[Sequence[Any]], foot: Sequence[Sequence[Any]] = (), kind: str = ""
+) -> Markup:
+    """A table whose first column names the rows; it can be scrolled with the keyboard where it is wide."""
+
+    def row(cells: Sequence[Any]) -> Markup:
+        return tag("tr", tag("th", cells[0], scope="row"), [tag("td", cell) for cell in cells[1:]])
+
+    body = tag(
+        "table",
+        tag("caption", caption),
+        tag("thead", tag("tr", [tag("th", cell, scope="col") for cell in head])),
+        tag("tbody", map(row, rows)),
+        tag("tfoot", map(row, foot)) if foot else None,
+        class_=kind or None,
+    )
+    return tag("div", body, class_="scroll", tabindex=0, role="group", aria_label=caption)
+
+
+def results(run: Run) -> Markup:
+    """IoU per class and mean of every stage that was scored, and what else is told of each."""
+    stages = run.scored
+    scores = [np.array([np.nan if v is None else v for v in stage.last["iou"]]) for stage in stages]
+    first, last = run.final(SOURCE_ONLY), run.final(ADAPTED)
+    compared = first is not None and last is not None
+    head = ["class", *(tag("span", s.title, tag("small", _when(s), ROLES[s.role])) for s in stages)]
+    head += [join("gain", tag("small", f"{last.title} over {first.title}"))] if compared else []
+
+    def line(name: str, values: Sequence[Any]) -> list[Any]:
+        found = dict(zip((s.name for s in stages), values, strict=True))
+        difference = [gain(found[last.name], found[first.name])] if compared else []
+        return [name, *map(percent, values), *difference]
+
+    rows = [line(name, [float(iou[index]) for iou in scores]) for index, name in enumerate(run.classes)]
+    means = [stage.results.get("mean_of_last", {}) for stage in stages]
+    count = "/".join(str(n) for n in sorted({m["count"] for m in means if m})) or "few"
+    best = [stage.results.get("best_on_val_using_target_labels", {}) for stage in stages]
+    foot = [
+        line(f"mIoU ({len(run.classes)} classes)", [stage.last["miou"] for stage in stages]),
+        line("pixel accuracy", [stage.last["pixel_accuracy"] for stage in stages]),
+        line(f"mIoU, mean of the last {count} evaluations", [mean.get("miou") for mean in means]),
+        line("mIoU, best on val (uses target labels) *", [found.get("miou") for found in best]),
+    ]
+    caption = f"IoU in % on {run.validation}. Checkpoint: the last of each stage, except in the row marked *."
+    chosen = "* This checkpoint was chosen with target labels, which an unlabelled target does not have."
+    return join(table(caption, head, rows, foot), tag("p", chosen, class_="faint"))
+
+
+def _when(stage: StageRun) -> str | None:
+    step = stage.last.get("step", 0)
+    return None if stage.status == "done" else f"so far: step {step} of {stage.steps}; "
+
+
+def label_free(run: Run) -> Markup | None:
+    """The figures that need no labels, of the last evaluation of each stage; None if nothing was evaluated."""
+    stages = [stage for stage in run.trainings if stage.last]
+    if not stages:
+        return None
+    rows = [
+        [join(name, tag("small", f" {meaning}")), *(_figure(stage.last.get(name)) for stage in stages)]
+        for name, meaning in FIGURES.items()
+    ]
+    return table("Label-free figures, last checkpoint", ["figure", *(stage.title for stage in stages)], rows)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, int | float) and math.isfinite(value) else NONE
+
+
+def confusion(run: Run, stage: StageRun) -> Markup:
+    """Where the pixels of each class went, in % of the class."""
+    counts = np.asarray(stage.last["confusion"], float)
+    total = counts.sum(1, keepdims=True)
+    shares = np.divide(100 * counts, total, out=np.zeros_like(counts), where=total > 0)
+    rows = []
+    for name, row, there in zip(run.classes, shares, total[:, 0], strict=True):
+        cells = (tag("td", f"{v:.0f}" if there else NONE, style=f"--share:{v:.0f}") for v in row)
+        rows.append(tag("tr", tag("th", name, scope="row"), cells))
+    head = tag("tr", tag("td"), [tag("th", name, scope="col") for name in run.classes])
+    caption = f"{stage.title}: rows are the true class, columns the predicted one, in % of the row's pixels"
+    body = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", rows), class_="confusion")
+    return tag("div", body, class_="scroll", tabindex=0, role="group", aria_label=caption)
+
+
+def stages(run: Run) -> Markup:
+    """What ran, stage by stage."""
+    rows = []
+    for stage in run.stages:
+        start = str(stage.settings.get("init", ""))
+        if start.endswith(":best"):
+            start += " (that checkpoint was chosen with target labels)"
+        what = stage.settings.get("train") or stage.settings.get("sweep") or NONE
+        rows.append([stage.title, ROLES[stage.role], what, start or NONE, stage.steps or NONE, stage.status])
+    head = ["stage", "kind", "method or sweep", "starts from", "steps", "status"]
+    return table("Stages, in the order in which they run", head, rows, kind="text")
+
+
+def data(run: Run) -> Markup:
+    """Source, target and what was evaluated."""
+    rows = []
+    for domain in ("source", "target"):
+        place = run.config.get(domain, {})
+        rows.append([domain, place.get("name", NONE), place.get("split", NONE), place.get("path") or NONE])
+    place = run.config.get("target", {})
+    split = run.config.get("evaluation", {}).get("split", NONE)
+    rows.append(["evaluation", place.get("name", NONE), split, place.get("path") or NONE])
+    return table("Data", ["domain", "dataset", "split", "folder"], rows, kind="text")
+
+
+def versions(run: Run) -> Markup:
+    """Packages and the code's revision."""
+    rows = [*run.versions.items(), ("git revision", run.revision or NONE)]
+    return table("Versions", ["package", "version"], rows, kind="text")
+
+
+def settings(config: Mapping[str, Any]) -> Markup:
+    """Every field of a config."""
+    rows = [(field, tag("code", str(value))) for field, value in sorted(flat(config).items())]
+    return table("Settings, as they were used", ["field", "value"], rows, kind="text")
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted field -> value."""
+    found = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found

@@ -1,0 +1,257 @@
+"""Reports of work folders written by hand: no network runs here."""
+
+import html.parser
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxuda import report
+from jaxuda.data.labels import make_label_space
+from jaxuda.errors import UserError
+from jaxuda.metrics import iou, mean_iou, pixel_accuracy
+from jaxuda.report.__main__ import main
+from jaxuda.report.gallery import Gallery, Picture
+from jaxuda.report.page import run_page
+from jaxuda.report.runs import read_run
+
+CLASSES = ["road", "a&b", "<script>alert(1)</script>"]
+EVIL = "\"><img src=x onerror=alert(1)><script>alert(2)</script>'"
+TRAINED = {"init": "scratch", "labels": "", "steps": 20}
+STAGES = {
+    "source_only": {"train": "source_only", "domains": ["source"], **TRAINED},
+    "rank": {"sweep": "entropy_rank", "domains": ["source", "target"], "init": "source_only"},
+    "adapt": {"train": "minent", "domains": ["source", "target"], **TRAINED, "init": "source_only:best"},
+    "oracle": {"train": "source_only", "domains": ["target"], **TRAINED},
+}
+
+
+class Parsed(html.parser.HTMLParser):
+    """elements: (name, attributes). tables: caption -> rows of cells. text: all that is shown."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.elements, self.tables, self.text = [], {}, ""
+        self._rows, self._caption, self._open = [], "", []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag == "table":
+            self._rows, self._caption = [], ""
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "th"):
+            self._rows[-1].append("")
+        self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag, f"{tag} is closed where something else is open"
+        if tag == "table":
+            self.tables[self._caption] = self._rows
+
+    def handle_data(self, data):
+        if not {"style", "script"} & set(self._open):
+            self.text += data
+        if {"td", "th"} & set(self._open):
+            self._rows[-1][-1] += data
+        elif "caption" in self._open:
+            self._caption += data
+
+
+def evaluation(step: int, seed: int) -> dict:
+    confusion = np.random.default_rng([seed, step]).integers(0, 1000, (3, 3))
+    confusion[2] = confusion[:, 2] = 0
+    scores = {"miou": mean_iou(confusion), "pixel_accuracy": pixel_accuracy(confusion)}
+    values = [None if np.isnan(v) else float(v) for v in iou(confusion)]
+    figures = {"entropy": 0.25, "diversity": 0.5, "snd": 4.0}
+    return {"step": step, **scores, **figures, "iou": values, "confusion": confusion.tolist()}
+
+
+def draw_run(folder: Path, *, done: int = 4, seed: int = 0, labelled: bool = True, stages=STAGES, **config) -> Path:
+    """A work folder in which the first `done` stages are done and the next one is half done."""
+    folder.mkdir(parents=True)
+    domain = {"name": "folder", "path": EVIL, "split": "train"}
+    settings = {"name": "minent", "benchmark": "tiny", "seed": seed, "label_space": "", "pipeline": list(stages)}
+    settings |= {"source": domain, "target": domain, "evaluation": {"split": "val"}, **stages, **config}
+    saved = {"config": settings, "versions": {"jax": "1.2.3"}, "git": "abc"}
+    (folder / "config.json").write_text(json.dumps(saved))
+    rows, reported = [], {}
+    for index, (name, own) in enumerate(stages.items()):
+        if index > done:
+            break
+        (folder / name).mkdir()
+        status = "done" if index < done else "started"
+        record = {"status": status, "fingerprint": name, "identity": own}
+        (folder / name / "stage.json").write_text(json.dumps(record))
+        reported[name] = {}
+        if "sweep" in own:
+            continue
+        steps = (10, 20) if status == "done" else (10,)
+        rows += [{"stage": name, "step": s, "time": 0.0, "loss": 1 / s, "ce": 1.0, "images_per_s": 1} for s in steps]
+        found = [evaluation(s, seed + index) for s in steps]
+        if not labelled:
+            found = [{k: row[k] for k in ("step", "entropy", "diversity", "snd")} for row in found]
+        (folder / name / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+        if status == "done":
+            reported[name] = {"step": 20, "last": found[-1]}
+            if labelled:
+                best = max(found, key=lambda row: row["miou"])
+                mean = float(np.mean([row["miou"] for row in found]))
+                reported[name]["mean_of_last"] = {"count": 2, "miou": mean}
+                reported[name]["best_on_val_using_target_labels"] = {"step": best["step"], "miou": best["miou"]}
+            (folder / name / "results.json").write_text(json.dumps(reported[name]))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": "ada')
+    if done == len(stages):
+        validation = "folder val" if labelled else None
+        results = {"config": "minent", "benchmark": "tiny", "seed": seed, "validation": validation}
+        (folder / "results.json").write_text(json.dumps({**results, "classes": CLASSES, "stages": reported}))
+    return folder
+
+
+def hostile_gallery() -> Gallery:
+    space = make_label_space("mine", {name: (80 * index, 10, 20) for index, name in enumerate(CLASSES)})
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 255, (20, 30, 3)).astype(np.uint8)
+    ids = rng.integers(0, 3, (20, 30)).astype(np.uint8)
+    picture = Picture(EVIL, image, ids, {"source_only": ids, "adapt": ids}, {"adapt": 80 * ids})
+    return Gallery("folder val", "0", space, [picture, picture])
+
+
+def assert_harmless(page: str) -> Parsed:
+    """One script, which is ours; nothing that is fetched; no handlers in attributes."""
+    parsed = Parsed(page)
+    assert [name for name, _ in parsed.elements].count("script") == 1
+    for name, attributes in parsed.elements:
+        assert not [key for key in attributes if key.startswith("on")], (name, attributes)
+        assert attributes.get("src", "data:").startswith("data:")
+        assert attributes.get("href", "#").startswith("#")
+    assert not {"link", "iframe", "object", "base", "form"} & {name for name, _ in parsed.elements}
+    assert not re.search(r"https?://|url\(|@import", page)
+    return parsed
+
+
+def test_everything_from_data_is_escaped_and_nothing_is_fetched(tmp_path) -> None:
+    folder = draw_run(tmp_path / "run", name=EVIL, note={EVIL: EVIL})
+    page = run_page(read_run(folder), hostile_gallery(), [EVIL])
+    parsed = assert_harmless(page)
+    assert "<script>alert(1)</script>" in parsed.text and EVIL in parsed.text
+    assert sum(name == "img" for name, _ in parsed.elements) == 2 * 5
+
+
+def test_table_holds_the_numbers_of_the_results(tmp_path) -> None:
+    folder = draw_run(tmp_path / "run")
+    parsed = assert_harmless(report.write([folder]).read_text())
+    results = json.loads((folder / "results.json").read_text())["stages"]
+    caption = "IoU in % on folder val. Checkpoint: the last of each stage, except in the row marked *."
+    head, *rows = parsed.tables[caption]
+    titles = ("class", "source only", "adapt", "oracle", "gain")
+    assert all(cell.startswith(name) for cell, name in zip(head, titles, strict=True))
+    found = {cells[0]: cells[1:] for cells in rows}
+    names = ("source_only", "adapt", "oracle")
+
+    def shown(values) -> list[str]:
+        return ["-" if value is None else f"{100 * value:.1f}" for value in values]
+
+    for index, name in enumerate(CLASSES):
+        assert found[name][:3] == shown(results[stage]["last"]["iou"][index] for stage in names)
+    assert found["mIoU (3 classes)"][:3] == shown(results[stage]["last"]["miou"] for stage in names)
+    assert found["pixel accuracy"][:3] == shown(results[stage]["last"]["pixel_accuracy"] for stage in names)
+    mean = found["mIoU, mean of the last 2 evaluations"]
+    assert mean[:3] == shown(results[stage]["mean_of_last"]["miou"] for stage in names)
+    best = found["mIoU, best on val (uses target labels) *"]
+    assert best[:3] == shown(results[stage]["best_on_val_using_target_labels"]["miou"] for stage in names)
+    gained = results["adapt"]["last"]["miou"] - results["source_only"]["last"]["miou"]
+    assert found["mIoU (3 classes)"][3] == f"{100 * gained:+.1f}"
+    assert "chosen with target labels" in parsed.tables["Stages, in the order in which they run"][3][3]
+    confusion = next(rows for caption, rows in parsed.tables.items() if caption.startswith("adapt: rows"))
+    counts = np.array(results["adapt"]["last"]["confusion"])
+    assert confusion[1][1:] == [f"{100 * count / counts[0].sum():.0f}" for count in counts[0]]
+    assert confusion[3][1:] == ["-", "-", "-"]
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 3])
+def test_half_finished_runs_say_what_is_missing(tmp_path, done: int) -> None:
+    folder = draw_run(tmp_path / "run", done=done)
+    parsed = assert_harmless(report.write([folder]).read_text())
+    assert "This run is not complete" in parsed.text
+    assert ("so far: step 10 of 20" in parsed.text) == (done != 1)  # the second stage is a sweep
+    status = {row[0]: row[-1] for row in parsed.tables["Stages, in the order in which they run"][1:]}
+    expected = ["done"] * done + ["started"] + ["missing"] * (3 - done)
+    assert list(status.values()) == expected
+
+
+def test_runs_without_labels_show_label_free_figures(tmp_path) -> None:
+    stages = {name: own for name, own in STAGES.items() if name != "oracle"}
+    folder = draw_run(tmp_path / "run", done=3, labelled=False, stages=stages)
+    parsed = assert_harmless(report.write([folder]).read_text())
+    assert "no labelled validation images" in parsed.text
+    assert parsed.tables["Label-free figures, last checkpoint"][1][1:] == ["0.250", "0.250"]
+
+
+def test_missing_parts_are_survived(tmp_path) -> None:
+    only_results = draw_run(tmp_path / "a")
+    for path in sorted(only_results.rglob("*"), reverse=True):
+        if path.name != "results.json" or path.parent != only_results:
+            path.rmdir() if path.is_dir() else path.unlink()
+    parsed = assert_harmless(report.write([only_results]).read_text())
+    assert "config.json is missing" in parsed.text and "mIoU (3 classes)" in parsed.text
+
+    nothing_logged = draw_run(tmp_path / "b")
+    (nothing_logged / "metrics.jsonl").unlink()
+    parsed = assert_harmless(report.write([nothing_logged]).read_text())
+    assert "Taken over from another work folder" in parsed.text
+
+    just_begun = draw_run(tmp_path / "c", done=0)
+    for name in ("stage.json", "evaluations.jsonl"):
+        (just_begun / "source_only" / name).unlink()
+    (just_begun / "metrics.jsonl").unlink()
+    assert_harmless(report.write([just_begun]).read_text())
+
+
+def test_stage_names_do_not_lead_out_of_the_work_folder(tmp_path) -> None:
+    folder = draw_run(tmp_path / "run", done=0, stages={"../outside": STAGES["adapt"], "adapt": STAGES["adapt"]})
+    assert [stage.name for stage in read_run(folder).stages] == ["adapt"]
+
+
+def test_comparison(tmp_path) -> None:
+    folders = [draw_run(tmp_path / f"run{seed}", seed=seed) for seed in (1, 7)]
+    page = report.write(folders, tmp_path / "out" / "both.html").read_text()
+    parsed = assert_harmless(page)
+    head, *rows = parsed.tables["mIoU in %, last checkpoint of each stage, except in the column marked *"]
+    for folder, row in zip(folders, rows, strict=True):
+        results = json.loads((folder / "results.json").read_text())["stages"]
+        found = dict(zip(head, row, strict=True))
+        for column, stage in (("source only", "source_only"), ("adapted", "adapt"), ("oracle", "oracle")):
+            assert found[column] == f"{100 * results[stage]['last']['miou']:.1f}"
+    over_seeds = next(rows for caption, rows in parsed.tables.items() if "over seeds" in caption)
+    assert ["minent: adapt", "tiny", "2"] in [row[:3] for row in over_seeds]
+    differing = parsed.tables["Settings and versions that are not the same in all runs"]
+    assert ["seed", "1", "7"] in differing and not any(row[0] == "adapt.steps" for row in differing)
+    per_class = parsed.tables["IoU in %, last checkpoint of each run's adapted stage"]
+    assert [row[0] for row in per_class[1:]] == [*CLASSES, "mIoU (3 classes)"]
+
+
+def test_runs_of_one_name_are_told_apart_and_unfinished_ones_compared(tmp_path) -> None:
+    folders = [draw_run(tmp_path / place / "run", done=done) for place, done in (("x", 4), ("y", 0), ("z", 1))]
+    parsed = assert_harmless(report.write(folders, tmp_path / "both.html").read_text())
+    rows = parsed.tables["mIoU in %, last checkpoint of each stage, except in the column marked *"][1:]
+    assert len({row[0] for row in rows}) == 3
+
+
+def test_command(tmp_path, capsys) -> None:
+    folder = draw_run(tmp_path / "run")
+    assert main(["--workdir", str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    assert main(["--workdir", str(folder), str(folder)]) == 2
+    assert "--out" in capsys.readouterr().err
+    assert main(["--workdir", str(tmp_path)]) == 2
+    assert "is no work folder" in capsys.readouterr().err
+    with pytest.raises(UserError, match="damaged"):
+        (folder / "config.json").write_text("{")
+        read_run(folder)
