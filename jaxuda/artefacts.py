@@ -1,4 +1,4 @@
-"""Files of numbers that a sweep hands to a training stage: npz, checked to be of the same network and classes."""
+"""Files of numbers that a sweep hands to a training stage: npz, checked to be of the same classes and network."""
 
 from __future__ import annotations
 
@@ -24,51 +24,72 @@ def network_name(model: DeepLabV2) -> str:
 
 
 def write_arrays(
-    path: Path, arrays: Mapping[str, np.ndarray], model: DeepLabV2, channels: int, classes: Sequence[str]
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    classes: Sequence[str],
+    network: tuple[DeepLabV2, int] | None = None,
 ) -> None:
-    """Writes `arrays` with the network, its number of feature channels and the class names beside them."""
+    """Writes `arrays` with the class names beside them, and the network they are of.
+
+    Args:
+      path: the file.
+      arrays: by name.
+      classes: names in the order of the train ids.
+      network: with the number of channels of its features; None where no network was at work.
+    """
+    identity = {"classes": np.array(classes, dtype=str)}
+    if network is not None:
+        model, channels = network
+        identity |= {"network": np.array(network_name(model)), "channels": np.int64(channels)}
     buffer = io.BytesIO()
-    identity = {
-        "classes": np.array(classes, dtype=str),
-        "network": np.array(network_name(model)),
-        "channels": np.int64(channels),
-    }
     np.savez(buffer, **arrays, **identity)
     files.write_bytes(path, buffer.getvalue())
 
 
 def read_arrays(
-    path: Path, what: str, names: Sequence[str], model: DeepLabV2, channels: int, classes: Sequence[str] | None = None
+    path: Path,
+    what: str,
+    names: Sequence[str],
+    num_classes: int,
+    classes: Sequence[str] | None = None,
+    network: tuple[DeepLabV2, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Reads what `write_arrays` wrote.
 
     Args:
       path: the file.
       what: its content, in the plural, for messages.
-      names: the arrays that it must hold.
-      model: the network that is going to use them.
-      channels: the number of channels of its features.
+      names: arrays that it must hold.
+      num_classes: C of the network that is going to use them.
       classes: its class names in order; None where only their number is known.
+      network: that network and the number of channels of its features, if the arrays must be of the same.
+
+    Returns:
+      All arrays of the file.
 
     Raises:
       UserError: the file is missing or damaged, or comes from another network or label space.
     """
     try:
         with np.load(path, allow_pickle=False) as saved:
-            arrays = {name: saved[name] for name in names}
-            known, network = tuple(saved["classes"].tolist()), str(saved["network"])
-            found = int(saved["channels"])
+            arrays = {name: saved[name] for name in saved.files}
+        known = tuple(arrays.pop("classes").tolist())
+        missing = [name for name in names if name not in arrays]
+        if missing:
+            raise KeyError(missing[0])
+        if network is not None:
+            theirs, found = str(arrays.pop("network")), int(arrays.pop("channels"))
     except FileNotFoundError as error:
         raise UserError(f"there are no {what} in {path.parent}: {REMEDY}") from error
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it, then {REMEDY}") from error
-    if network != network_name(model) or found != channels:
+    if network is not None and (theirs, found) != (network_name(network[0]), network[1]):
         raise UserError(
-            f"{path} holds {what} of another network: {network}, {found} channels, against "
-            f"{network_name(model)}, {channels} channels here; {REMEDY}"
+            f"{path} holds {what} of another network: {theirs}, {found} channels, against "
+            f"{network_name(network[0])}, {network[1]} channels here; {REMEDY}"
         )
-    if len(known) != model.num_classes or (classes is not None and known != tuple(classes)):
-        ours = f"{model.num_classes}" if classes is None else f"{len(classes)} ({', '.join(classes)})"
+    if len(known) != num_classes or (classes is not None and known != tuple(classes)):
+        ours = f"{num_classes}" if classes is None else f"{len(classes)} ({', '.join(classes)})"
         raise UserError(
             f"{path} holds {what} of another label space: {len(known)} classes ({', '.join(known)}), against "
             f"{ours} here; {REMEDY}"

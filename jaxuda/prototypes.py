@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jaxuda.artefacts import read_arrays, write_arrays
+from jaxuda.artefacts import REMEDY, read_arrays, write_arrays
 from jaxuda.errors import UserError
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.heads import ProjectionHead
@@ -41,7 +41,7 @@ def write_prototypes(
     """Writes `FILE` in `folder`: the memories, and the head whose output they live in."""
     arrays = {name: np.asarray(value) for name, value in memories._asdict().items()}
     arrays |= {name: np.asarray(value) for name, value in _flat(projection).items()}
-    write_arrays(folder / FILE, {**arrays, "kind": np.array(kind)}, model, memories.source.shape[1], classes)
+    write_arrays(folder / FILE, {**arrays, "kind": np.array(kind)}, classes, (model, memories.source.shape[1]))
 
 
 def read_prototypes(
@@ -52,20 +52,24 @@ def read_prototypes(
     Args:
       folder: where `FILE` lies.
       kind: of the projection head that is going to be used with them.
-      model, channels, classes: as in `artefacts.read_arrays`.
+      model, channels: the network that is going to use them, and the number of channels of its features.
+      classes: as in `artefacts.read_arrays`.
 
     Raises:
       UserError: the file is missing or damaged, or comes from another network, head or label space.
     """
-    path, what = folder / FILE, "prototypes"
-    found = str(read_arrays(path, what, ["kind"], model, channels, classes)["kind"])
-    if found != kind:
+    path = folder / FILE
+    names = [*Memories._fields, "kind"]
+    arrays = read_arrays(path, "prototypes", names, model.num_classes, classes, (model, channels))
+    if arrays["kind"] != kind:
         raise UserError(
-            f"{path} holds prototypes made with projection={found!r}, but this stage has projection={kind!r}: set the "
-            "same in both stages"
+            f"{path} holds prototypes made with projection={str(arrays['kind'])!r}, but this stage has "
+            f"projection={kind!r}: set the same in both stages"
         )
     like = jax.eval_shape(lambda key: init_projection(key, kind, channels), jax.random.key(0))
-    arrays = read_arrays(path, what, [*Memories._fields, *_flat(like)], model, channels, classes)
+    lost = [name for name in _flat(like) if name not in arrays]
+    if lost:
+        raise UserError(f"{path} is damaged ({lost[0]} is missing): delete it, then {REMEDY}")
     memories = Memories(**{name: arrays[name] for name in Memories._fields})
     return memories, traverse_util.unflatten_dict({name: arrays[name] for name in _flat(like)}, sep=".")
 

@@ -7,8 +7,6 @@ here on arrays runs on NumPy arrays in the sweep and on JAX arrays inside the tr
 
 from __future__ import annotations
 
-import io
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxuda import files
+from jaxuda.artefacts import REMEDY, read_arrays, write_arrays
 from jaxuda.errors import UserError
 from jaxuda.losses.segmentation import IGNORE
 from jaxuda.models.layers import resize_labels
@@ -27,7 +25,6 @@ FILE = "context_relations.npz"
 CELLS = 4  # label cells per feature cell, in each direction
 QUARTERS, DIRECTIONS = 4, 4  # of the layout histogram: 2 x 2 quarters, edges across 0, 45, 90 and 135 degrees
 LAYOUT_WEIGHT = 0.5
-_REMEDY = "run the stage that finds the relations again (--from_stage NAME)"
 
 
 class Relations(NamedTuple):
@@ -149,9 +146,7 @@ def class_relations(num_classes: int) -> Relations:
 def write_relations(folder: Path, found: Mapping[int, Relations], classes: Sequence[str]) -> None:
     """Writes `FILE` in `folder`: the relations by region size, and the class names beside them."""
     arrays = {f"{name}{size}": array for size, kind in found.items() for name, array in kind._asdict().items()}
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays, classes=np.array(classes, dtype=str))
-    files.write_bytes(folder / FILE, buffer.getvalue())
+    write_arrays(folder / FILE, arrays, classes)
 
 
 def read_relations(
@@ -169,24 +164,11 @@ def read_relations(
       UserError: the file is missing or damaged, belongs to another label space, or lacks a region size.
     """
     path = folder / FILE
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            arrays = {name: saved[name] for name in saved.files}
-        known = tuple(arrays["classes"].tolist())
-    except FileNotFoundError as error:
-        raise UserError(f"there are no context relations in {folder}: {_REMEDY}") from error
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, then {_REMEDY}") from error
-    if len(known) != num_classes or (classes is not None and known != tuple(classes)):
-        ours = f"{num_classes}" if classes is None else f"{len(classes)} ({', '.join(classes)})"
-        raise UserError(
-            f"{path} holds relations of another label space: {len(known)} classes ({', '.join(known)}), against "
-            f"{ours} here; {_REMEDY}"
-        )
+    arrays = read_arrays(path, "context relations", (), num_classes, classes)
     missing = [size for size in sizes if not {f"{name}{size}" for name in Relations._fields} <= arrays.keys()]
     if missing:
         raise UserError(
             f"{path} has no relations of region size {missing[0]}: give the stage that finds them and the one that "
-            f"learns from them the same region_sizes, then {_REMEDY}"
+            f"learns from them the same region_sizes, then {REMEDY}"
         )
     return {size: Relations(*(arrays[f"{name}{size}"] for name in Relations._fields)) for size in sizes}

@@ -29,7 +29,7 @@ def write_statistics(folder: Path, statistics: LevelStatistics, model: DeepLabV2
         for level, stats in statistics._asdict().items()
         for name, value in stats._asdict().items()
     }
-    write_arrays(folder / FILE, arrays, model, statistics.features.mean.shape[1], classes)
+    write_arrays(folder / FILE, arrays, classes, (model, statistics.features.mean.shape[1]))
 
 
 def read_statistics(
@@ -47,7 +47,7 @@ def read_statistics(
       UserError: the file is missing or damaged, or comes from another network or label space.
     """
     names = [f"{level}_{name}" for level in LevelStatistics._fields for name in ClassStatistics._fields]
-    arrays = read_arrays(folder / FILE, "class statistics", names, model, channels, classes)
+    arrays = read_arrays(folder / FILE, "class statistics", names, model.num_classes, classes, (model, channels))
     return LevelStatistics(
         **{
             level: ClassStatistics(*(arrays[f"{level}_{name}"] for name in ClassStatistics._fields))
