@@ -77,7 +77,7 @@ def parameter_group(path: tuple[str, ...], train_norm: bool) -> str:
     them a different number of times; "norm" is the affine part of batch normalisation.
     """
     player, *rest = path
-    if player == "discriminator":
+    if player in ("discriminator", "projection"):
         return player
     if player != "model" or rest[0] != "backbone":
         return "head"  # also what a method adds beside the network, such as a second classifier
