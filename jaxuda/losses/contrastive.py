@@ -232,7 +232,8 @@ def nearest_prototype_labels(
 
 def _flat(features: jax.Array) -> jax.Array:
     """(..., A) -> (P, A), at least float32."""
-    return features.reshape(-1, features.shape[-1]).astype(jnp.promote_types(features.dtype, jnp.float32))
+    features = jnp.asarray(features).reshape(-1, features.shape[-1])
+    return features.astype(jnp.promote_types(features.dtype, jnp.float32))
 
 
 def _seen(memory: jax.Array) -> jax.Array:
