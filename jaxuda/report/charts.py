@@ -15,7 +15,7 @@ from jaxuda.report.markup import Markup, join, tag
 
 COLOURS = 6  # that chart.css defines; further series repeat them with dashes
 WIDTH, HEIGHT = 640, 280
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 24, 40
+LEFT, RIGHT, TOP, BOTTOM = 52, 18, 24, 40
 FEW = 12  # points of a curve that are drawn as dots, too
 _LETTER = 6.2  # rough width of a letter, in the units of the drawing
 
