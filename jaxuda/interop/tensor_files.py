@@ -26,7 +26,7 @@ from jaxuda.interop import pickles
 from jaxuda.interop.pickles import Storage, Tensor, shown
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-_MAX_DIRECTORY = 64 * 2**20  # bytes of a zip's or a safetensors file's table of contents
+_MAX_DIRECTORY = 16 * 2**20  # bytes of a zip's or a safetensors file's table of contents
 _MAX_NESTING = 16
 _SAFETENSORS = {
     "F64": np.float64,
