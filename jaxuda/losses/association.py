@@ -166,7 +166,7 @@ def _pairs(maps: jax.Array) -> jax.Array:
 
 
 class _Sides(NamedTuple):
-    """One image's part in its similarities: its map (L, A); 1 / length of each row (L,), or for "kl" its logarithm."""
+    """One image in its similarities: its map (L, A), and 1 / length of each row (L,) or, for "kl", its logarithm."""
 
     map: jax.Array
     other: jax.Array
