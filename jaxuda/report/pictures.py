@@ -3,7 +3,8 @@
 KIND is one of
   predictions  target images beside their truth and what the stages predict (PNG)
   entropy      target images beside the entropy of the stages' predictions, dark: sure, bright: unsure (PNG)
-  features     the two main axes (PCA) of features of both domains, by class and by stage (SVG)
+  features     features of both domains in two dimensions, by class and by stage (SVG): their main axes, or with
+               --projection tsne an embedding that keeps neighbours together, whose distances mean little
   statistics   how alike the classes are in the class statistics that a sweep collected: cosine of their means (SVG)
   prototypes   how alike the prototypes of both domains are: cosine, source against target (SVG)
 """
@@ -37,11 +38,16 @@ POINTS = 40  # pixels per class, domain and stage in a picture of features
 
 
 class Request(NamedTuple):
-    """What is to be drawn. stages: those asked for, or all trainings that have begun. count: of images."""
+    """What is to be drawn.
+
+    stages: those asked for, or all trainings that have begun. count: of images. projection: of features, "pca" or
+    "tsne".
+    """
 
     run: Run
     stages: list[StageRun]
     count: int
+    projection: str
 
 
 def predictions(request: Request) -> bytes:
@@ -81,14 +87,19 @@ def _heading(name: str, width: int) -> np.ndarray:
 
 
 def features(request: Request) -> bytes:
-    """For each stage the first two principal axes of the features of both domains together."""
+    """For each stage the features of both domains, projected together."""
     run = request.run
     target, space = open_target(run)
     source = open_split(run.config, "source")
     rows = []
     for stage in request.stages:
         found = [stage_features(run, stage, records, request.count, space) for records in (source, target)]
-        points, shares = principal_axes(np.concatenate([vectors for vectors, _ in found]))
+        vectors = np.concatenate([vectors for vectors, _ in found])
+        if request.projection == "tsne":
+            points, told = neighbours(vectors), "t-SNE"
+        else:
+            points, shares = principal_axes(vectors)
+            told = f"PCA, {100 * shares.sum():.0f}% of the variance"
         halves = np.split(points, [len(found[0][0])])
         clouds = [
             charts.Cloud(
@@ -98,7 +109,7 @@ def features(request: Request) -> bytes:
             )
             for index, name in enumerate(space.classes)
         ]
-        rows.append((f"features of {stage.title}; axes hold {100 * shares.sum():.0f}% of the variance", clouds))
+        rows.append((f"features of {stage.title}: {told}", clouds))
     headings = (f"source: {source.name}", f"target: {target.name}", "class means: source (ring), target (dot)")
     return charts.standalone(charts.clouds(rows, headings))
 
@@ -139,6 +150,14 @@ def principal_axes(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     left, lengths, _ = np.linalg.svd(centred, full_matrices=False)
     shares = lengths**2 / max((lengths**2).sum(), 1e-30)
     return left[:, :2] * lengths[:2], shares[:2]
+
+
+def neighbours(vectors: np.ndarray) -> np.ndarray:
+    """t-SNE of vectors (n, A) in two dimensions, (n, 2); the same at every call."""
+    from sklearn.manifold import TSNE  # here: slow to import, and only this picture needs it
+
+    perplexity = min(30, (len(vectors) - 1) / 3)
+    return TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(vectors)
 
 
 def statistics(request: Request) -> bytes:
@@ -189,7 +208,9 @@ KINDS = {
 }
 
 
-def draw(kind: str, workdir: Path, out: Path, stages: Sequence[str] = (), count: int = 6) -> None:
+def draw(
+    kind: str, workdir: Path, out: Path, stages: Sequence[str] = (), count: int = 6, projection: str = "pca"
+) -> None:
     """Draws one picture; the arguments are those of the command.
 
     Raises:
@@ -205,7 +226,7 @@ def draw(kind: str, workdir: Path, out: Path, stages: Sequence[str] = (), count:
         raise UserError(f"--stages {unknown[0]}: the trainings in {workdir} are {', '.join(s.name for s in known)}")
     chosen = [stage for stage in known if stage.name in stages] if stages else known
     out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(out, function(Request(run, chosen, count)))
+    files.write_bytes(out, function(Request(run, chosen, count, projection)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -220,9 +241,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, help="the file to write")
     parser.add_argument("--stages", default="", help="comma-separated (default: all that train)")
     parser.add_argument("--count", default=6, type=int, help="number of images (default 6)")
+    parser.add_argument("--projection", default="pca", choices=["pca", "tsne"], help="of features (default pca)")
     args = parser.parse_args(argv)
+    stages = [name for name in args.stages.split(",") if name]
     try:
-        draw(args.kind, args.workdir, args.out, [name for name in args.stages.split(",") if name], args.count)
+        draw(args.kind, args.workdir, args.out, stages, args.count, args.projection)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE

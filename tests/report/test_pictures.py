@@ -172,6 +172,16 @@ def test_principal_axes() -> None:
     assert np.var(points[:, 0]) > np.var(points[:, 1])
 
 
+def test_neighbours_stay_together() -> None:
+    rng = np.random.default_rng(0)
+    vectors = np.concatenate([rng.normal(size=(15, 9)) + 40 * shift for shift in (0, 1)])
+    points = pictures.neighbours(vectors)
+    apart = np.linalg.norm(points[:, None] - points, axis=-1)
+    nearest = np.argsort(apart, axis=1)[:, 1]
+    assert points.shape == (30, 2) and ((nearest < 15) == (np.arange(30) < 15)).all()
+    np.testing.assert_array_equal(points, pictures.neighbours(vectors))
+
+
 def test_similarities_are_of_the_artefacts(tmp_path) -> None:
     names = ("<b>road</b>", "sky", "never seen")
     (tmp_path / "config.json").write_text(json.dumps({"config": {"pipeline": ["collect"], "collect": {"sweep": "x"}}}))
