@@ -16,6 +16,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import tensorflow_datasets as tfds
 
+from jaxuda import files
 from jaxuda.data import encoding, labels
 from jaxuda.errors import UserError
 
@@ -153,9 +154,14 @@ class Subset(Sequence):
         return self._records[self._indices[index]]
 
 
+def write_split(folder: Path, part: str, ids: Sequence[str]) -> None:
+    """Writes one list of a ranking, `EASY` or `HARD`: an id per line."""
+    files.write_bytes(folder / part, "".join(f"{name}\n" for name in ids).encode())
+
+
 def read_split(folder: Path, part: str) -> list[str]:
-    """The ids in one list of a ranking, `EASY` or `HARD`."""
-    return (folder / part).read_text().split()
+    """What `write_split` wrote."""
+    return (folder / part).read_text(encoding="utf-8").removesuffix("\n").split("\n")
 
 
 def load(

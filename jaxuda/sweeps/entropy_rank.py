@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxuda import files, parallel
-from jaxuda.data.records import EASY, HARD
+from jaxuda.data.records import EASY, HARD, write_split
 from jaxuda.errors import UserError
 from jaxuda.losses.entropy import entropy_map
 from jaxuda.models.deeplab import DeepLabV2
@@ -76,7 +76,7 @@ def run(
     table = "".join(f"{name},{value:.8f}\n" for name, value in zip(ids, found, strict=True))
     files.write_bytes(folder / SCORES, f"id,score\n{table}".encode())
     for name, part in ((EASY, easy), (HARD, hard)):
-        files.write_bytes(folder / name, "".join(f"{identity}\n" for identity in part).encode())
+        write_split(folder, name, part)
     say(f"{len(easy)} easy and {len(hard)} hard images; scores from {min(found):.4f} to {max(found):.4f}")
 
 

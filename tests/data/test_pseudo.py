@@ -6,7 +6,7 @@ import pytest
 from jaxuda.data import PseudoLabelled
 from jaxuda.data.labels import make_label_space
 from jaxuda.data.pseudo import LABELS, write_pseudo_label
-from jaxuda.data.records import Subset
+from jaxuda.data.records import EASY, Subset, read_split, write_split
 from jaxuda.errors import UserError
 
 SPACE = make_label_space("two", {"ground": (10, 20, 30), "sky": (0, 0, 200)})
@@ -48,6 +48,11 @@ def test_labels_of_other_data(images: Images, tmp_path) -> None:
         PseudoLabelled(images, tmp_path, SPACE)
     with pytest.raises(UserError, match="is 6x5, unlike its image"):
         PseudoLabelled(Images(images[:1]), tmp_path, SPACE)[0]
+
+
+def test_ids_with_blanks_are_kept_in_a_split(tmp_path) -> None:
+    write_split(tmp_path, EASY, ["my photo 1", "b"])
+    assert read_split(tmp_path, EASY) == ["my photo 1", "b"]
 
 
 def test_subset(images: Images) -> None:
