@@ -263,7 +263,7 @@ class Examples:
                         return f"{differs} (upright, as its EXIF tag says)"
                     remark, label = f"{differs}; it was resized to that", resize_nearest(label, (width, height))
                     stored = encoding.encode_label(label)
-                pixels = np.bincount(label.ravel(), minlength=256)
+                pixels = encoding.count_ids(label)
                 unknown = np.flatnonzero((pixels > 0) & ~self._known)
                 if len(unknown):
                     return f"{file}: holds ids that the dataset does not name: {', '.join(map(str, unknown))}"

@@ -85,6 +85,15 @@ def test_check_image_sees_what_opencv_hides():
         encoding.check_image(_bytes(Image.new("RGB", (4, 4)), "BMP"))
 
 
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (4200, 4100)])
+def test_ids_are_counted_exactly(size):
+    label = np.zeros(size, np.uint8)
+    label[-1, -1] = 255
+    expected = np.zeros(256, np.int64)
+    expected[0], expected[255] = label.size - 1, 1
+    np.testing.assert_array_equal(encoding.count_ids(label), expected)
+
+
 def test_label_files_are_read_as_ids():
     ids = np.array([[0, 1, 2], [3, 2, 1]], np.uint8)
     palette = Image.fromarray(ids, "P")
