@@ -167,10 +167,8 @@ def test_predict_takes_a_folder(finished: Path, data: dict, tmp_path, capsys) ->
 
 
 def test_checkpoints_are_kept_on_request(data: dict, tmp_path) -> None:
-    words = tiny.arguments("source_only", workdir=tmp_path, **data)
-    assert (
-        main(["jaxuda", *words, "--config.keep_every=1", "--config.checkpoint_every=1", "--config.eval_every=6"]) == 0
-    )
+    words = ["jaxuda", *tiny.arguments("source_only", workdir=tmp_path, **data), "--config.pipeline=('oracle',)"]
+    assert main([*words, "--config.keep_every=1", "--config.checkpoint_every=1", "--config.eval_every=6"]) == 0
     assert kept_steps(tmp_path / "oracle" / "checkpoints") == [1, 2, 3, 4, 5, 6]
 
 
