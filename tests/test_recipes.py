@@ -17,7 +17,6 @@ from jaxuda.train_state import TrainState
 
 CLASSES = {"gta5": 19, "synthia": 16, "crosscity-rome": 13, "mapillary": 7}
 TO_CITYSCAPES = pytest.mark.parametrize("benchmark", ["gta5", "synthia"])
-ELSEWHERE = pytest.mark.parametrize("benchmark", ["crosscity-rome", "mapillary"])
 
 
 @pytest.mark.parametrize("benchmark", ["gta5", "gta5,vgg16", "synthia", "synthia,vgg16"])
@@ -31,11 +30,12 @@ def test_adversarial(config, benchmark: str) -> None:
     check(config.get_config(benchmark), CLASSES[benchmark])
 
 
-@ELSEWHERE
-def test_elsewhere(benchmark: str) -> None:
+@pytest.mark.parametrize(
+    ("config", "benchmark", "stage"), [(advent, "crosscity-rome", "adapt"), (sdca, "mapillary", "self_train")]
+)
+def test_elsewhere(config, benchmark: str, stage: str) -> None:
     """The other networks and stages are those of the tests above."""
-    check(sdca.get_config(benchmark), CLASSES[benchmark], ("adapt", "self_train"))
-    check(advent.get_config(benchmark), CLASSES[benchmark], ("adapt",))
+    check(config.get_config(benchmark), CLASSES[benchmark], (stage,))
 
 
 @pytest.mark.parametrize("config", [minent, advent, intrada, fada, sdca, cfcontra, crcda])
