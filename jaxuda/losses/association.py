@@ -25,7 +25,7 @@ from jaxuda.losses.segmentation import IGNORE
 
 PyTree = Any
 METRICS = ("cosine", "kl")
-BLOCK = 512
+BLOCK = 256
 _HIGHEST = lax.Precision.HIGHEST
 
 
