@@ -160,10 +160,13 @@ def _title(members: list[tuple[str, str]], every: bool) -> str:
 
 
 def _manner(config: ConfigDict, overrides: Mapping[str, Any]) -> str:
-    scales, size = tuple(config.test.scales), overrides.get("evaluation.size")
-    text = f", input of {size[0]}x{size[1]}" if size else ""
-    text += f", input scaled by {' and '.join(map(str, scales))}" if scales != (1.0,) else ""
-    return text + (", mirrored images too" if config.test.flip else "")
+    size, scales = overrides.get("evaluation.size"), tuple(config.test.scales)
+    parts = [f"input of {size[0]}x{size[1]}"] if size else []
+    if scales != (1.0,):
+        parts.append(("" if size else "input ") + f"scaled by {' and '.join(map(str, scales))}")
+    if config.test.flip:
+        parts.append("mirrored images too")
+    return "".join(f", {part}" for part in parts)
 
 
 def predict(

@@ -10,14 +10,19 @@ import sys
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
-from jaxuda import checkpoints, parallel, table
+from jaxuda import checkpoints, methods, parallel, table, use
 from jaxuda.checkpoints import kept_steps
+from jaxuda.data.records import load
 from jaxuda.files import read_json_lines
 from jaxuda.main import INTERRUPTED, MISTAKE, main
+from jaxuda.metrics import mean_iou
+from jaxuda.sweeps.evaluate import make_evaluator
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,6 +117,20 @@ def test_eval_and_predict(finished: Path, data: dict, tmp_path, capsys) -> None:
     results = json.loads((finished / "results.json").read_text())
     assert scored == pytest.approx(100 * results["stages"]["adapt"]["last"]["miou"], abs=0.06)
 
+    # Another size of the input than in training, on several devices.
+    larger = ["--config.evaluation.size=(96, 64)", "--config.evaluation.batch=2", "--config.devices=2"]
+    assert main([*words, "--mode=eval", *larger]) == 0
+    text = capsys.readouterr().out
+    model, variables, trained = use.restore(str(finished / "adapt"), 3)
+    trained = ConfigDict(trained)
+    trained.evaluation.size = (96, 64)
+    evaluate = make_evaluator(model, methods.load("minent"), trained, jax.local_devices()[:1])
+    records = load("folder", "val", path=str(data["target"]), data_dir=data["data_dir"])
+    expected = 100 * mean_iou(evaluate(variables, records).confusion)
+    found = float(re.search(r"mIoU \(3\)\s+([\d.]+)", text)[1])
+    assert found == pytest.approx(expected, abs=0.06) and abs(found - scored) > 0.06
+    assert "val, input of 96x64\n" in text
+
     assert main([*words, "--mode=predict", f"--images={data['target']}/images/val/*.png"]) == 0
     ids = cv2.imread(str(tmp_path / "predictions" / "ids" / "0.png"), cv2.IMREAD_UNCHANGED)
     colour = cv2.imread(str(tmp_path / "predictions" / "colour" / "0.png"))[..., ::-1]
@@ -140,7 +159,7 @@ def test_eval_of_every_checkpoint_and_of_ensembles(finished: Path, data: dict, t
     text, both = table(f"--checkpoint={adapt},{source}", "--config.test.weights=(1.0, 0.0)")
     assert both == [last] and "adapt + source_only" in text
     text, _ = table(f"--checkpoint={adapt},{source}:best", "--config.test.flip=True", "--config.test.scales=(0.5, 1.0)")
-    assert "val, input scaled by 0.5 and 1.0, mirrored images too" in text
+    assert "val, input of 48x32, scaled by 0.5 and 1.0, mirrored images too" in text
 
     for checkpoint, more, complaint in (
         (f"{adapt},{source}", "--config.test.weights=(1.0,)", "has 1 weights, but --checkpoint names 2"),

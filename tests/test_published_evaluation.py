@@ -111,7 +111,7 @@ def test_cityscapes_by_an_ensemble_mirrored_and_scaled(tmp_path: Path, capsys) -
     truths = cityscapes_truths(source, "synthia16")
     text = compare(words, source / "leftImg8bit" / "val", truths, "synthia16", tmp_path, capsys)
     assert "mIoU (16)" in text and "mIoU* (13)" in text and "network0 + network1" in text
-    assert "on cityscapes val, input of 128x64, input scaled by 0.5 and 1.0, mirrored images too\n" in text
+    assert "on cityscapes val, input of 128x64, scaled by 0.5 and 1.0, mirrored images too\n" in text
 
     words = command("synthia", tmp_path, f"{first}:all", "--mode=eval", smaller[0])
     assert main(words) == 0
