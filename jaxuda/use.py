@@ -104,7 +104,14 @@ def _ensemble(
 
 
 def _with_asked(trained: FrozenConfigDict, overrides: Mapping[str, Any]) -> FrozenConfigDict:
-    """A stage's config with `overrides` of `evaluation` ("evaluation.size": ...) in place of its own fields."""
+    """A stage's config with `overrides` of `evaluation` ("evaluation.size": ...) in place of its own fields.
+
+    Raises:
+      UserError: the size is none.
+    """
+    size = overrides.get("evaluation.size", (1, 1))
+    if not isinstance(size, tuple) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise UserError(f"config.evaluation.size={size} must be (width, height), set once")
     config = ConfigDict(trained, type_safe=False)
     for field, value in overrides.items():
         section, _, name = field.partition(".")

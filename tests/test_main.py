@@ -109,15 +109,17 @@ def test_baselines_are_shared_between_recipes(finished: Path, data: dict, capsys
 def test_eval_and_predict(finished: Path, data: dict, tmp_path, capsys) -> None:
     words = [
         "jaxuda",
-        *tiny.arguments("minent", workdir=tmp_path, **data),
+        *(word for word in tiny.arguments("minent", workdir=tmp_path, **data) if "evaluation.size" not in word),
         f"--checkpoint={finished / 'adapt'}",
     ]
-    assert main([*words, "--mode=eval"]) == 0
+    assert main([*words, "--mode=eval"]) == 0  # at the size of the training
     scored = float(re.search(r"mIoU \(3\)\s+([\d.]+)", capsys.readouterr().out)[1])
     results = json.loads((finished / "results.json").read_text())
     assert scored == pytest.approx(100 * results["stages"]["adapt"]["last"]["miou"], abs=0.06)
 
     # Another size of the input than in training, on several devices.
+    assert main([*words, "--mode=eval", "--config.evaluation.size=(96,)"]) == MISTAKE
+    assert "config.evaluation.size=(96,) must be (width, height)" in capsys.readouterr().err
     larger = ["--config.evaluation.size=(96, 64)", "--config.evaluation.batch=2", "--config.devices=2"]
     assert main([*words, "--mode=eval", *larger]) == 0
     text = capsys.readouterr().out
@@ -289,7 +291,10 @@ def test_all_missing_datasets_are_named_at_once(tmp_path, capsys) -> None:
     message = capsys.readouterr().err
     assert f"gta5 and cityscapes are not prepared in {tmp_path}; run" in message
     for name in ("gta5", "cityscapes"):
-        assert f"\n  python -m jaxuda.prepare {name} --manual_dir DIR --data_dir {tmp_path}" in message
+        assert f"\n  python -m jaxuda.prepare {name} --manual_dir DIR --data_dir {tmp_path}\n" in message
+    file, network = "resnet101-63fe2227.pth", "resnet101-torchvision"
+    assert f"get {file} from torchvision, then run" in message
+    assert f"\n  python -m jaxuda.convert {file} --imagenet {network} --data_dir {tmp_path}\n" in message
 
 
 def test_unknown_benchmark_and_missing_config(capsys) -> None:
