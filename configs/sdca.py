@@ -14,6 +14,13 @@ streets its gradient on the backbone is 0.0005 (features) and 0.001 (logits) of 
 thousands of steps can make something of. At temperature 1 it is 0.05 and 0.1, which some hundred steps can feel;
 hence 1 in the quick benchmarks. The Lovasz term sorts pixels x classes and is computed on a quarter of the image's
 width and height here.
+
+Expected mIoU (best snapshot on the target's labels): GTA5 52.9, SYNTHIA 50.2 (mIoU* 56.8); with VGG-16 47.3 and 43.5
+(50.3). No score was published for crosscity-CITY and mapillary. A step of gta5 holds about 60 GiB in `source_only` (its
+Lovasz term sorts 8 x 1280 x 720 pixels for each class), 47 GiB in `adapt` and `self_train`, and takes 31, 25 and 18
+TFLOP; all stages together 15 hours at 40 TFLOP/s. With VGG-16 17, 13 and 9 GiB, 28, 22 and 16 TFLOP, 14 hours;
+mapillary 60, 56 and 70 GiB, 32, 29 and 26 TFLOP, 20 hours. Traced, not measured
+(experiments/benchmarks/recipe_cost.py). Devices share a batch.
 """
 
 from ml_collections import ConfigDict
@@ -48,13 +55,6 @@ def _quick(config: ConfigDict) -> None:
 
 
 def _published(config: ConfigDict, backbone: str, benchmark: str) -> None:
-    """Expected mIoU (best snapshot on the target's labels): GTA5 52.9, SYNTHIA 50.2; with VGG-16 47.3 and 43.5.
-
-    For SYNTHIA's mIoU* 56.8 and 50.3. No score was published for crosscity-CITY and mapillary. A step of gta5 holds
-    about 60 GiB in `source_only` (its Lovasz term sorts 8 x 1280 x 720 pixels for each class), 47 GiB in `adapt` and
-    `self_train`, and takes 31, 25 and 18 TFLOP; all stages together 15 hours at 40 TFLOP/s. Traced, not measured
-    (experiments/benchmarks/recipe_cost.py). Devices share a batch.
-    """
     networks = {"r101": ("resnet101", "imagenet"), "vgg16": ("vgg16", "vgg")}
     if backbone not in networks:
         raise ValueError(f"configs/sdca.py has no network '{backbone}' (known: {', '.join(networks)})")

@@ -36,6 +36,8 @@ from jaxuda.interop.torch_checkpoint import (
     clean,
     match_backbone,
     match_network,
+    match_projection,
+    projection_state,
     published_layout,
     raise_problems,
 )
@@ -117,12 +119,16 @@ def import_checkpoint(path: Path, config: ConfigDict, stage: str, folder: Path, 
     source, state = _read(path, say)
     match, layout = match_network(state, model)
     raise_problems(match._replace(unused=[]), model)
-    _account(match, say)
-    variables = as_variables(match.leaves)
+    variables, projection = as_variables(match.leaves), {}
+    if resolved.get("projection", "none") == "mlp":
+        projection, taken = match_projection(state, _feature_channels(model, variables))
+        match = match._replace(unused=[name for name in match.unused if name not in taken])
+        say(f"{'with' if taken else 'without'} a projection head")
+    _account(match, say, more=len(projection))
     if layout == "plca":
         variables = _reordered(variables, np.argsort(_plca_order(model.num_classes)))
         say("its classes were brought from PLCA's order to ours")
-    _write(folder, variables, json.loads(resolved.to_json()), source, say)
+    _write(folder, variables, json.loads(resolved.to_json()), source, say, projection)
     where = f"--config configs/{config.name}.py:{config.benchmark} --checkpoint {folder}"
     say(f"score it:      python -m jaxuda.main {where} --mode eval")
     say(f"label images:  python -m jaxuda.main {where} --mode predict --images 'GLOB'")
@@ -152,7 +158,7 @@ def export(folder: Path, path: Path, layout: str = "", say: Say = print) -> None
     if layout == "plca" and model.num_classes in (16, 19):
         variables = _reordered(variables, _plca_order(model.num_classes))
         say("its classes were brought to PLCA's order")
-    save_torch(variables, model, path, layout)
+    save_torch(variables, model, path, layout, _projection(arrays, say))
     say(f"{path}: step {step} of {folder}, named as in the layout '{layout}'; torch.load(..., weights_only=True)")
 
 
@@ -165,17 +171,25 @@ def _read(path: Path, say: Say) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return source, clean(tensors)
 
 
-def _account(match: Match, say: Say) -> None:
-    """Tells where every entry went."""
-    say(f"taken:    {len(match.leaves)} tensors")
+def _account(match: Match, say: Say, more: int = 0) -> None:
+    """Tells where every entry went; `more` are taken beside those of the network."""
+    say(f"taken:    {len(match.leaves) + more} tensors")
     if match.unused:
         say(f"not used: {len(match.unused)}: {', '.join(match.unused)}")
     say("missing:  none")
 
 
-def _write(folder: Path, variables: PyTree, identity: dict[str, Any], source: dict[str, Any], say: Say) -> None:
-    """A folder like that of a finished stage, whole or not there."""
-    flat = flax.traverse_util.flatten_dict(jax.device_get(variables), sep=".")
+def _write(
+    folder: Path,
+    variables: PyTree,
+    identity: dict[str, Any],
+    source: dict[str, Any],
+    say: Say,
+    projection: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """A folder like that of a finished stage, whole or not there; with the parameters of a projection head, if any."""
+    players = {"projection": flax.traverse_util.unflatten_dict(projection, sep=".")} if projection else {}
+    flat = flax.traverse_util.flatten_dict(jax.device_get({**variables, **players}), sep=".")
     checksum = _checksum(flat)
     if (record := files.read_json(folder / "stage.json")) is not None:
         if record.get("weights") == checksum and record["identity"] == identity:
@@ -187,7 +201,8 @@ def _write(folder: Path, variables: PyTree, identity: dict[str, Any], source: di
     try:
         aside.mkdir(parents=True)
         saved = checkpoints.Checkpoints(aside / "checkpoints")
-        state = {"params": {"model": variables["params"]}, "batch_stats": variables.get("batch_stats", {})}
+        params = {"model": variables["params"], **players}
+        state = {"params": params, "batch_stats": variables.get("batch_stats", {})}
         saved.save(0, jax.device_get(state))
         saved.close()
         origin = {"file": source["file"], "sha256": source["sha256"]}
@@ -209,6 +224,22 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
         total.update(f"{name} {array.dtype} {array.shape}\n".encode())
         total.update(array.data)
     return total.hexdigest()
+
+
+def _feature_channels(model: DeepLabV2, variables: PyTree) -> int:
+    """Of what the main head reads."""
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    return jax.eval_shape(model.apply, variables, image).features.shape[-1]
+
+
+def _projection(arrays: Mapping[str, np.ndarray], say: Say) -> dict[str, np.ndarray]:
+    """The projection head of a checkpoint by its torch names; empty if it has none, or one that no file has."""
+    prefix = "params.projection."
+    head = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    state = projection_state(head) if head else {}
+    if state is None:
+        say("its projection head is left out: only the kind 'mlp' was ever published")
+    return state or {}
 
 
 def _adapted_stage(config: ConfigDict) -> str:

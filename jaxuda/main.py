@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parse(argv)
         from jaxuda import train, use
 
+        overrides = config_flags.get_override_values(args["config"])
         try:
             if args.mode == "run":
                 run_seeds(
@@ -88,9 +89,9 @@ def main(argv: list[str] | None = None) -> int:
                     args.from_stage,
                 )
             elif args.mode == "eval":
-                use.evaluate(args.config, args.checkpoint)
+                use.evaluate(args.config, args.checkpoint, overrides)
             else:
-                use.predict(args.config, args.checkpoint, args.images, args.workdir)
+                use.predict(args.config, args.checkpoint, args.images, args.workdir, overrides)
         except train.Interrupted as reason:
             print(reason, file=sys.stderr)
             return INTERRUPTED

@@ -20,13 +20,16 @@ PyTree = Any
 AXIS = "device"
 
 
-def choose_devices(batch: int, requested: int = 0, platform: str = "") -> list[jax.Device]:
+def choose_devices(
+    batch: int, requested: int = 0, platform: str = "", field: str = "the stage's field `batch`"
+) -> list[jax.Device]:
     """The local devices that a global batch of `batch` is spread over.
 
     Args:
       batch: examples per step, all devices together.
       requested: how many devices the user asked for (`config.devices`); 0 = the largest number that divides.
       platform: "gpu" or "cpu" if the user insists (`config.platform`), "" for whatever JAX finds.
+      field: what the message calls the field that `batch` comes from.
 
     Raises:
       UserError: JAX runs on another platform, or `requested` is too many or does not divide the batch.
@@ -43,8 +46,7 @@ def choose_devices(batch: int, requested: int = 0, platform: str = "") -> list[j
     if requested and batch % requested:
         fitting = [n for n in range(1, len(devices) + 1) if batch % n == 0]
         raise UserError(
-            f"config.devices={requested} does not divide the batch of {batch}: use one of {fitting}, "
-            "or change the stage's field `batch`"
+            f"config.devices={requested} does not divide the batch of {batch}: use one of {fitting}, or change {field}"
         )
     count = requested or max(n for n in range(1, len(devices) + 1) if batch % n == 0)
     return devices[:count]

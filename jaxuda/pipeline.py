@@ -120,8 +120,7 @@ def load_domains(config: ConfigDict) -> Domains:
       UserError: a dataset is not prepared (the command is named), or the classes of the domains differ.
     """
     for domain in (config.source, config.target):
-        if domain.name.startswith("streets/"):
-            prepare(domain.name, data_dir=config.data_dir or None)
+        draw_if_missing(domain.name, config)
     _check_prepared(config)
     source = open_records(config, "source", config.source.split)
     if not source.labelled:
@@ -141,6 +140,12 @@ def load_domains(config: ConfigDict) -> Domains:
                 f"against {', '.join(records.label_space.classes)}; give both the same classes.json"
             )
     return Domains(source, target, target_val)
+
+
+def draw_if_missing(name: str, config: ConfigDict) -> None:
+    """Prepares a domain of `streets`, which needs no files; does nothing for other datasets."""
+    if name.startswith("streets/"):
+        prepare(name, data_dir=config.data_dir or None)
 
 
 def _check_prepared(config: ConfigDict) -> None:

@@ -15,7 +15,15 @@ from ml_collections import FrozenConfigDict
 from jaxuda import data, files, methods
 from jaxuda.errors import UserError
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.sweeps.scores import make_scores, probabilities, resize, resize_matrices, score_grid
+from jaxuda.sweeps.scores import (
+    input_transform,
+    kept_aspect,
+    make_scores,
+    probabilities,
+    resize,
+    resize_matrices,
+    score_grid,
+)
 from jaxuda.use import restore
 
 PyTree = Any
@@ -54,9 +62,9 @@ class Predictor(NamedTuple):
             method = None
             config = FrozenConfigDict({name: config[name] for name in ("preprocess", "align_corners", "evaluation")})
         grid, run = _compiled(self.model, method, config)
-        transform = data.build_transform({"resize": tuple(config.evaluation.size)})
-        small = transform({"image": image}, np.random.default_rng(0))["image"]
-        rows, columns = resize_matrices(grid(self.variables), [image.shape[:2]], config.align_corners)
+        small = input_transform(config)({"image": image}, np.random.default_rng(0))["image"]
+        sizes, aspect = [image.shape[:2]], kept_aspect(config)
+        rows, columns = resize_matrices(grid(self.variables), sizes, config.align_corners, aspect)
         found = np.asarray(run(self.variables, small[None], rows, columns))[0, : image.shape[0], : image.shape[1]]
         return found.argmax(-1).astype(np.uint8), found
 

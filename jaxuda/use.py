@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -16,7 +18,7 @@ from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.sweeps.ensemble import Ensemble, Member
 from jaxuda.sweeps.evaluate import make_ensemble_evaluator
 from jaxuda.sweeps.predict import ImageFiles, ensemble_predictions, write_predictions
-from jaxuda.train import abstract_variables, evaluation_devices, make_model
+from jaxuda.train import abstract_variables, make_model
 
 ALL = "all"
 HEAD = "params.head.kernel0"  # the one array of every network whose last axis is the classes
@@ -77,8 +79,13 @@ def parse_checkpoint(text: str) -> list[tuple[str, str]]:
     return found
 
 
-def _ensemble(config: ConfigDict, chosen: list[tuple[str, str]], num_classes: int) -> tuple[Ensemble, list[Any]]:
-    """The networks of several checkpoints as one, averaged as `config.test` says, and their variables."""
+def _ensemble(
+    config: ConfigDict, chosen: list[tuple[str, str]], num_classes: int, overrides: Mapping[str, Any]
+) -> tuple[Ensemble, list[Any]]:
+    """The networks of several checkpoints as one, averaged as `config.test` says, and their variables.
+
+    Each sees images as in its own training's evaluation, but for the fields of `evaluation` that `overrides` sets.
+    """
     weights = tuple(config.test.weights) or (1.0,) * len(chosen)
     if len(weights) != len(chosen):
         raise UserError(f"config.test.weights has {len(weights)} weights, but --checkpoint names {len(chosen)}")
@@ -91,33 +98,66 @@ def _ensemble(config: ConfigDict, chosen: list[tuple[str, str]], num_classes: in
                 "it was trained with"
             )
         model, arrays, trained = restore(folder, num_classes, which)
-        members.append(Member(model, methods.load(trained.train), trained, weight))
+        members.append(Member(model, methods.load(trained.train), _with_asked(trained, overrides), weight))
         variables.append(arrays)
     return Ensemble(members, flip=config.test.flip, scales=tuple(config.test.scales)), variables
 
 
-def evaluate(config: ConfigDict, checkpoint: str) -> None:
+def _with_asked(trained: FrozenConfigDict, overrides: Mapping[str, Any]) -> FrozenConfigDict:
+    """A stage's config with `overrides` of `evaluation` ("evaluation.size": ...) in place of its own fields.
+
+    Raises:
+      UserError: the size is none.
+    """
+    size = overrides.get("evaluation.size", (1, 1))
+    if not isinstance(size, tuple) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise UserError(f"config.evaluation.size={size} must be (width, height), set once")
+    config = ConfigDict(trained, type_safe=False)
+    for field, value in overrides.items():
+        section, _, name = field.partition(".")
+        if section == "evaluation":
+            config.evaluation[name] = value
+    return FrozenConfigDict(config)
+
+
+def _devices(config: ConfigDict, ensemble: Ensemble) -> list[jax.Device]:
+    batch = ensemble.members[0].config.evaluation.batch
+    return parallel.choose_devices(batch, config.devices, config.platform, "--config.evaluation.batch")
+
+
+def evaluate(config: ConfigDict, checkpoint: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Prints IoU on the evaluation split of `config`: of a stage, of each of its checkpoints, or of an ensemble.
 
     Args:
       config: the datasets, and in `config.test` what is averaged.
       checkpoint: see `parse_checkpoint`.
+      overrides: what the command line sets, "evaluation.size" and the like; a network's own settings hold otherwise.
     """
-    domains = pipeline.load_domains(config)
-    if domains.target_val is None or not domains.target_val.labelled:
-        raise UserError(f"the target has no labelled split '{config.evaluation.split}' to score on")
-    classes = domains.source.label_space.classes
+    records, classes = _evaluation_split(config)
     chosen = parse_checkpoint(checkpoint)
     each = [[one] for one in chosen] if checkpoint.endswith(f":{ALL}") else [chosen]
     columns = {}
     for members in each:
-        ensemble, variables = _ensemble(config, members, len(classes))
-        devices = parallel.choose_devices(config.evaluation.batch, config.devices, config.platform)
-        devices = evaluation_devices(ensemble.members[0].config, devices)
-        confusion = make_ensemble_evaluator(ensemble, devices)(variables, domains.target_val).confusion
+        ensemble, variables = _ensemble(config, members, len(classes), overrides)
+        devices = _devices(config, ensemble)
+        confusion = make_ensemble_evaluator(ensemble, devices)(variables, records).confusion
         columns[_title(members, every=len(each) > 1)] = confusion
-    print(f"IoU in % of {checkpoint} on {domains.target_val.name}{_manner(config)}\n")
+    print(f"IoU in % of {checkpoint} on {records.name}{_manner(config, overrides)}\n")
     print(iou_table(columns, classes))
+
+
+def _evaluation_split(config: ConfigDict) -> tuple[data.Records, tuple[str, ...]]:
+    """The target's labelled images to score on, and the classes; the source is opened only if it defines them."""
+    if config.label_space:
+        pipeline.draw_if_missing(config.target.name, config)
+        classes = data.labels.label_space(config.label_space).classes
+        records = pipeline.open_records(config, "target", config.evaluation.split)
+    else:
+        domains = pipeline.load_domains(config)
+        records, classes = domains.target_val, domains.source.label_space.classes
+    if records is None or not records.labelled:
+        raise UserError(f"the target has no labelled split '{config.evaluation.split}' to score on")
+    return records, classes
 
 
 def _title(members: list[tuple[str, str]], every: bool) -> str:
@@ -126,13 +166,23 @@ def _title(members: list[tuple[str, str]], every: bool) -> str:
     return " + ".join(Path(folder).name + ("" if which == "last" else f":{which}") for folder, which in members)
 
 
-def _manner(config: ConfigDict) -> str:
-    scales = tuple(config.test.scales)
-    text = f", input scaled by {' and '.join(map(str, scales))}" if scales != (1.0,) else ""
-    return text + (", mirrored images too" if config.test.flip else "")
+def _manner(config: ConfigDict, overrides: Mapping[str, Any]) -> str:
+    size, scales = overrides.get("evaluation.size"), tuple(config.test.scales)
+    parts = [f"input of {size[0]}x{size[1]}"] if size else []
+    if scales != (1.0,):
+        parts.append(("" if size else "input ") + f"scaled by {' and '.join(map(str, scales))}")
+    if config.test.flip:
+        parts.append("mirrored images too")
+    return "".join(f", {part}" for part in parts)
 
 
-def predict(config: ConfigDict, checkpoint: str, images: str, workdir: str) -> None:
+def predict(
+    config: ConfigDict,
+    checkpoint: str,
+    images: str,
+    workdir: str,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Writes predictions for images to WORKDIR/predictions (default: beside the checkpoint).
 
     Args:
@@ -140,6 +190,7 @@ def predict(config: ConfigDict, checkpoint: str, images: str, workdir: str) -> N
       checkpoint: see `parse_checkpoint`.
       images: a folder or a glob.
       workdir: see above.
+      overrides: as for `evaluate`.
     """
     if not images:
         raise UserError("say which images: --images DIR or --images 'DIR/*.png' (quoted, or the shell expands it)")
@@ -148,9 +199,10 @@ def predict(config: ConfigDict, checkpoint: str, images: str, workdir: str) -> N
     if checkpoint.endswith(f":{ALL}"):
         raise UserError("images are labelled with one checkpoint, or with several named ones as an ensemble")
     space = data.labels.label_space(config.label_space) if config.label_space else _source_space(config)
-    ensemble, variables = _ensemble(config, chosen, space.num_classes)
+    ensemble, variables = _ensemble(config, chosen, space.num_classes, overrides)
     folder = Path(workdir or chosen[0][0]) / "predictions"
-    written = write_predictions(ensemble_predictions(ensemble, jax.device_put(variables), found), folder, space)
+    labelled = ensemble_predictions(ensemble, variables, found, _devices(config, ensemble))
+    written = write_predictions(labelled, folder, space)
     print(f"{len(found)} predictions in {' and '.join(map(str, written))}")
 
 

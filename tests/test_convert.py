@@ -1,6 +1,8 @@
 """The convert command, and runs that start from what it makes."""
 
 import json
+import os
+import pickle
 import re
 from pathlib import Path
 
@@ -222,6 +224,31 @@ def test_mistakes_are_named(tmp_path: Path, capsys, words: list[str], expected: 
     message = capsys.readouterr().err
     assert expected in message and message.startswith("error: ")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file.pth"]
+
+
+def test_hostile_and_broken_files_are_refused_in_one_line(tmp_path: Path, capsys) -> None:
+    victim, whole = tmp_path / "victim", tmp_path / "whole.pth"
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(victim),)
+
+    save_torch(random_tiny(), TINY, whole)
+    hostile, content = pickle.dumps({"w": Hostile()}), whole.read_bytes()
+    for name, data in {"hostile": hostile, "empty": b"", "truncated": content[: len(content) // 2]}.items():
+        file = tmp_path / f"{name}.pth"
+        file.write_bytes(data)
+        for words in (["--imagenet=resnet18", f"--data_dir={tmp_path}"], [*TINY_WORDS, f"--out={tmp_path / 'out'}"]):
+            assert convert.main([str(file), *words]) == MISTAKE
+            message = capsys.readouterr().err
+            assert message.startswith("error: ") and str(file) in message and message.count("\n") == 1
+    assert not victim.exists() and not (tmp_path / "out").exists()
+    pickle.loads(hostile)
+    assert victim.exists()  # it was one
+
+    whole.rename(tmp_path / "weights.of_unknown_kind")
+    words = [str(tmp_path / "weights.of_unknown_kind"), *TINY_WORDS, f"--out={tmp_path / 'out'}"]
+    assert convert.main(words) == 0
 
 
 def test_taken_place_and_unknown_ending(tmp_path: Path, capsys) -> None:

@@ -10,14 +10,19 @@ import sys
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
-from jaxuda import checkpoints, parallel, table
+from jaxuda import checkpoints, methods, parallel, table, use
 from jaxuda.checkpoints import kept_steps
+from jaxuda.data.records import load
 from jaxuda.files import read_json_lines
 from jaxuda.main import INTERRUPTED, MISTAKE, main
+from jaxuda.metrics import mean_iou
+from jaxuda.sweeps.evaluate import make_evaluator
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,13 +109,29 @@ def test_baselines_are_shared_between_recipes(finished: Path, data: dict, capsys
 def test_eval_and_predict(finished: Path, data: dict, tmp_path, capsys) -> None:
     words = [
         "jaxuda",
-        *tiny.arguments("minent", workdir=tmp_path, **data),
+        *(word for word in tiny.arguments("minent", workdir=tmp_path, **data) if "evaluation.size" not in word),
         f"--checkpoint={finished / 'adapt'}",
     ]
-    assert main([*words, "--mode=eval"]) == 0
+    assert main([*words, "--mode=eval"]) == 0  # at the size of the training
     scored = float(re.search(r"mIoU \(3\)\s+([\d.]+)", capsys.readouterr().out)[1])
     results = json.loads((finished / "results.json").read_text())
     assert scored == pytest.approx(100 * results["stages"]["adapt"]["last"]["miou"], abs=0.06)
+
+    # Another size of the input than in training, on several devices.
+    assert main([*words, "--mode=eval", "--config.evaluation.size=(96,)"]) == MISTAKE
+    assert "config.evaluation.size=(96,) must be (width, height)" in capsys.readouterr().err
+    larger = ["--config.evaluation.size=(96, 64)", "--config.evaluation.batch=2", "--config.devices=2"]
+    assert main([*words, "--mode=eval", *larger]) == 0
+    text = capsys.readouterr().out
+    model, variables, trained = use.restore(str(finished / "adapt"), 3)
+    trained = ConfigDict(trained)
+    trained.evaluation.size = (96, 64)
+    evaluate = make_evaluator(model, methods.load("minent"), trained, jax.local_devices()[:1])
+    records = load("folder", "val", path=str(data["target"]), data_dir=data["data_dir"])
+    expected = 100 * mean_iou(evaluate(variables, records).confusion)
+    found = float(re.search(r"mIoU \(3\)\s+([\d.]+)", text)[1])
+    assert found == pytest.approx(expected, abs=0.06) and abs(found - scored) > 0.06
+    assert "val, input of 96x64\n" in text
 
     assert main([*words, "--mode=predict", f"--images={data['target']}/images/val/*.png"]) == 0
     ids = cv2.imread(str(tmp_path / "predictions" / "ids" / "0.png"), cv2.IMREAD_UNCHANGED)
@@ -140,7 +161,7 @@ def test_eval_of_every_checkpoint_and_of_ensembles(finished: Path, data: dict, t
     text, both = table(f"--checkpoint={adapt},{source}", "--config.test.weights=(1.0, 0.0)")
     assert both == [last] and "adapt + source_only" in text
     text, _ = table(f"--checkpoint={adapt},{source}:best", "--config.test.flip=True", "--config.test.scales=(0.5, 1.0)")
-    assert "val, input scaled by 0.5 and 1.0, mirrored images too" in text
+    assert "val, input of 48x32, scaled by 0.5 and 1.0, mirrored images too" in text
 
     for checkpoint, more, complaint in (
         (f"{adapt},{source}", "--config.test.weights=(1.0,)", "has 1 weights, but --checkpoint names 2"),
@@ -270,7 +291,10 @@ def test_all_missing_datasets_are_named_at_once(tmp_path, capsys) -> None:
     message = capsys.readouterr().err
     assert f"gta5 and cityscapes are not prepared in {tmp_path}; run" in message
     for name in ("gta5", "cityscapes"):
-        assert f"\n  python -m jaxuda.prepare {name} --manual_dir DIR --data_dir {tmp_path}" in message
+        assert f"\n  python -m jaxuda.prepare {name} --manual_dir DIR --data_dir {tmp_path}\n" in message
+    file, network = "resnet101-63fe2227.pth", "resnet101-torchvision"
+    assert f"get {file} from torchvision, then run" in message
+    assert f"\n  python -m jaxuda.convert {file} --imagenet {network} --data_dir {tmp_path}\n" in message
 
 
 def test_unknown_benchmark_and_missing_config(capsys) -> None:

@@ -51,6 +51,12 @@ def test_every_method_has_every_benchmark(config, benchmark: str) -> None:
     assert space.num_classes == CLASSES.get(benchmark, 13)
 
 
+@pytest.mark.parametrize("config", [minent, advent, dada, intrada, fada, sdca, cfcontra, crcda, plca, lfass])
+def test_docstrings_have_score_memory_and_cost(config) -> None:
+    for said in ("mIoU", "GiB", "TFLOP", "hours", "experiments/benchmarks/recipe_cost.py"):
+        assert said in config.__doc__, said
+
+
 @pytest.mark.parametrize("benchmark", ["synthia", "mapillary"])
 def test_dada(benchmark: str) -> None:
     check(dada.get_config(benchmark), CLASSES[benchmark], ("adapt",))

@@ -15,9 +15,10 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
-from tensorflow_datasets.core import example_serializer, splits
+from tensorflow_datasets.core import splits
 
 from jaxuda.data import encoding
+from jaxuda.data.example import serialise
 from jaxuda.data.threads import map_ahead
 from jaxuda.data.transforms import resize_nearest
 from jaxuda.errors import UserError
@@ -147,7 +148,6 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _write_split(self, split: str, examples: "Examples") -> splits.SplitInfo:
         template = self._get_filename_template(split_name=split)
-        serializer = example_serializer.ExampleSerializer(self.info.features.get_serialized_info())
         count = min(len(examples), max(1, -(-examples.file_bytes // _SHARD_BYTES)))
         edges = [len(examples) * index // count for index in range(count + 1)]
         lengths = [stop - start for start, stop in pairwise(edges)]
@@ -157,7 +157,7 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             path = str(template.sharded_filepath(shard_index=index, num_shards=count))
             writer = ArrayRecordWriter(path, "group_size:1,uncompressed")
             for _, record in islice(rows, length):
-                data = serializer.serialize_example(self.info.features.encode_example(record))
+                data = serialise(record)
                 writer.write(data)
                 size += len(data)
             writer.close()

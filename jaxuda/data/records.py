@@ -58,13 +58,19 @@ class Records:
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:32]
         self._folder, self._split, self.table = folder, split, table
         self._ids = summary["ids"]
-        self._images_only = False
+        self._decoded = {"image", "label", "depth"}
         self._reader = None
 
     def images_only(self) -> "Records":
         """The same records without labels and depth, which are then not even decoded."""
         records = copy.copy(self)
-        records.labelled, records._images_only = False, True
+        records.labelled, records._decoded = False, {"image"}
+        return records
+
+    def labels_only(self) -> "Records":
+        """The same records without images and depth, which are then not even decoded: most of the work."""
+        records = copy.copy(self)
+        records._decoded = {"label"}
         return records
 
     def __len__(self) -> int:
@@ -93,10 +99,11 @@ class Records:
         stored = self._reader[index % len(self)]
         record = {"id": stored["id"].decode()}
         try:
-            record["image"] = encoding.decode_image(stored["image"])
-            if self.labelled:
+            if "image" in self._decoded:
+                record["image"] = encoding.decode_image(stored["image"])
+            if self.labelled and "label" in self._decoded:
                 record["label"] = self.table[encoding.decode_label(stored["label"])]
-            if "depth" in stored and not self._images_only:
+            if "depth" in stored and "depth" in self._decoded:
                 record["depth"] = encoding.inverse_depth(encoding.decode_depth(stored["depth"]))
         except ValueError as error:
             raise UserError(
@@ -149,6 +156,10 @@ class Subset(Sequence):
     def images_only(self) -> "Subset":
         """The same records without labels and depth."""
         return Subset(self._records.images_only(), self._ids)
+
+    def labels_only(self) -> "Subset":
+        """The same records without images and depth."""
+        return Subset(self._records.labels_only(), self._ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._records[self._indices[index]]

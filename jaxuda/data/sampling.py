@@ -15,11 +15,13 @@ SUB_EPOCH = 3000
 def classes_of_images(records: Sequence[Record], num_classes: int, threads: int = 4) -> np.ndarray:
     """Which classes each labelled record shows: (n, C) bool.
 
-    Taken from what `prepare` counted where there is such a list, else every record is decoded once.
+    Taken from what `prepare` counted where there is such a list, else every label is decoded once.
     """
     stored = records.classes_shown() if hasattr(records, "classes_shown") else None
     if stored is not None:
         return stored
+    if hasattr(records, "labels_only"):
+        records = records.labels_only()
 
     def classes(index: int) -> np.ndarray:
         counts = np.bincount(records[index]["label"].reshape(-1), minlength=IGNORE + 1)

@@ -66,8 +66,8 @@ class TransformSpec:
     def _target_size(self, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[int, int] | None:
         height, width = shape[:2]
         if self.fit:
-            factor = min(self.fit[0] / width, self.fit[1] / height)
-        elif self.short_side:
+            return fitted_size((width, height), self.fit)
+        if self.short_side:
             factor = rng.integers(self.short_side[0], self.short_side[1] + 1) / min(width, height)
         elif self.scale:
             factor = rng.uniform(*self.scale)
@@ -75,6 +75,12 @@ class TransformSpec:
         else:
             return self.resize
         return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+def fitted_size(size: tuple[int, int], within: tuple[int, int]) -> tuple[int, int]:
+    """The largest size (width, height) of the same aspect as `size` that lies within another one."""
+    factor = min(within[0] / size[0], within[1] / size[1])
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
 def build_transform(spec: Mapping[str, Any] | None) -> Transform:

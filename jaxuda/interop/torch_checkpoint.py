@@ -55,6 +55,12 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
+# CFContra's projection head, a Sequential of linear, ReLU, linear.
+_PROJECTION = {
+    f"{layer}.{leaf}": f"head.{place}.{_LEAVES[leaf]}"
+    for layer, place in (("linear0", 0), ("linear1", 2))
+    for leaf in ("kernel", "bias")
+}
 _DEPTH = {"enc1": "enc4_1", "enc2": "enc4_2", "enc3": "enc4_3", "dec": "dec4"}
 
 
@@ -152,6 +158,42 @@ def _match(
     return Match(leaves, missing, [shown(name) for name in state if name not in known], misshapen)
 
 
+def match_projection(state: Mapping[str, np.ndarray], channels: int) -> tuple[dict[str, np.ndarray], list[str]]:
+    """CFContra's projection head for features of that many channels, if the file has one.
+
+    Returns:
+      Path of a parameter ("linear0.kernel", ...) -> array as we keep it, and the names of its entries in the file; both
+      empty where it has none.
+
+    Raises:
+      UserError: an entry is missing or of another shape.
+    """
+    last = _PROJECTION["linear0.kernel"]
+    found = [name for name in state if name == last or name.endswith(f".{last}")]
+    if not found:
+        return {}, []
+    prefix, arrays, problems = min(found, key=len).removesuffix(last), {}, []
+    for path, name in _PROJECTION.items():
+        array, shape = state.get(prefix + name), (channels, channels, 1, 1) if path.endswith("kernel") else (channels,)
+        if array is None:
+            problems.append(f"missing: {prefix}{name}")
+        elif array.size != np.prod(shape) or array.shape != shape[: array.ndim]:  # linear layers have two axes
+            problems.append(f"shape of {prefix}{name}: {array.shape} in the checkpoint, {shape} in the network")
+        else:
+            arrays[path] = from_torch(array.reshape(shape)).astype(np.float32)
+    if problems:
+        listed = "\n  ".join(problems)
+        raise UserError(f"the projection head of the torch checkpoint does not fit:\n  {listed}")
+    return arrays, [prefix + name for name in _PROJECTION.values()]
+
+
+def projection_state(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """The inverse of `match_projection`: torch name -> array; None for a head of another kind than the published."""
+    if arrays.keys() != _PROJECTION.keys():
+        return None
+    return {_PROJECTION[path]: to_torch(np.asarray(array)) for path, array in arrays.items()}
+
+
 def raise_problems(match: Match, model: nn.Module) -> None:
     """UserError if anything is missing, left over or of another shape."""
     problems = [f"missing: {name}" for name in match.missing]
@@ -171,7 +213,11 @@ def as_variables(leaves: dict[tuple[str, ...], np.ndarray]) -> dict[str, Any]:
 
 
 def save_torch(
-    variables: Mapping[str, Any], model: nn.Module, path: str | os.PathLike, layout: str | None = None
+    variables: Mapping[str, Any],
+    model: nn.Module,
+    path: str | os.PathLike,
+    layout: str | None = None,
+    more: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Writes the variables of `model` as its published counterpart names them; `load_torch` reads them back.
 
@@ -180,6 +226,7 @@ def save_torch(
       model: the `DeepLabV2` or `FCDiscriminator` that they belong to.
       path: ends in .pth (for `torch.load`, with weights_only=True too) or .safetensors.
       layout: one of `LAYOUTS`; None for that of the published network that is most like `model`.
+      more: torch name -> array of what else belongs into the file.
 
     Raises:
       UserError: the file's name ends otherwise, it cannot be written, or the layout has no place for a head.
@@ -192,6 +239,7 @@ def save_torch(
         raise UserError(f"the layout '{layout}' has no second head, as model.aux=True has: use 'two_level'")
     flat = flax.traverse_util.flatten_dict(dict(variables))
     arrays = {torch_name(leaf, model, place): to_torch(np.asarray(value)) for leaf, value in flat.items()}
+    arrays |= more or {}
     content = safetensors_bytes(arrays) if path.suffix == ".safetensors" else pth_bytes(_parts(arrays, place))
     try:
         files.write_bytes(path, content)

@@ -32,6 +32,7 @@ from jaxuda.models.layers import normalise, resize_labels
 from jaxuda.report import charts
 from jaxuda.report.gallery import Gallery, Picture, make_gallery, open_target
 from jaxuda.report.runs import Run, StageRun, open_split, read_run
+from jaxuda.sweeps.scores import input_transform
 
 HEADING = 22  # pixels, above the columns of a sheet
 POINTS = 40  # pixels per class, domain and stage in a picture of features
@@ -122,7 +123,7 @@ def stage_features(
     Classes are those of the labels, or where the records have none, the predicted ones.
     """
     model, variables, config = use.restore(str(run.folder / stage.name), space.num_classes)
-    transform = data.build_transform({"resize": tuple(config.evaluation.size)})
+    transform = input_transform(config)
 
     @jax.jit
     def forward(variables: dict, image: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -131,9 +132,8 @@ def stage_features(
 
     vectors, classes = [], []
     for index in np.unique(np.linspace(0, len(records) - 1, count).astype(int)).tolist():
-        record = records[index]
-        image = transform({"image": record["image"]}, np.random.default_rng(index))["image"]
-        maps, predicted = map(np.asarray, forward(variables, image))
+        record = transform(records[index], np.random.default_rng(index))
+        maps, predicted = map(np.asarray, forward(variables, record["image"]))
         ids = resize_labels(record["label"], maps.shape[:2]) if "label" in record else predicted
         vectors.append(maps.reshape(-1, maps.shape[-1]))
         classes.append(np.asarray(ids).reshape(-1))

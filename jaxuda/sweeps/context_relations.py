@@ -68,7 +68,7 @@ def run(
     _check(config)
     source, space = domains.source, domains.source.label_space
     size = tuple(config.source.resize or config.evaluation.size)
-    samples = collect(source, size, feature_shape(model, size[::-1])[:2], config)
+    samples = collect(source.labels_only(), size, feature_shape(model, size[::-1])[:2], config)
     found = {}
     for region, (regions, weights) in samples.items():
         result = find_relations(regions, weights, space.num_classes, config)

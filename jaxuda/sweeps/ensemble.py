@@ -73,10 +73,7 @@ class Ensemble:
         """
         batch_size = self.members[0].config.evaluation.batch
         configs = [self.members[index].config for index, _, _ in self._passes]
-        grids = [
-            score_grid(self._scores[index], variables[index], self.members[index].config, size)
-            for index, size, _ in self._passes
-        ]
+        grids = [self.grid(variables, which) for which in range(len(self._passes))]
         sweeps = [
             sweep(records, config, size, batch_size) for config, (_, size, _) in zip(configs, self._passes, strict=True)
         ]
@@ -90,6 +87,11 @@ class Ensemble:
                 rows, columns = resize_matrices(grid, sizes, config.align_corners, kept_aspect(config))
                 passes.append({"image": batch["image"], "rows": rows, "columns": columns})
             yield first, passes
+
+    def grid(self, variables: Sequence[PyTree], which: int = 0) -> tuple[int, int]:
+        """(h, w) of the scores of one pass, that is, of one network at one input size."""
+        index, size, _ = self._passes[which]
+        return score_grid(self._scores[index], variables[index], self.members[index].config, size)
 
     def coarse(self, variables: Sequence[PyTree], passes: Passes) -> list[list[jax.Array]]:
         """Of each pass the scores (N, h, w, C) at the network's resolution, with `flip` also of mirrored images."""

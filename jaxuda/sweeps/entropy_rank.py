@@ -22,7 +22,7 @@ from jaxuda.losses.entropy import entropy_map
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import resize_bilinear
 from jaxuda.stages import Domains
-from jaxuda.sweeps.scores import make_scores, probabilities, sweep
+from jaxuda.sweeps.scores import make_scores, probabilities, shown_pixels, sweep
 from jaxuda.writers import progress_bar
 
 PyTree = Any
@@ -54,14 +54,15 @@ def run(
     scores, (width, height) = make_scores(model, method, config), config.evaluation.size
 
     @jax.jit
-    def score(variables: PyTree, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def score(variables: PyTree, images: jax.Array, shown: jax.Array) -> tuple[jax.Array, jax.Array]:
         values = resize_bilinear(scores(variables, images), (height, width), config.align_corners)
-        return image_scores(probabilities(values, method))
+        return image_scores(probabilities(values, method), shown)
 
     variables = parallel.everywhere(variables, devices)
     with progress_bar(len(ids), "rank", "img") as bar:
         for batch in sweep(domains.target.images_only(), config):
-            values, present = jax.device_get(score(variables, parallel.spread(batch["image"], devices)))
+            arrays = parallel.spread((batch["image"], shown_pixels(batch, config)), devices)
+            values, present = jax.device_get(score(variables, *arrays))
             if config.favour_rare:
                 values = favour_rare(values, present[:, [classes.index(name) for name in RARE]].sum(1))
             found += values[: batch["count"]].tolist()
@@ -80,10 +81,14 @@ def run(
     say(f"{len(easy)} easy and {len(hard)} hard images; scores from {min(found):.4f} to {max(found):.4f}")
 
 
-def image_scores(probs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(N, H, W, C) probabilities -> (N,) mean entropy over pixels and classes, (N, C) which classes are predicted."""
-    predicted = jnp.argmax(probs, -1)[..., None] == jnp.arange(probs.shape[-1])
-    return jnp.mean(entropy_map(probs), (1, 2, 3)), jnp.any(predicted, (1, 2))
+def image_scores(probs: jax.Array, shown: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(N, H, W, C) probabilities -> (N,) mean entropy over pixels and classes, (N, C) which classes are predicted.
+
+    Both over the pixels where `shown` (N, H, W) is True; an image without any has the score 0.
+    """
+    predicted = (jnp.argmax(probs, -1)[..., None] == jnp.arange(probs.shape[-1])) & shown[..., None]
+    means = jnp.sum(jnp.mean(entropy_map(probs), -1) * shown, (1, 2)) / jnp.maximum(jnp.sum(shown, (1, 2)), 1)
+    return means, jnp.any(predicted, (1, 2))
 
 
 def favour_rare(scores: np.ndarray, rare: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from jaxuda import data, parallel
 from jaxuda.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.sweeps.ensemble import Ensemble, Member, Passes
-from jaxuda.sweeps.scores import probabilities
+from jaxuda.sweeps.scores import probabilities, shown_pixels
 from jaxuda.writers import progress_bar
 
 PyTree = Any
@@ -60,7 +60,7 @@ def make_ensemble_evaluator(
     def evaluate_batch(variables: list[PyTree], batch: dict[str, jax.Array], passes: Passes) -> dict[str, jax.Array]:
         coarse, sums = ensemble.coarse(variables, passes), {}
         if ensemble.single:
-            sums = _label_free(probabilities(coarse[0][0], first.method), batch["counts"])
+            sums = _label_free(probabilities(coarse[0][0], first.method), batch["shown"])
         if "label" in batch:
             predictions = jnp.argmax(ensemble.average(coarse, passes), -1)
             sums["confusion"] = confusion_matrix(batch["label"], predictions, first.model.num_classes)
@@ -70,8 +70,10 @@ def make_ensemble_evaluator(
         variables = [parallel.everywhere(each, devices) for each in variables]
         total: dict[str, np.ndarray] = {}
         with progress_bar(len(records), "evaluate", "img") as bar:
+            grid = ensemble.grid(variables)
             for batch, passes in ensemble.batches(records, variables, of_labels=True):
-                arrays = parallel.spread((_arrays(batch, passes), passes), devices)
+                arrays = {**_labels(batch, passes), "shown": shown_pixels(batch, first.config, grid)}
+                arrays = parallel.spread((arrays, passes), devices)
                 for name, value in jax.device_get(evaluate_batch(variables, *arrays)).items():
                     total[name] = total.get(name, 0) + value.astype(np.int64 if name == "confusion" else np.float64)
                 bar.update(batch["count"])
@@ -80,40 +82,49 @@ def make_ensemble_evaluator(
     return evaluate
 
 
-def _arrays(batch: dict[str, Any], passes: Passes) -> dict[str, np.ndarray]:
-    """A sweep's labels, padded with 255 to the common size of `passes`, and which images are no repetitions."""
-    count, full = batch["count"], len(batch["image"])
-    arrays = {"counts": np.arange(full) < count}
-    if batch["label"] is not None:
-        arrays["label"] = np.full((full, passes[0]["rows"].shape[1], passes[0]["columns"].shape[1]), 255, np.uint8)
-        for padded, label in zip(arrays["label"], batch["label"], strict=False):
-            padded[: label.shape[0], : label.shape[1]] = label
-    return arrays
+def _labels(batch: dict[str, Any], passes: Passes) -> dict[str, np.ndarray]:
+    """A sweep's labels, if there are any, padded with 255 to the common size of `passes`."""
+    if batch["label"] is None:
+        return {}
+    full = (len(batch["image"]), passes[0]["rows"].shape[1], passes[0]["columns"].shape[1])
+    labels = np.full(full, 255, np.uint8)
+    for padded, label in zip(labels, batch["label"], strict=False):
+        padded[: label.shape[0], : label.shape[1]] = label
+    return {"label": labels}
 
 
-def _label_free(probs: jax.Array, counts: jax.Array) -> dict[str, jax.Array]:
+def _label_free(probs: jax.Array, shown: jax.Array) -> dict[str, jax.Array]:
     """Sums over the images of a batch from which `_finish` makes the figures for model selection without labels.
+
+    Of `probs` (N, h, w, C) count the positions where `shown` (N, h, w) is True, and the images that have any.
 
     entropy: of the predictions, 0..1. diversity: entropy of the mean prediction, 0..1 (low = collapsed).
     snd: soft neighbourhood density (Saito et al., Tune it the Right Way, ICCV 2021), the entropy of the softmax
     over similarities between predictions of one image, temperature 0.05; higher = denser neighbourhoods.
     """
     n, height, width, classes = probs.shape
-    weight = counts.astype(probs.dtype)
-    entropy = -jnp.sum(probs * jnp.log(probs + 1e-30), -1) / jnp.log(classes)
+    flat, counts = probs.reshape(n, height * width, classes), shown.reshape(n, height * width)
+    weight = _shares(counts)  # of each position in the mean over its image
+    entropy = -jnp.sum(flat * jnp.log(flat + 1e-30), -1) / jnp.log(classes)
 
-    flat = probs.reshape(n, height * width, classes)
-    some = flat[:, :: max(1, height * width // 256)]
+    step = max(1, height * width // 256)
+    some, seen = flat[:, ::step], counts[:, ::step]
     some = some / jnp.linalg.norm(some, axis=-1, keepdims=True)
     similar = jnp.einsum("nic,njc->nij", some, some) / 0.05
-    near = jax.nn.log_softmax(jnp.where(jnp.eye(some.shape[1], dtype=bool), -jnp.inf, similar))
+    others = seen[:, None, :] & ~jnp.eye(some.shape[1], dtype=bool)
+    near = jax.nn.log_softmax(similar, where=others)
     density = -jnp.sum(jnp.where(jnp.isfinite(near), jnp.exp(near) * near, 0), -1)
     return {
-        "images": jnp.sum(weight),
-        "entropy": jnp.sum(weight * jnp.mean(entropy, (1, 2))),
-        "prediction": jnp.einsum("n,npc->c", weight, flat) / (height * width),
-        "snd": jnp.sum(weight * jnp.mean(density, -1)),
+        "images": jnp.sum(jnp.any(shown, (1, 2))),
+        "entropy": jnp.sum(weight * entropy),
+        "prediction": jnp.einsum("np,npc->c", weight, flat),
+        "snd": jnp.sum(_shares(seen) * density),
     }
+
+
+def _shares(counts: jax.Array) -> jax.Array:
+    """1 / n at the n positions of each row of (N, P) bool that count, 0 elsewhere."""
+    return counts / jnp.maximum(jnp.sum(counts, -1, keepdims=True), 1)
 
 
 def _finish(total: dict[str, np.ndarray]) -> Evaluation:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxuda import files
+from jaxuda import files, parallel
 from jaxuda.data import encoding, labels
 from jaxuda.errors import UserError
 from jaxuda.models.deeplab import DeepLabV2
@@ -76,9 +76,14 @@ def predictions(
 
 
 def ensemble_predictions(
-    ensemble: Ensemble, variables: Sequence[PyTree], images: Sequence
+    ensemble: Ensemble, variables: Sequence[PyTree], images: Sequence, devices: list[jax.Device] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """As `predictions`, of an ensemble and the variables of each of its members."""
+    """As `predictions`, of an ensemble and the variables of each of its members.
+
+    `devices` are as many as divide the batch; default: one.
+    """
+    devices = devices or jax.local_devices()[:1]
+    variables = [parallel.everywhere(each, devices) for each in variables]
 
     @jax.jit
     def label_maps(variables: list[PyTree], passes: Passes) -> jax.Array:
@@ -86,7 +91,7 @@ def ensemble_predictions(
 
     with progress_bar(len(images), "predict", "img") as bar:
         for batch, passes in ensemble.batches(images, variables):
-            maps = np.asarray(label_maps(list(variables), passes))
+            maps = np.asarray(label_maps(variables, parallel.spread(passes, devices)))
             for name, (height, width), ids in zip(batch["id"], batch["size"], maps, strict=False):
                 yield name, np.ascontiguousarray(ids[:height, :width])
             bar.update(batch["count"])

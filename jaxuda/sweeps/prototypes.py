@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxuda import data, files, parallel
 from jaxuda.data.records import Records, Subset
-from jaxuda.data.transforms import resize_nearest
+from jaxuda.data.transforms import fitted_size, resize_nearest
 from jaxuda.errors import UserError
 from jaxuda.losses.contrastive import image_means, nearest_prototype_labels
 from jaxuda.losses.segmentation import IGNORE
@@ -30,6 +30,7 @@ from jaxuda.models.heads import ProjectionHead
 from jaxuda.models.layers import normalise, resize_labels
 from jaxuda.prototypes import Memories, init_projection, write_prototypes
 from jaxuda.stages import Domains
+from jaxuda.sweeps.scores import image_masks
 from jaxuda.writers import progress_bar
 
 PyTree = Any
@@ -57,7 +58,7 @@ def run(
     Args:
       config: read are `projection` (kind of the head), `margin` and `normalise_for_labels` (of the pseudo-labels),
         `source_images` and `target_images` (how many at most), `seed`, `preprocess`, `evaluation.batch`, and for
-        the size of the images `source.resize`, `target.resize` or else `evaluation.size`.
+        the size of the images `resize` or `fit` of the domain, or else `evaluation.size`.
     """
     names, memories = domains.source.label_space.classes, {}
     channels = _feature_channels(model, variables, config)
@@ -92,13 +93,13 @@ def _make_means(model: DeepLabV2, config: Any) -> dict[str, Callable]:
         projected, logits = project(variables, batch["image"])
         labels = resize_labels(batch["label"], logits.shape[1:3]).astype(jnp.int32)
         right = jnp.where(jnp.argmax(logits, axis=-1) == labels, labels, IGNORE)
-        return _sums(projected, right, batch["counts"], model.num_classes)
+        return _sums(projected, right, batch["shown"], model.num_classes)
 
     def target(variables: PyTree, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
         projected, _ = project(variables, batch["image"])
         prototypes, margin = variables["prototypes"], config.margin
         pseudo = nearest_prototype_labels(projected, prototypes, margin, config.normalise_for_labels)
-        return _sums(projected, pseudo, batch["counts"], model.num_classes)
+        return _sums(projected, pseudo, batch["shown"], model.num_classes)
 
     return {"source": jax.jit(source), "target": jax.jit(target)}
 
@@ -127,13 +128,15 @@ def _walk(
     """Prototypes (C, A) of one domain, and the share of its pixels that they are made of; saves its progress."""
     path, batch_size = folder / PROGRESS.format(name), config.evaluation.batch
     done, total = _read_progress(path)
-    size = tuple(config[name].resize or config.evaluation.size)
-    transform = data.build_transform({"resize": size, "interpolation": config[name].get("interpolation", "bicubic")})
+    fit = config[name].get("fit")
+    size = tuple(fit or config[name].resize or config.evaluation.size)
+    kind, interpolation = "fit" if fit else "resize", config[name].get("interpolation", "bicubic")
+    transform = data.build_transform({kind: size, "interpolation": interpolation})
     variables = parallel.everywhere(variables, devices)
     remaining = Subset(records, records.ids()[done:])
     with progress_bar(len(records), f"{name} prototypes", "img", initial=done) as bar:
         for index, batch in enumerate(data.sweep_batches(remaining, transform, batch_size), 1):
-            arrays = parallel.spread(_arrays(batch, size), devices)
+            arrays = parallel.spread(_arrays(batch, size, bool(fit)), devices)
             total = [old + np.float64(new) for old, new in zip(total, means(variables, arrays), strict=True)]
             done += batch["count"]
             bar.update(batch["count"])
@@ -145,27 +148,29 @@ def _walk(
 
 
 def _sums(
-    features: jax.Array, labels: jax.Array, counts: jax.Array, num_classes: int
+    features: jax.Array, labels: jax.Array, shown: jax.Array, num_classes: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(C, A) sum over images of class means, and how many pixels are labelled and there are, of the images that count.
+    """(C, A) sum over images of class means, and how many pixels are labelled and there are, of those that count.
 
     Args:
       features: (N, h, w, A).
       labels: (N, h, w) int32, 255 = ignore.
-      counts: (N,) bool, False for the images that only fill up the last batch.
+      shown: (N, H, W) bool, which pixels of the input count.
     """
-    labels = jnp.where(counts[:, None, None], labels, IGNORE)
+    shown = resize_labels(shown.astype(jnp.int32), labels.shape[1:]) > 0
+    labels = jnp.where(shown, labels, IGNORE)
     sums, _ = image_means(features, labels, num_classes)
-    return sums, jnp.sum(labels != IGNORE), jnp.sum(counts) * (labels.size // len(labels))
+    return sums, jnp.sum(labels != IGNORE), jnp.sum(shown)
 
 
-def _arrays(batch: dict[str, Any], size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """A sweep's batch with its labels, if any, at the size of the images."""
-    arrays = {"image": batch["image"], "counts": np.arange(len(batch["image"])) < batch["count"]}
+def _arrays(batch: dict[str, Any], size: tuple[int, int], fit: bool) -> dict[str, np.ndarray]:
+    """A sweep's batch with its labels, if any, at the size of the images, and which pixels count."""
+    arrays = {"image": batch["image"], "shown": image_masks(batch, size, fit)}
     if batch["label"] is not None:
         arrays["label"] = np.full(batch["image"].shape[:3], IGNORE, np.uint8)
         for row, label in zip(arrays["label"], batch["label"], strict=False):
-            row[:] = resize_nearest(label, size)
+            across, down = fitted_size(label.shape[::-1], size) if fit else size
+            row[:down, :across] = resize_nearest(label, (across, down))
     return arrays
 
 

@@ -30,6 +30,7 @@ from jaxuda.sweeps.scores import (
     resize,
     resize_matrices,
     score_grid,
+    shown_pixels,
     sweep,
 )
 from jaxuda.sweeps.thresholds import apply_thresholds, class_thresholds, confidence_histogram
@@ -80,15 +81,14 @@ def _histogram(
     width, height = config.evaluation.size
 
     @jax.jit
-    def count(variables: PyTree, images: jax.Array, counts: jax.Array) -> jax.Array:
+    def count(variables: PyTree, images: jax.Array, shown: jax.Array) -> jax.Array:
         values = resize_bilinear(scores(variables, images), (height, width), config.align_corners)
-        return confidence_histogram(probabilities(values, method), counts[:, None, None])
+        return confidence_histogram(probabilities(values, method), shown)
 
     total = np.zeros((), np.int64)
     with progress_bar(len(target), "thresholds", "img") as bar:
         for batch in sweep(target, config):
-            counts = np.arange(len(batch["image"])) < batch["count"]
-            arrays = parallel.spread((batch["image"], counts), devices)
+            arrays = parallel.spread((batch["image"], shown_pixels(batch, config)), devices)
             total = total + np.asarray(count(variables, *arrays), np.int64)
             bar.update(batch["count"])
     return total

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxuda import data
+from jaxuda.data.transforms import Transform, fitted_size
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import interpolation_matrix, normalise
 
@@ -58,9 +59,42 @@ def sweep(
     Images are resized to `size`, in batches of `batch`; both are those of `config.evaluation` unless given. With
     `config.evaluation.keep_aspect` they are made to lie within that size, at the top left, the rest black.
     """
+    return data.sweep_batches(records, input_transform(config, size), batch or config.evaluation.batch)
+
+
+def input_transform(config: Any, size: tuple[int, int] | None = None) -> Transform:
+    """What brings an image to the network's input as `sweep` says; `size` is `config.evaluation.size` unless given."""
     kind = "fit" if kept_aspect(config) else "resize"
-    transform = data.build_transform({kind: tuple(size or config.evaluation.size)})
-    return data.sweep_batches(records, transform, batch or config.evaluation.batch)
+    return data.build_transform({kind: tuple(size or config.evaluation.size)})
+
+
+def shown_pixels(batch: dict[str, Any], config: Any, grid: tuple[int, int] | None = None) -> np.ndarray:
+    """`image_masks` for what `sweep` yields; of `config` are read `evaluation.size` and `evaluation.keep_aspect`."""
+    return image_masks(batch, tuple(config.evaluation.size), kept_aspect(config) is not None, grid)
+
+
+def image_masks(
+    batch: dict[str, Any], size: tuple[int, int], fit: bool, grid: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Where the network's input shows an image: not beside one that keeps its aspect, nor in a repeated one.
+
+    Args:
+      batch: as `data.sweep_batches` yields them.
+      size: (width, height) of the input.
+      fit: whether images were made to lie within that size at the top left, aspect kept; else they fill it.
+      grid: (h, w) of the result; default: that of the input.
+
+    Returns:
+      (N, h, w) bool.
+    """
+    width, height = size
+    rows, columns = grid or (height, width)
+    shown = np.zeros((len(batch["image"]), rows, columns), bool)
+    for mask, (own_height, own_width) in zip(shown, batch["size"], strict=False):
+        across, down = fitted_size((own_width, own_height), size) if fit else size
+        # A cell belongs to the image if its centre does; the thinnest image has one.
+        mask[: max(1, round(rows * down / height)), : max(1, round(columns * across / width))] = True
+    return shown
 
 
 def kept_aspect(config: Any) -> float | None:

@@ -14,7 +14,7 @@ from jaxuda import files, parallel
 from jaxuda.data.pairing import FILE
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.stages import Domains
-from jaxuda.sweeps.scores import make_scores, sweep
+from jaxuda.sweeps.scores import make_scores, score_grid, shown_pixels, sweep
 from jaxuda.writers import progress_bar
 
 PyTree = Any
@@ -36,14 +36,17 @@ def run(
     scores = make_scores(model, method, config)
 
     @jax.jit
-    def shares(variables: PyTree, images: jax.Array) -> jax.Array:
+    def shares(variables: PyTree, images: jax.Array, shown: jax.Array) -> jax.Array:
         predicted = jnp.argmax(scores(variables, images), -1)[..., None] == jnp.arange(len(classes))
-        return jnp.mean(predicted.astype(jnp.float32), (1, 2))
+        counts = jnp.sum(predicted & shown[..., None], (1, 2))
+        return counts / jnp.maximum(jnp.sum(shown, (1, 2)), 1)[:, None]
 
+    grid = score_grid(scores, variables, config)
     variables, images = parallel.everywhere(variables, devices), {}
     with progress_bar(len(target), "target classes", "img") as bar:
         for batch in sweep(target, config):
-            found = np.asarray(shares(variables, parallel.spread(batch["image"], devices)))
+            arrays = parallel.spread((batch["image"], shown_pixels(batch, config, grid)), devices)
+            found = np.asarray(shares(variables, *arrays))
             rows = [[round(float(share), 6) for share in row] for row in found]
             images |= dict(zip(batch["id"], rows, strict=False))
             bar.update(batch["count"])

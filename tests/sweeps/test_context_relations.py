@@ -30,7 +30,12 @@ def config(**changes) -> ConfigDict:
 
 
 class _Source(list):
+    """Labels without images, since the search must not look at any."""
+
     name, label_space = "a tiny source", SPACE
+
+    def labels_only(self) -> "_Source":
+        return self
 
 
 def source(images: int = 30) -> _Source:
@@ -50,7 +55,7 @@ def source(images: int = 30) -> _Source:
                 region[:] = rng.integers(0, 3, (8, 8)).repeat(2, 0).repeat(2, 1)
             elif kind < 0.62:
                 region[:] = 2
-        records.append({"label": label, "image": np.zeros((32, 48, 3), np.uint8), "id": str(index)})
+        records.append({"label": label, "id": str(index)})
     return records
 
 

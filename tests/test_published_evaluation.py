@@ -1,0 +1,151 @@
+"""Scoring and labelling on the published benchmarks through the command line, on small folders in their layouts.
+
+A network of random weights comes from a torch file; what `--mode eval` prints must be what follows from the files that
+`--mode predict` writes and the published label files.
+"""
+
+import re
+from pathlib import Path
+
+import layouts
+import numpy as np
+import pytest
+from golden_weights import random_variables
+from PIL import Image
+
+from jaxuda import convert
+from jaxuda.data.labels import MAPILLARY, label_space, lookup_table
+from jaxuda.interop import save_torch
+from jaxuda.main import MISTAKE, main
+from jaxuda.metrics import iou
+from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.prepare import prepare
+
+ROOT = Path(__file__).parents[1]
+FULL = (2048, 1024)
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def converted(benchmark: str, classes: int, folder: Path, seed: int = 0) -> str:
+    """A folder like that of a finished stage, with a small network of random weights."""
+    model = DeepLabV2(classes, backbone="resnet18", variant="torchvision", width=8)
+    variables = random_variables(model, np.zeros((1, 32, 32, 3), np.float32))
+    rng = np.random.default_rng(seed)
+    head = variables["params"]["head"]  # so that no class covers everything
+    head |= {name: rng.normal(size=array.shape).astype(np.float32) for name, array in head.items()}
+    save_torch(variables, model, folder.with_suffix(".pth"))
+    fields = {"backbone": "resnet18", "variant": "torchvision", "width": 8, "aux": False}
+    words = [f"--config.model.{name}={value}" for name, value in fields.items()]
+    words += [f"--config=configs/advent.py:{benchmark}", f"--out={folder}"]
+    assert convert.main([str(folder.with_suffix(".pth")), *words]) == 0
+    return str(folder)
+
+
+def command(benchmark: str, data_dir: Path, checkpoint: str, *more: str) -> list[str]:
+    words = [f"--config=configs/advent.py:{benchmark}", f"--config.data_dir={data_dir}", f"--checkpoint={checkpoint}"]
+    return ["jaxuda", *words, *more]
+
+
+def compare(words: list[str], images: Path, truths: dict[str, np.ndarray], space: str, tmp_path: Path, capsys) -> str:
+    """Runs both modes; the printed table must follow from the written ids and the true ids, by the name of an image."""
+    classes = label_space(space).classes
+    assert main([*words, "--mode=predict", f"--images={images}", f"--workdir={tmp_path}"]) == 0
+    confusion = np.zeros((len(classes), len(classes)), np.int64)
+    files = sorted((tmp_path / "predictions" / "ids").iterdir())
+    assert len(files) == len(truths)
+    for file in files:
+        guess, truth = np.asarray(Image.open(file)), truths[file.stem]
+        assert guess.shape == truth.shape
+        np.add.at(confusion, (truth[truth != 255], guess[truth != 255]), 1)
+    assert np.count_nonzero(confusion.sum(0)) > 1
+    capsys.readouterr()
+    assert main([*words, "--mode=eval"]) == 0
+    text = capsys.readouterr().out
+    for name, value in zip(classes, 100 * iou(confusion), strict=True):
+        (found,) = re.findall(rf"^{name} +(\S+)$", text, re.MULTILINE)
+        assert found == "-" if np.isnan(value) else float(found) == pytest.approx(value, abs=0.11), name
+    return text
+
+
+def cityscapes_truths(source: Path, space: str) -> dict[str, np.ndarray]:
+    table = lookup_table("cityscapes", label_space(space))
+    files = (source / "gtFine" / "val").rglob("*_labelIds.png")
+    return {f.name.replace("gtFine_labelIds.png", "leftImg8bit"): table[np.asarray(Image.open(f))] for f in files}
+
+
+def test_cityscapes_at_its_published_size(tmp_path: Path, capsys) -> None:
+    """19 classes, input of 1024x512, scores at 2048x1024; and the files for the test server."""
+    source = layouts.cityscapes(tmp_path / "source")
+    name = "frankfurt/frankfurt_000000_000019"  # the only one of that size
+    layouts.image(source / "leftImg8bit" / "val" / f"{name}_leftImg8bit.png", FULL)
+    label = np.kron(layouts.ids(range(34), (32, 16)), np.ones((64, 64), np.uint8))
+    layouts.grey(source / "gtFine" / "val" / f"{name}_gtFine_labelIds.png", label)
+    prepare("cityscapes", manual_dir=source, data_dir=tmp_path)  # but not GTA5, which is not needed
+    words = command("gta5", tmp_path, converted("gta5", 19, tmp_path / "network"))
+    truths = cityscapes_truths(source, "cityscapes19")
+    assert (1024, 2048) in [truth.shape for truth in truths.values()]
+    text = compare(words, source / "leftImg8bit" / "val", truths, "cityscapes19", tmp_path, capsys)
+    assert "mIoU (19)" in text and "on cityscapes val\n" in text
+
+    for name in truths:
+        ids, raw, colour = (
+            np.asarray(Image.open(tmp_path / "predictions" / kind / f"{name}.png"))
+            for kind in ("ids", "cityscapes_ids", "colour")
+        )
+        np.testing.assert_array_equal(lookup_table("cityscapes", "cityscapes19")[raw], ids)
+        np.testing.assert_array_equal(colour, label_space("cityscapes19").palette[ids])
+
+
+def test_cityscapes_by_an_ensemble_mirrored_and_scaled(tmp_path: Path, capsys) -> None:
+    """16 classes and mIoU* over 13; two networks, weighted."""
+    source = layouts.cityscapes(tmp_path / "source", (64, 32))
+    prepare("cityscapes", manual_dir=source, data_dir=tmp_path)
+    first, second = (converted("synthia", 16, tmp_path / f"network{seed}", seed) for seed in (0, 1))
+    averaged = ["--config.test.flip=True", "--config.test.scales=(0.5, 1.0)", "--config.test.weights=(0.7, 0.3)"]
+    smaller = ["--config.evaluation.size=(128, 64)", "--config.evaluation.batch=2", "--config.devices=2"]
+    words = command("synthia", tmp_path, f"{first},{second}", *averaged, *smaller)
+    truths = cityscapes_truths(source, "synthia16")
+    text = compare(words, source / "leftImg8bit" / "val", truths, "synthia16", tmp_path, capsys)
+    assert "mIoU (16)" in text and "mIoU* (13)" in text and "network0 + network1" in text
+    assert "on cityscapes val, input of 128x64, scaled by 0.5 and 1.0, mirrored images too\n" in text
+
+    words = command("synthia", tmp_path, f"{first}:all", "--mode=eval", smaller[0])
+    assert main(words) == 0
+    alone = capsys.readouterr().out
+    assert "network0:0" in alone and re.search("mIoU.*", alone)[0] != re.search("mIoU.*", text)[0]
+    assert main([*words, "--config.devices=3"]) == MISTAKE
+    assert "or change --config.evaluation.batch" in capsys.readouterr().err
+
+
+def test_crosscity(tmp_path: Path, capsys) -> None:
+    source = layouts.crosscity(tmp_path / "source")
+    prepare("crosscity/rome", manual_dir=source, data_dir=tmp_path)
+    table = lookup_table("crosscity", label_space("crosscity13"))
+    files = (source / "Rome" / "Labels" / "Test").iterdir()
+    truths = {file.stem.removesuffix("_eval"): table[np.asarray(Image.open(file))] for file in files}
+    checkpoint = converted("crosscity-rome", 13, tmp_path / "network")
+    words = command("crosscity-rome", tmp_path, checkpoint, "--config.evaluation.size=(64, 32)")
+    text = compare(words, source / "Rome" / "Images" / "Test", truths, "crosscity13", tmp_path, capsys)
+    assert "mIoU (13)" in text and "on crosscity/rome test, input of 64x32\n" in text
+
+
+def test_mapillary(tmp_path: Path, capsys) -> None:
+    """Images of several sizes, which keep their aspect."""
+    source = layouts.mapillary(tmp_path / "source")
+    prepare("mapillary", manual_dir=source, data_dir=tmp_path)
+    table = lookup_table("mapillary", label_space("super7"))
+    files = list((source / "validation" / "labels").iterdir())
+    truths = {file.stem: table[np.asarray(Image.open(file))] for file in files}
+    assert len({truth.shape for truth in truths.values()}) == 3 and len(MAPILLARY) == 66
+    checkpoint = converted("mapillary", 7, tmp_path / "network")
+    words = command("mapillary", tmp_path, checkpoint, "--config.evaluation.size=(64, 48)")
+    text = compare(words, source / "validation" / "images", truths, "super7", tmp_path, capsys)
+    assert "mIoU (7)" in text
+    assert not (tmp_path / "predictions" / "cityscapes_ids").exists()
+    # Seen without padding an image gives other scores.
+    assert main([*words, "--mode=eval", "--config.evaluation.keep_aspect=False"]) == 0
+    assert re.search("mIoU.*", capsys.readouterr().out)[0] != re.search("mIoU.*", text)[0]
