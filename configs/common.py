@@ -76,6 +76,7 @@ def base(name: str, benchmark: str, published: tuple[str, ...] = ()) -> ConfigDi
             "eval_every": 100,
             "checkpoint_every": 100,
             "keep_every": 0,  # also keep the checkpoints of every so many steps; 0: the latest two and the best
+            "class_weights": (),  # of the classes in the cross-entropy of every stage; (): all alike
             "mean_of_last": 3,  # evaluations that the table's 'mean of last' averages
             "preprocess": "imagenet",
             "model": quick_model(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,7 @@ def load_domains(config: ConfigDict) -> Domains:
     source = open_records(config, "source", config.source.split)
     if not source.labelled:
         raise UserError(f"the source {source.name} has no labels: adaptation needs a labelled source")
+    _check_weights(config.get("class_weights", ()), source.label_space.classes)
     target = open_records(config, "target", config.target.split)
     try:
         target_val = open_records(config, "target", config.evaluation.split)
@@ -153,6 +155,14 @@ def _check_prepared(config: ConfigDict) -> None:
     if missing:
         names, verb = " and ".join(missing.values()), "is" if len(missing) == 1 else "are"
         raise UserError(f"{names} {verb} not prepared in {root(data_dir)}; run\n  " + "\n  ".join(missing))
+
+
+def _check_weights(weights: Sequence[float], classes: Sequence[str]) -> None:
+    if weights and (len(weights) != len(classes) or not all(0 < weight < float("inf") for weight in weights)):
+        raise UserError(
+            f"config.class_weights={tuple(weights)}: give one positive number for each of the {len(classes)} classes, "
+            f"in their order ({', '.join(classes)})"
+        )
 
 
 def _place(config: ConfigDict, domain: str) -> ConfigDict:

@@ -40,6 +40,7 @@ def test_what_changes_a_result_changes_the_fingerprint_from_there_on() -> None:
     assert changed("source_only.steps", 5) == {"source_only", "adapt"}
     assert changed("model.width", 16) == changed("seed", 3) == {"source_only", "adapt", "oracle"}
     assert changed("target.flip", 0.1) == {"adapt", "oracle"}
+    assert changed("class_weights", (1.0, 2.0)) == {"source_only", "adapt", "oracle"}
     assert changed("devices", 1) == changed("num_workers", 4) == changed("source.path", "elsewhere") == set()
 
 
