@@ -13,6 +13,7 @@ CITIES = ("rio", "rome", "taipei", "tokyo")
 # The benchmarks of papers: to Cityscapes, from Cityscapes to each city of Cross-City, and from SYNTHIA to Mapillary.
 TO_CITYSCAPES = ("gta5", "synthia")
 PUBLISHED = (*TO_CITYSCAPES, *(f"crosscity-{city}" for city in CITIES), "mapillary")
+BENCHMARKS = ("streets", "camvid", "folder", *PUBLISHED)
 
 
 def domain(name: str, **transforms) -> ConfigDict:

@@ -68,8 +68,10 @@ def _run_stage(stage: Stage, config: ConfigDict, domains: Domains, log: RunLog, 
     stage.mark("started")
     began = time.perf_counter()
     if "sweep" in stage.config:
+        log.say(f"{stage.name}: begins")
         sweep(stage, config, domains, log)
     else:
+        log.say(f"{stage.name}: begins; its first step waits for the compiler, up to a minute or two")
         train(stage, config, domains, log)
     stage.mark("done")
     log.say(f"{stage.name}: finished in {(time.perf_counter() - began) / 60:.1f} min")
@@ -189,16 +191,20 @@ def header(config: ConfigDict, workdir: Path, domains: Domains, statuses: dict[s
     batch = next(config[name].batch for name in config.pipeline if "train" in config[name])
     devices = parallel.choose_devices(batch, config.devices, config.platform)
     used = f"{len(devices)} of {jax.local_device_count()} {devices[0].platform} ({devices[0].device_kind})"
-    plan = " -> ".join(name if status == "missing" else f"{name} ({status})" for name, status in statuses.items())
+    steps = {name: f" ({config[name].steps} steps)" if "train" in config[name] else "" for name in statuses}
+    plan = (
+        f"{name}{steps[name]}" if status == "missing" else f"{name} ({status})" for name, status in statuses.items()
+    )
     validation = f"{domains.target_val.name} ({len(domains.target_val)})" if domains.target_val else "none"
     return "\n".join(
         [
             f"jaxuda {config.name}:{config.benchmark}, seed {config.seed}",
             f"  devices     {used}",
-            f"  stages      {plan}",
+            f"  stages      {' -> '.join(plan)}",
             f"  source      {domains.source.name} ({len(domains.source)} images)",
             f"  target      {domains.target.name} ({len(domains.target)} images), evaluated on {validation}",
-            f"  results in  {workdir}",
+            f"  results in  {workdir}, at the end with a page for the browser, report.html",
+            "Stop it whenever you like: the same command goes on where it stopped.",
         ]
     )
 
