@@ -7,13 +7,18 @@ and `pipeline`, the tuple of stage names to run in order. Any field can be set o
 
 from functools import partial
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference, config_dict
 
 CITIES = ("rio", "rome", "taipei", "tokyo")
 # The benchmarks of papers: to Cityscapes, from Cityscapes to each city of Cross-City, and from SYNTHIA to Mapillary.
 TO_CITYSCAPES = ("gta5", "synthia")
 PUBLISHED = (*TO_CITYSCAPES, *(f"crosscity-{city}" for city in CITIES), "mapillary")
 BENCHMARKS = ("streets", "camvid", "folder", *PUBLISHED)
+
+
+def unset() -> FieldReference:
+    """None, for a field that takes any value on the command line; a plain None could not be set there."""
+    return config_dict.placeholder(object)
 
 
 def domain(name: str, **transforms) -> ConfigDict:
@@ -23,7 +28,7 @@ def domain(name: str, **transforms) -> ConfigDict:
     """
     config = ConfigDict({"name": name, "path": "", "split": "train", "interpolation": "bicubic"})
     for field in ("resize", "short_side", "scale", "base", "crop", "flip", "jitter", "grey", "blur"):
-        config[field] = transforms.pop(field, None)
+        config[field] = transforms.pop(field, unset())
     if "fit" in transforms:
         config.fit = transforms.pop("fit")  # a field only where it is used: stages are known by their fields
     assert not transforms, f"unknown transforms: {', '.join(transforms)}"
@@ -37,7 +42,7 @@ def quick_model(**fields) -> ConfigDict:
             "backbone": "resnet18",
             "variant": "torchvision",
             "width": 32,
-            "blocks": None,
+            "blocks": unset(),
             "aux": False,
             "head_bias": True,
             "dilated": True,
