@@ -19,14 +19,8 @@ def text_of(cell: nbformat.NotebookNode) -> str:
 
 @pytest.mark.slow
 def test_it_runs_top_to_bottom(tmp_path, monkeypatch) -> None:
-    small = {
-        "STEPS": "2",
-        "WIDTH": "8",
-        "SIZE": "64,32",
-        "CAMVID": "",
-        "MORE": "--config.model.blocks=(1,1,1,1)",
-        "RUNS": str(tmp_path / "runs"),
-    }
+    small = {"STEPS": "2", "WIDTH": "8", "SIZE": "64,32", "MORE": "--config.model.blocks=(1,1,1,1)", "CAMVID": ""}
+    small["RUNS"] = str(tmp_path / "runs")
     for name, value in small.items():
         monkeypatch.setenv(f"QUICKSTART_{name}", value)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
