@@ -7,12 +7,18 @@ and `pipeline`, the tuple of stage names to run in order. Any field can be set o
 
 from functools import partial
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference, config_dict
 
 CITIES = ("rio", "rome", "taipei", "tokyo")
 # The benchmarks of papers: to Cityscapes, from Cityscapes to each city of Cross-City, and from SYNTHIA to Mapillary.
 TO_CITYSCAPES = ("gta5", "synthia")
 PUBLISHED = (*TO_CITYSCAPES, *(f"crosscity-{city}" for city in CITIES), "mapillary")
+BENCHMARKS = ("streets", "camvid", "folder", *PUBLISHED)
+
+
+def unset() -> FieldReference:
+    """None, for a field that takes any value on the command line; a plain None could not be set there."""
+    return config_dict.placeholder(object)
 
 
 def domain(name: str, **transforms) -> ConfigDict:
@@ -22,7 +28,7 @@ def domain(name: str, **transforms) -> ConfigDict:
     """
     config = ConfigDict({"name": name, "path": "", "split": "train", "interpolation": "bicubic"})
     for field in ("resize", "short_side", "scale", "base", "crop", "flip", "jitter", "grey", "blur"):
-        config[field] = transforms.pop(field, None)
+        config[field] = transforms.pop(field, unset())
     if "fit" in transforms:
         config.fit = transforms.pop("fit")  # a field only where it is used: stages are known by their fields
     assert not transforms, f"unknown transforms: {', '.join(transforms)}"
@@ -36,7 +42,7 @@ def quick_model(**fields) -> ConfigDict:
             "backbone": "resnet18",
             "variant": "torchvision",
             "width": 32,
-            "blocks": None,
+            "blocks": unset(),
             "aux": False,
             "head_bias": True,
             "dilated": True,
@@ -76,6 +82,7 @@ def base(name: str, benchmark: str, published: tuple[str, ...] = ()) -> ConfigDi
             "eval_every": 100,
             "checkpoint_every": 100,
             "keep_every": 0,  # also keep the checkpoints of every so many steps; 0: the latest two and the best
+            "class_weights": (),  # of the classes in the cross-entropy of every stage; (): all alike
             "mean_of_last": 3,  # evaluations that the table's 'mean of last' averages
             "preprocess": "imagenet",
             "model": quick_model(),

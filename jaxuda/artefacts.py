@@ -46,6 +46,34 @@ def write_arrays(
     files.write_bytes(path, buffer.getvalue())
 
 
+def load_arrays(path: Path, what: str, names: Sequence[str]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Reads what `write_arrays` wrote, whatever classes and network it is of.
+
+    Args:
+      path: the file.
+      what: its content, in the plural, for messages.
+      names: arrays that it must hold.
+
+    Returns:
+      All arrays of the file, those that name its network among them, and the names of its classes.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            arrays = {name: saved[name] for name in saved.files}
+        classes = tuple(arrays.pop("classes").tolist())
+        missing = [name for name in names if name not in arrays]
+        if missing:
+            raise KeyError(missing[0])
+    except FileNotFoundError as error:
+        raise UserError(f"there are no {what} in {path.parent}: {REMEDY}") from error
+    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, then {REMEDY}") from error
+    return arrays, classes
+
+
 def read_arrays(
     path: Path,
     what: str,
@@ -70,19 +98,9 @@ def read_arrays(
     Raises:
       UserError: the file is missing or damaged, or comes from another network or label space.
     """
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            arrays = {name: saved[name] for name in saved.files}
-        known = tuple(arrays.pop("classes").tolist())
-        missing = [name for name in names if name not in arrays]
-        if missing:
-            raise KeyError(missing[0])
-        if network is not None:
-            theirs, found = str(arrays.pop("network")), int(arrays.pop("channels"))
-    except FileNotFoundError as error:
-        raise UserError(f"there are no {what} in {path.parent}: {REMEDY}") from error
-    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, then {REMEDY}") from error
+    arrays, known = load_arrays(path, what, [*names, "network", "channels"] if network else names)
+    if network is not None:
+        theirs, found = str(arrays.pop("network")), int(arrays.pop("channels"))
     if network is not None and (theirs, found) != (network_name(network[0]), network[1]):
         raise UserError(
             f"{path} holds {what} of another network: {theirs}, {found} channels, against "

@@ -2,12 +2,23 @@
 
 Runs a recipe, or continues it: the same command again goes on where it stopped.
 
+  --list                      the recipes, benchmarks, datasets and weights, and how to get what is missing
   --config FILE[:BENCHMARK]   the recipe; any field is set by --config.adapt.lr=0.01 and the like
   --workdir DIR               where results go (default runs/CONFIG-BENCHMARK-seedN)
   --seeds 0,1,2               one run per seed, then mean and spread
   --from_stage NAME           set this stage and all after it aside, and run from there
   --mode run|eval|predict     eval: score --checkpoint; predict: label --images 'GLOB' with --checkpoint
   --checkpoint DIR            a stage's folder, such as runs/minent-streets-seed0/adapt
+
+For a start, without any data of your own:
+
+  python -m jaxuda.main --config configs/minent.py                        adapt a small network, in minutes
+  python -m jaxuda.main --config configs/minent.py --seeds 0,1,2          three times, with mean and spread
+  python -m jaxuda.main --config configs/minent.py --mode predict \\
+      --checkpoint runs/minent-streets-seed0/adapt --images photos        label your photos with the result
+
+Other commands, each with its own --help: jaxuda.prepare (datasets, your own folders), jaxuda.report (pages and
+comparisons), jaxuda.report.pictures, jaxuda.table (many runs in one table), jaxuda.convert (torch's checkpoints).
 
 Exit codes: 0 done, 75 interrupted (run the same command to continue), 2 a mistake to mend, 1 anything else.
 """
@@ -35,7 +46,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
             sys.path.insert(0, str(Path(file).absolute().parent.parent))
             break
     else:
-        raise UserError(f"which recipe? Add --config configs/minent.py\n\n{__doc__}")
+        raise UserError("which recipe? Add --config configs/minent.py (--list shows all of them, --help explains)")
     args = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=args, sys_argv=argv)
     for name in ("workdir", "from_stage", "checkpoint", "images"):
@@ -76,6 +87,11 @@ def main(argv: list[str] | None = None) -> int:
         print(__doc__)
         return 0
     try:
+        if "--list" in argv:
+            from jaxuda.listing import listing
+
+            print(listing())
+            return 0
         args = parse(argv)
         from jaxuda import train, use
 

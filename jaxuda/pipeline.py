@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,10 @@ def _run_stage(stage: Stage, config: ConfigDict, domains: Domains, log: RunLog, 
     stage.mark("started")
     began = time.perf_counter()
     if "sweep" in stage.config:
+        log.say(f"{stage.name}: begins")
         sweep(stage, config, domains, log)
     else:
+        log.say(f"{stage.name}: begins; its first step waits for the compiler, up to a minute or two")
         train(stage, config, domains, log)
     stage.mark("done")
     log.say(f"{stage.name}: finished in {(time.perf_counter() - began) / 60:.1f} min")
@@ -125,6 +128,7 @@ def load_domains(config: ConfigDict) -> Domains:
     source = open_records(config, "source", config.source.split)
     if not source.labelled:
         raise UserError(f"the source {source.name} has no labels: adaptation needs a labelled source")
+    _check_weights(config.get("class_weights", ()), source.label_space.classes)
     target = open_records(config, "target", config.target.split)
     try:
         target_val = open_records(config, "target", config.evaluation.split)
@@ -160,6 +164,14 @@ def _check_prepared(config: ConfigDict) -> None:
         raise UserError(f"{names} {verb} not prepared in {root(data_dir)}; run\n  " + "\n  ".join(missing))
 
 
+def _check_weights(weights: Sequence[float], classes: Sequence[str]) -> None:
+    if weights and (len(weights) != len(classes) or not all(0 < weight < float("inf") for weight in weights)):
+        raise UserError(
+            f"config.class_weights={tuple(weights)}: give one positive number for each of the {len(classes)} classes, "
+            f"in their order ({', '.join(classes)})"
+        )
+
+
 def _place(config: ConfigDict, domain: str) -> ConfigDict:
     place = config[domain]
     if place.name == "folder" and not place.path:
@@ -184,16 +196,20 @@ def header(config: ConfigDict, workdir: Path, domains: Domains, statuses: dict[s
     batch = next(config[name].batch for name in config.pipeline if "train" in config[name])
     devices = parallel.choose_devices(batch, config.devices, config.platform)
     used = f"{len(devices)} of {jax.local_device_count()} {devices[0].platform} ({devices[0].device_kind})"
-    plan = " -> ".join(name if status == "missing" else f"{name} ({status})" for name, status in statuses.items())
+    steps = {name: f" ({config[name].steps} steps)" if "train" in config[name] else "" for name in statuses}
+    plan = (
+        f"{name}{steps[name]}" if status == "missing" else f"{name} ({status})" for name, status in statuses.items()
+    )
     validation = f"{domains.target_val.name} ({len(domains.target_val)})" if domains.target_val else "none"
     return "\n".join(
         [
             f"jaxuda {config.name}:{config.benchmark}, seed {config.seed}",
             f"  devices     {used}",
-            f"  stages      {plan}",
+            f"  stages      {' -> '.join(plan)}",
             f"  source      {domains.source.name} ({len(domains.source)} images)",
             f"  target      {domains.target.name} ({len(domains.target)} images), evaluated on {validation}",
-            f"  results in  {workdir}",
+            f"  results in  {workdir}, at the end with a page for the browser, report.html",
+            "Stop it whenever you like: the same command goes on where it stopped.",
         ]
     )
 

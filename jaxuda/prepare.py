@@ -22,7 +22,7 @@ from absl import logging
 from tqdm import tqdm
 
 from jaxuda import files
-from jaxuda.data import records
+from jaxuda.data import records, review
 from jaxuda.data.labels import IGNORE
 from jaxuda.errors import UserError
 
@@ -65,8 +65,10 @@ def _prepare_config(
     final = records.prepared_folder(name, data_dir, path)
     top = records.root(data_dir) / name.partition("/")[0]  # of all configs of the dataset
     with _writable(top), _locked(top):
-        if records.read_summary(final) is not None:
+        if (summary := records.read_summary(final)) is not None:
             print(f"{name}: already prepared in {final}")
+            if name == "folder":
+                _show_folder(summary, final, data_dir, path)
             return final
         if final.exists():
             raise UserError(f"{final} exists but was not made by jaxuda.prepare; move it away and try again")
@@ -83,7 +85,10 @@ def _prepare_config(
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     print(f"{name}: prepared in {final}")
-    _print_summary(summary, name, data_dir, path)
+    if name == "folder":
+        _show_folder(summary, final, data_dir, path)
+    else:
+        _print_summary(summary, name, data_dir, path)
     return final
 
 
@@ -110,8 +115,12 @@ def _build(name: str, manual_dir: str | os.PathLike | None, path: str, staging: 
     for split, examples in generators.items():
         for remark in examples.remarks:
             print(f"warning: {name} {split}: {remark}")
-    classes = getattr(builder.builder_config, "classes", None)
-    return built, {"splits": splits, **({"classes": classes} if classes else {})}
+    summary = {"splits": splits}
+    if dataset == "folder":
+        classes = builder.builder_config.classes
+        summary |= {"classes": classes} if classes else {}
+        summary["warnings"] = review.warnings(items, splits, classes)
+    return built, summary
 
 
 def _generate(
@@ -156,6 +165,24 @@ def _print_summary(summary: dict[str, Any], name: str, data_dir: Any, path: str)
         print(f"  {split}: {len(data)} images{'' if data.labelled else ', unlabelled'}")
         if data.labelled:
             print(f"    {_frequencies(content['pixels'], data)}")
+
+
+def _show_folder(summary: dict[str, Any], final: Path, data_dir: Any, path: str) -> None:
+    """Prints what was found in the user's own folder, and leaves a sheet of overlays there, if it has labels."""
+    labelled = {}
+    for split in summary["splits"]:
+        data = records.load("folder", split, data_dir=data_dir, path=path)
+        print(f"  {split}: {len(data)} images{'' if data.labelled else ', unlabelled'}")
+        if data.labelled:
+            labelled[split] = data
+    if labelled:
+        print(f"\n{review.table(summary['splits'], summary['classes'])}\n")
+        sheet = final / review.PREVIEW
+        if not sheet.exists():
+            files.write_bytes(sheet, review.preview(labelled))
+        print(f"look at {sheet}: the labels over their images")
+    for text in summary.get("warnings", ()):
+        print(f"warning: {text}")
 
 
 def _frequencies(pixels: dict[int, int], data: records.Records) -> str:

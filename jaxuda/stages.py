@@ -214,6 +214,8 @@ def resolve(name: str, config: ConfigDict) -> ConfigDict:
     own = config[name]
     resolved = ConfigDict({field: config[field] for field in SHARED}, convert_dict=True)
     resolved = ConfigDict(json.loads(resolved.to_json()))
+    if config.get("class_weights"):
+        resolved.class_weights = tuple(config.class_weights)  # a field only where it is used, for the fingerprint
     resolved.update(own.to_dict())
     if "train" in own:
         resolved.schedule_steps = own.schedule_steps or own.steps

@@ -265,6 +265,11 @@ def test_damaged_checkpoint_is_reported_and_the_one_before_used(finished: Path, 
         (["--mode=predict", "--checkpoint=nowhere", "--images=*.nothing"], "matches no file"),
         (["--mode=eval", "--checkpoint=nowhere"], "is not the folder of a training stage"),
         (["--config.source.path="], "--config.source.path=DIR"),
+        (
+            ["--config.class_weights=(1.0, 2.0)"],
+            "number for each of the 3 classes, in their order (ground",
+        ),
+        (["--config.class_weights=(1.0, 2.0, 0.0)"], "one positive number for each of the 3 classes"),
         (["stray"], "not understood: stray"),
     ],
 )

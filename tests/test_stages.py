@@ -6,6 +6,7 @@ import pytest
 
 from configs import minent, sdca, source_only
 from jaxuda.errors import UserError
+from jaxuda.main import parse
 from jaxuda.stages import Domains, changed_fields, plan
 
 
@@ -40,7 +41,18 @@ def test_what_changes_a_result_changes_the_fingerprint_from_there_on() -> None:
     assert changed("source_only.steps", 5) == {"source_only", "adapt"}
     assert changed("model.width", 16) == changed("seed", 3) == {"source_only", "adapt", "oracle"}
     assert changed("target.flip", 0.1) == {"adapt", "oracle"}
+    assert changed("class_weights", (1.0, 2.0)) == {"source_only", "adapt", "oracle"}
     assert changed("devices", 1) == changed("num_workers", 4) == changed("source.path", "elsewhere") == set()
+
+
+def test_fields_that_are_not_set_can_be_set() -> None:
+    """Those that are None, too; until they are set, they are None in the fingerprint."""
+    words = ["--config.source.crop=(64, 32)", "--config.target.grey=0.2", "--config.model.blocks=(1, 1, 1, 1)"]
+    config = parse(["jaxuda", "--config=configs/minent.py", *words]).config
+    adapt = plan(config, Path("runs/x"), DOMAINS)[1]
+    assert (adapt.config.source.crop, adapt.config.target.grey) == ((64, 32), 0.2)
+    assert adapt.identity["model"]["blocks"] == [1, 1, 1, 1]
+    assert plan(minent.get_config(), Path("runs/x"), DOMAINS)[1].identity["source"]["crop"] is None
 
 
 def test_other_data_are_another_stage() -> None:

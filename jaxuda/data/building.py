@@ -120,6 +120,10 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """The bytes to store for a label file, and its ids (H, W) uint8; raises ValueError with what is wrong."""
         return encoding.store_label(data)
 
+    def advice(self, unknown: Sequence[int]) -> str:
+        """What to do about a label file with these ids, which `raw_ids` does not name; "" if nothing is known."""
+        return ""
+
     def has_labels(self) -> bool:
         """Whether any split has labels."""
         return True
@@ -266,7 +270,8 @@ class Examples:
                 pixels = encoding.count_ids(label)
                 unknown = np.flatnonzero((pixels > 0) & ~self._known)
                 if len(unknown):
-                    return f"{file}: holds ids that the dataset does not name: {', '.join(map(str, unknown))}"
+                    advice = self._builder.advice(unknown.tolist())
+                    return f"{file}: holds ids that the dataset does not name: {', '.join(map(str, unknown))}{advice}"
                 record["label"] = stored
             elif self._builder.has_labels():
                 record["label"] = b""

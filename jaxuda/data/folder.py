@@ -13,13 +13,17 @@ no class (255 always is one of them) and may be left out.
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 
 from jaxuda.data.building import Complaints, FilesBuilder, Item
 from jaxuda.data.labels import IGNORE
@@ -67,6 +71,23 @@ class Folder(FilesBuilder, skip_registration=True):
         classes = self.builder_config.classes or {"classes": [], "ignore": []}
         return [raw for entry in classes["classes"] for raw in entry["ids"]] + classes["ignore"] + [IGNORE]
 
+    def advice(self, unknown: Sequence[int]) -> str:
+        """What classes.json would have to say for these ids."""
+        known = sorted(set(self.raw_ids()) - {IGNORE})
+        text = f" (classes.json names {_ranges(known)}"
+        if list(unknown) == [known[-1] + 1]:
+            text += f"; do the labels count from {known[0] + 1}?"
+        elif list(unknown) == [known[0] - 1]:
+            text += f"; do the labels count from {known[0] - 1}?"
+        return f'{text}; ids of no class belong in its "ignore")'
+
+    def store_label(self, data: bytes) -> tuple[bytes, np.ndarray]:
+        """As of every builder; colours in place of ids are told from each other."""
+        try:
+            return super().store_label(data)
+        except ValueError as error:
+            raise ValueError(f"{error}{_about_colours(data, self.builder_config.classes)}") from error
+
     def items(self, manual_dir: Path) -> dict[str, list[Item]]:
         """Lists images and labels by split and complains of every file that does not belong."""
         root = Path(self.builder_config.path)
@@ -80,6 +101,35 @@ class Folder(FilesBuilder, skip_registration=True):
         result = {s: _pair(root, s, complaints) for s in splits} or {"train": _pair(root, "", complaints)}
         complaints.raise_any()
         return result
+
+
+def _ranges(ids: Sequence[int]) -> str:
+    """0, 1, 2, 7 as "0-2, 7"."""
+    runs: list[list[int]] = []
+    for value in ids:
+        if runs and runs[-1][-1] == value - 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _about_colours(data: bytes, classes: dict[str, Any] | None) -> str:
+    """What the colours of a label file that should hold ids seem to be; "" if there are none."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if classes is None or image.mode not in ("RGB", "RGBA"):
+                return ""
+            found = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3) @ (1 << np.array([16, 8, 0])))
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        return ""
+    colours = {tuple(entry["color"]): entry["name"] for entry in classes["classes"]}
+    split = [(int(v) >> 16, int(v) >> 8 & 255, int(v) & 255) for v in found]
+    if all(red == green == blue for red, green, blue in split):
+        return "; its three channels are alike, so keep one of them"
+    if known := [colours[colour] for colour in split if colour in colours]:
+        return f"; it is colour-coded ({', '.join(known[:3])}, ...): write the id of each class where its colour is"
+    return ""
 
 
 def _pair(root: Path, split: str, complaints: Complaints) -> list[Item]:

@@ -24,8 +24,8 @@ from jaxuda.errors import UserError
 # here.
 DATASETS = ("streets", "camvid", "folder", "gta5", "synthia", "cityscapes", "crosscity", "mapillary")
 # Written last when a dataset is prepared. {"splits": {split: {"ids": [...], "sha256": hex, "labelled": bool,
-# "pixels": {raw id: count}, "shown": [[raw ids in image 0], ...]}}}; for "folder" also "classes": what its
-# classes.json says.
+# "pixels": {raw id: count}, "shown": [[raw ids in image 0], ...]}}}; for "folder" also "classes", what its
+# classes.json says, and "warnings", what `review` found.
 SUMMARY = "prepared.json"
 # The lists of ids that a ranking of the target leaves.
 EASY, HARD = "easy.txt", "hard.txt"

@@ -1,5 +1,7 @@
 """Supervised segmentation losses."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,12 +11,15 @@ from jaxuda.losses.reduction import global_sum, masked_mean
 IGNORE = 255
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, *, axis_name: str | None = None) -> jax.Array:
-    """Mean over labelled pixels of -log softmax(logits)[label].
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, weights: Sequence[float] = (), axis_name: str | None = None
+) -> jax.Array:
+    """Mean over labelled pixels of -log softmax(logits)[label], weighted with the weight of the label.
 
     Args:
       logits: (..., C) float, for instance (N, H, W, C).
       labels: (...) integers in 0..C-1, or 255 = ignore.
+      weights: C of them, of the classes; none: all alike. Only their ratios matter.
       axis_name: device axis over which the mean is taken.
 
     Returns:
@@ -25,7 +30,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, *, axis_name: str | None
     # A comparison instead of a gather: its gradient is elementwise, not a scatter.
     chosen = labels[..., None] == jnp.arange(logits.shape[-1])
     picked = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
-    return masked_mean(jax.nn.logsumexp(logits, axis=-1) - picked, labels != IGNORE, axis_name)
+    losses = jax.nn.logsumexp(logits, axis=-1) - picked
+    if not len(weights):
+        return masked_mean(losses, labels != IGNORE, axis_name)
+    weight = jnp.sum(jnp.where(chosen, jnp.asarray(weights, logits.dtype), 0), axis=-1)  # 0 where ignored
+    total = global_sum(weight, axis_name)
+    return global_sum(weight * losses, axis_name) / jnp.where(total > 0, total, 1)
 
 
 def lovasz_softmax(probs: jax.Array, labels: jax.Array, *, axis_name: str | None = None) -> jax.Array:

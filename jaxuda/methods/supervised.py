@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -53,17 +54,18 @@ def supervised_loss(
       batch: "image" (N, H, W, 3) and "label" (N, H, W) int32, 255 = ignore.
       config: `lambda_aux` counts where the network has a second level; `lambda_lovasz` = 0 leaves the
         Lovasz term out; `lovasz_shrink` computes it on a grid that many times smaller than the image
-        (it sorts pixels x classes).
+        (it sorts pixels x classes); `class_weights`, if there are any, weigh the cross-entropy.
       axis_name: the device axis, or None.
 
     Returns:
       The loss and its terms.
     """
     image, label = batch["image"], batch["label"]
-    metrics = {"ce": cross_entropy(upsample(outputs.main, image, config), label, axis_name=axis_name)}
+    ce = functools.partial(cross_entropy, weights=config.get("class_weights", ()), axis_name=axis_name)
+    metrics = {"ce": ce(upsample(outputs.main, image, config), label)}
     loss = metrics["ce"]
     if outputs.aux is not None:
-        metrics["ce_aux"] = cross_entropy(upsample(outputs.aux, image, config), label, axis_name=axis_name)
+        metrics["ce_aux"] = ce(upsample(outputs.aux, image, config), label)
         loss += config.lambda_aux * metrics["ce_aux"]
     if config.lambda_lovasz:
         size = tuple(side // config.lovasz_shrink for side in image.shape[1:3])

@@ -47,6 +47,15 @@ def standalone(chart: Markup) -> bytes:
     return f'{head} xmlns="http://www.w3.org/2000/svg">{style()}{paper}{rest}'.encode()
 
 
+def stacked(line_charts: Sequence[Markup]) -> Markup:
+    """Line charts below each other, as one."""
+    placed = (
+        Markup(chart.replace("<svg ", f'<svg y="{index * HEIGHT}" width="{WIDTH}" height="{HEIGHT}" ', 1))
+        for index, chart in enumerate(line_charts)
+    )
+    return tag("svg", placed, viewBox=f"0 0 {WIDTH} {HEIGHT * len(line_charts)}", class_="chart")
+
+
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers from `low` to `high`."""
     span = high - low

@@ -100,6 +100,17 @@ def colours(stages: Sequence[StageRun]) -> dict[str, int]:
 
 def stage_curves(run: Run, metric: str, title: str, scale: float = 1) -> Markup | None:
     """A metric over the training steps of all stages, one after the other; None where it was never logged."""
+    chart = stage_chart(run, metric, title, scale)
+    return chart and tag("figure", chart, tag("figcaption", charts.legend(_stage_series(run, metric, scale)[0])))
+
+
+def stage_chart(run: Run, metric: str, title: str, scale: float = 1) -> Markup | None:
+    """The chart of `stage_curves` alone."""
+    series, marks = _stage_series(run, metric, scale)
+    return charts.line_chart(series, title, "training step, one stage after the other", marks) if series else None
+
+
+def _stage_series(run: Run, metric: str, scale: float) -> tuple[list[charts.Series], list[charts.Mark]]:
     numbers, offset, series, marks = colours(run.trainings), 0, [], []
     for stage in run.trainings:
         points = stage.curve(metric)
@@ -109,10 +120,7 @@ def stage_curves(run: Run, metric: str, title: str, scale: float = 1) -> Markup 
         if stage.rows or stage.evaluations:
             marks.append(charts.Mark(offset, stage.title))
             offset += max(stage.steps, *(row["step"] for row in stage.rows + stage.evaluations))
-    if not series:
-        return None
-    chart = charts.line_chart(series, title, "training step, one stage after the other", marks)
-    return tag("figure", chart, tag("figcaption", charts.legend(series)))
+    return series, marks
 
 
 def _curves(run: Run) -> Markup | None:

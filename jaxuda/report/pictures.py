@@ -1,6 +1,7 @@
 """python -m jaxuda.report.pictures KIND --workdir DIR --out FILE [--stages adapt,oracle] [--count 6]
 
 KIND is one of
+  curves       loss and mIoU over the steps of all stages (SVG)
   predictions  target images beside their truth and what the stages predict (PNG)
   entropy      target images beside the entropy of the stages' predictions, dark: sure, bright: unsure (PNG)
   features     features of both domains in two dimensions, by class and by stage (SVG): their main axes, or with
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxuda import data, files, use
+from jaxuda.artefacts import load_arrays
 from jaxuda.data import encoding
 from jaxuda.data.labels import LabelSpace, colourise
 from jaxuda.errors import UserError
@@ -31,6 +32,7 @@ from jaxuda.main import MISTAKE
 from jaxuda.models.layers import normalise, resize_labels
 from jaxuda.report import charts
 from jaxuda.report.gallery import Gallery, Picture, make_gallery, open_target
+from jaxuda.report.page import stage_chart
 from jaxuda.report.runs import Run, StageRun, open_split, read_run
 from jaxuda.sweeps.scores import input_transform
 
@@ -160,6 +162,17 @@ def neighbours(vectors: np.ndarray) -> np.ndarray:
     return TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(vectors)
 
 
+def curves(request: Request) -> bytes:
+    """Loss and mIoU over the training steps of all stages, one above the other."""
+    run = request.run
+    scores = f"mIoU in % on {run.validation}"
+    found = [stage_chart(run, "loss", "Loss, as each stage defines it"), stage_chart(run, "val/miou", scores, 100)]
+    drawn = [chart for chart in found if chart is not None]
+    if not drawn:
+        raise UserError(f"{run.folder} has logged nothing yet: there are no curves")
+    return charts.standalone(charts.stacked(drawn))
+
+
 def statistics(request: Request) -> bytes:
     """Cosine between the mean features of the classes."""
     arrays, names = _artefact(request.run, "class_statistics.npz", ["features_mean"])
@@ -192,14 +205,12 @@ def _artefact(run: Run, name: str, wanted: Sequence[str]) -> tuple[dict[str, np.
     path = next((path for path in paths if path.exists()), None)
     if path is None:
         raise UserError(f"no stage in {run.folder} has left {name}: this picture needs a recipe that makes it")
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            return {key: saved[key] for key in wanted}, saved["classes"].tolist()
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error}): run its stage again with --from_stage") from error
+    arrays, classes = load_arrays(path, path.stem.replace("_", " "), wanted)
+    return arrays, list(classes)
 
 
 KINDS = {
+    "curves": (curves, ".svg"),
     "predictions": (predictions, ".png"),
     "entropy": (entropy, ".png"),
     "features": (features, ".svg"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ class StageRun(NamedTuple):
     settings: the stage's own section of the config.
     status: "done", "started" or "missing".
     fingerprint: of the stage, "" where it has not begun.
-    rows: its lines of metrics.jsonl, by step.
+    rows: its lines of metrics.jsonl, by step; of a stage that was taken over, those of the run that trained it.
     evaluations: what was measured on the validation images, by step.
     results: what it reports when done, else {}.
     """
@@ -60,7 +61,7 @@ class StageRun(NamedTuple):
 
     def curve(self, metric: str) -> list[tuple[float, float]]:
         """(step, value) wherever the metric was logged and is finite; "val/..." is of the evaluations."""
-        # An adopted stage has evaluations of its own but no lines in this folder's metrics.jsonl.
+        # A stage that was taken over always has its evaluations, but not always the lines of its training.
         own = metric.removeprefix("val/")
         rows = self.evaluations if own != metric else self.rows
         points = ((row["step"], row.get(own)) for row in rows)
@@ -188,16 +189,35 @@ def _read_stage(
     if role == ORACLE and not record and results and not reported:
         return None  # the target has no labels to train it on
     status = record.get("status") or ("done" if reported else "missing")
+    own = _of_stage(rows, name)
+    if not own and role != SWEEP and status == "done":
+        own = _rows_elsewhere(folder, record.get("fingerprint"))
     return StageRun(
         name,
         role,
         settings,
         status,
         record.get("fingerprint", ""),
-        [row for row in rows if row.get("stage") == name and "step" in row],
+        own,
         [row for row in files.read_json_lines(folder / name / "evaluations.jsonl") if "step" in row],
         reported,
     )
+
+
+def _of_stage(rows: list[dict], name: str) -> list[dict]:
+    return [row for row in rows if row.get("stage") == name and "step" in row]
+
+
+def _rows_elsewhere(folder: Path, fingerprint: str | None) -> list[dict]:
+    """What the training of a stage logged in a work folder beside `folder`, from where it was taken over."""
+    for record in sorted(folder.absolute().parent.glob("*/*/stage.json")) if fingerprint else ():
+        with contextlib.suppress(UserError, OSError):  # a neighbour that cannot be read is not this report's business
+            if (files.read_json(record) or {}).get("fingerprint") == fingerprint:
+                stage = record.parent
+                rows = _of_stage(files.read_json_lines(stage.parent / "metrics.jsonl"), stage.name)
+                if rows:
+                    return rows
+    return []
 
 
 def _role(settings: Mapping[str, Any]) -> str:
@@ -223,5 +243,5 @@ def _notes(saved: Mapping[str, Any], stages: list[StageRun]) -> list[str]:
         notes.append("There were no labelled validation images, so there are no scores; see the label-free figures.")
     adopted = [stage.title for stage in trained if not stage.rows]
     if adopted:
-        notes.append(f"Taken over from another work folder, where their losses are logged: {', '.join(adopted)}.")
+        notes.append(f"Taken over from another work folder, where their losses were logged: {', '.join(adopted)}.")
     return notes

@@ -24,6 +24,7 @@ def softmaxed(loss):
 
 LOSSES = {
     "cross_entropy": cross_entropy,
+    "weighted_cross_entropy": functools.partial(cross_entropy, weights=(1.0, 4.0, 0.5, 2.0, 9.0)),
     "lovasz_softmax": softmaxed(lovasz_softmax),
     "entropy_loss": softmaxed(lambda probs, _, **axis: entropy_loss(probs, **axis)),
     "domain_bce": lambda logits, _, **axis: domain_bce(logits, 1, **axis),

@@ -19,6 +19,18 @@ def test_cross_entropy_matches_golden(case):
     check(gradient, arrays["grad_logits"])
 
 
+def test_class_weights_of_the_cross_entropy():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(4, 3, 5)).astype(np.float32), rng.choice([0, 1, 2, 3, 4, 255], (4, 3))
+    weights = np.array([1, 4, 0.5, 2, 9])
+    losses = -np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True))
+    rows = [(weights[y], row[y]) for row, y in zip(losses.reshape(-1, 5), labels.ravel(), strict=True) if y != 255]
+    expected = sum(w * loss for w, loss in rows) / sum(w for w, _ in rows)
+    check(cross_entropy(logits, labels, weights=weights), expected)
+    check(cross_entropy(logits, labels, weights=(3.0,) * 5), cross_entropy(logits, labels))
+    assert cross_entropy(logits, np.full((4, 3), 255), weights=weights) == 0
+
+
 @pytest.mark.parametrize("case", "abc")
 def test_lovasz_matches_golden(case):
     arrays = {k[2:]: v for k, v in golden("lovasz").items() if k.startswith(case)}

@@ -207,6 +207,15 @@ def test_missing_parts_are_survived(tmp_path) -> None:
     parsed = assert_harmless(report.write([nothing_logged]).read_text())
     assert "Taken over from another work folder" in parsed.text
 
+    # A neighbour with the same stages has the losses.
+    draw_run(tmp_path / "d")
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "stage.json").write_text("{damaged")
+    parsed = assert_harmless(report.write([nothing_logged]).read_text())
+    assert "Taken over from another work folder" not in parsed.text
+    spoken = [attributes.get("aria-label", "") for name, attributes in parsed.elements if name == "svg"]
+    assert any(text.startswith("Loss, as each stage defines it. source only: from 0.1 to 0.05") for text in spoken)
+
     just_begun = draw_run(tmp_path / "c", done=0)
     for name in ("stage.json", "evaluations.jsonl"):
         (just_begun / "source_only" / name).unlink()

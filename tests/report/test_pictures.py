@@ -161,6 +161,22 @@ def test_sheets_and_features(copied: Path, tmp_path, capsys) -> None:
     assert "has left prototypes.npz" in capsys.readouterr().err
 
 
+def test_curves(copied: Path, tmp_path, capsys) -> None:
+    out = tmp_path / "curves.svg"
+    assert pictures.main(["curves", "--workdir", str(copied), "--out", str(out)]) == 0
+    svg = ET.parse(out).getroot()
+    charts = svg.findall("{http://www.w3.org/2000/svg}svg")
+    assert [len(list(chart.iter("{http://www.w3.org/2000/svg}polyline"))) for chart in charts] == [3, 3]
+    assert [chart.get("y") for chart in charts] == ["0", "280"]
+    # While a run has logged nothing there is nothing to draw.
+    (copied / "metrics.jsonl").unlink()
+    for stage in ("source_only", "adapt", "oracle"):
+        (copied / stage / "evaluations.jsonl").unlink()
+    capsys.readouterr()
+    assert pictures.main(["curves", "--workdir", str(copied), "--out", str(out)]) == 2
+    assert "has logged nothing yet" in capsys.readouterr().err
+
+
 def test_principal_axes() -> None:
     rng = np.random.default_rng(0)
     plane = rng.normal(size=(200, 2)) * (5, 2)

@@ -1,0 +1,254 @@
+"""What `prepare folder` shows people of their own data: warnings, a table of the classes, a sheet of overlays.
+
+Nothing here stops anything: a folder that gets this far can be trained on.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from jaxuda.data import encoding
+from jaxuda.data.building import Item
+from jaxuda.data.labels import IGNORE, colourise
+from jaxuda.data.records import Records
+
+PREVIEW = "preview.png"
+RARE = 100  # times fewer pixels than the most common class
+_MOSTLY = 0.5  # of the pixels
+_PALETTES_READ = 16
+_IMAGES = 6  # of each split on the sheet
+_WIDTH = 320  # pixels of a picture on the sheet
+_LINE = 20  # pixels of a line of text there
+
+
+def warnings(
+    items: Mapping[str, Sequence[Item]], splits: Mapping[str, Mapping[str, Any]], classes: Mapping[str, Any] | None
+) -> list[str]:
+    """What commonly goes wrong with own data and is seen in these, a sentence each.
+
+    Args:
+        items: the files of each split.
+        splits: what `prepared.json` says of each split.
+        classes: what `folder.read_classes` gave; None without labels.
+    """
+    found = _duplicates(items)
+    pixels = {split: _pixels(content) for split, content in splits.items() if content["labelled"]}
+    if classes and pixels:
+        found += _ids(sum(pixels.values()), classes) + _classes(pixels, classes) + _palettes(items, classes)
+    return found
+
+
+def class_weights(pixels: np.ndarray) -> np.ndarray:
+    """Weights (C,) for the cross-entropy from the pixels (C,) of each class, 1 for the most common one.
+
+    1 / ln(1.02 + share), as for ENet (Paszke et al., arXiv 1606.02147, sec. 5.2): at most some 35 times as much for a
+    rare class as for one that is everywhere. A class without pixels gets 1.
+    """
+    weights = 1 / np.log(1.02 + pixels / max(pixels.sum(), 1))
+    weights = weights / weights[pixels.argmax()]
+    return np.where(pixels > 0, weights, 1).round(2)
+
+
+def table(splits: Mapping[str, Mapping[str, Any]], classes: Mapping[str, Any]) -> str:
+    """Classes, their share of the pixels and the number of images that show them, by split, and weights.
+
+    Args:
+        splits, classes: as of `warnings`; at least one split is labelled.
+    """
+    labelled = {split: content for split, content in splits.items() if content["labelled"]}
+    first = next(iter(labelled.values()))
+    weights = class_weights(_of_classes(_pixels(first), classes))
+    names = [entry["name"] for entry in classes["classes"]]
+    wide = max(map(len, [*names, "class", "ignored"]))
+    head = "".join(f"{split + ' pixels':>15}{'images':>8}" for split in labelled)
+    lines = [f"{'class':<{wide}}{head}{'weight':>9}   ids"]
+    for index, entry in enumerate(classes["classes"]):
+        cells = "".join(_cells(content, entry["ids"]) for content in labelled.values())
+        lines.append(f"{entry['name']:<{wide}}{cells}{weights[index]:>9.2f}   {', '.join(map(str, entry['ids']))}")
+    named = {raw for entry in classes["classes"] for raw in entry["ids"]}
+    others = [raw for raw in range(256) if raw not in named]
+    lines.append(f"{'ignored':<{wide}}{''.join(_cells(content, others) for content in labelled.values())}")
+    return "\n".join(lines)
+
+
+def _cells(content: Mapping[str, Any], ids: Sequence[int]) -> str:
+    pixels = _pixels(content)
+    showing = sum(not set(ids).isdisjoint(shown) for shown in content["shown"])
+    return f"{pixels[ids].sum() / pixels.sum():>15.2%}{showing:>8}"
+
+
+def preview(data: Mapping[str, Records]) -> bytes:
+    """A PNG sheet: for some images of each labelled split the image, its label laid over it, and the label alone.
+
+    The images are those that show the most classes that the ones before them do not. Ignored pixels are black.
+    """
+    space = next(iter(data.values())).label_space
+    rows = [_legend(space.classes, space.palette)]
+    for records in data.values():
+        for index in _chosen(records.classes_shown()):
+            record = records[index]
+            height = max(1, round(record["image"].shape[0] * _WIDTH / record["image"].shape[1]))
+            image = cv2.resize(record["image"], (_WIDTH, height), interpolation=cv2.INTER_AREA)
+            label = cv2.resize(record["label"], (_WIDTH, height), interpolation=cv2.INTER_NEAREST)
+            colours = colourise(label, space)
+            laid_over = cv2.addWeighted(image, 0.45, colours, 0.55, 0)
+            rows.append(_text(f"{records.name}: {record['id']}", 3 * _WIDTH))
+            rows.append(np.concatenate([image, laid_over, colours], 1))
+    return encoding.encode_image(np.concatenate(rows))
+
+
+def _chosen(shown: np.ndarray) -> list[int]:
+    """Indices of `_IMAGES` rows of (n, C) bool, or of all, in order."""
+    missing, chosen = shown.copy(), []
+    while len(chosen) < min(_IMAGES, len(shown)):
+        best = int(missing.sum(1).argmax())
+        if not missing[best].any():  # all classes are there: the rest is spread evenly
+            even = np.linspace(0, len(shown) - 1, _IMAGES).astype(int).tolist()
+            left = [index for index in [*even, *range(len(shown))] if index not in chosen]
+            return sorted(chosen + list(dict.fromkeys(left))[: min(_IMAGES, len(shown)) - len(chosen)])
+        chosen.append(best)
+        missing[:, shown[best]] = False
+    return sorted(chosen)
+
+
+def _legend(names: Sequence[str], palette: np.ndarray) -> np.ndarray:
+    """The names of the classes beside their colours, four in a line."""
+    columns, width = 4, 3 * _WIDTH
+    sheet = np.full((-(-len(names) // columns) * _LINE + 4, width, 3), 255, np.uint8)
+    for index, (name, colour) in enumerate(zip(names, palette, strict=True)):
+        x, y = index % columns * (width // columns) + 4, index // columns * _LINE + 4
+        cv2.rectangle(sheet, (x, y), (x + 14, y + 12), colour.tolist(), -1)
+        cv2.rectangle(sheet, (x, y), (x + 14, y + 12), (90, 90, 90), 1)
+        _write(sheet, name[:28], (x + 20, y + 11))
+    return sheet
+
+
+def _text(text: str, width: int) -> np.ndarray:
+    strip = np.full((_LINE, width, 3), 255, np.uint8)
+    _write(strip, text[-130:], (4, _LINE - 6))
+    return strip
+
+
+def _write(sheet: np.ndarray, text: str, place: tuple[int, int]) -> None:
+    plain = text.encode("ascii", "replace").decode()  # OpenCV has no other letters
+    cv2.putText(sheet, plain, place, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (20, 20, 20), 1, cv2.LINE_AA)
+
+
+def _pixels(content: Mapping[str, Any]) -> np.ndarray:
+    """The pixels of each raw id, (256,)."""
+    pixels = np.zeros(256, np.int64)
+    for raw, count in content["pixels"].items():
+        pixels[int(raw)] = count
+    return pixels
+
+
+def _of_classes(pixels: np.ndarray, classes: Mapping[str, Any]) -> np.ndarray:
+    """The pixels of each class, (C,), from those of each raw id."""
+    return np.array([pixels[entry["ids"]].sum() for entry in classes["classes"]])
+
+
+def _ids(pixels: np.ndarray, classes: Mapping[str, Any]) -> list[str]:
+    """Signs that the ids of the files are not those of classes.json; pixels (256,)."""
+    names = {raw: entry["name"] for entry in classes["classes"] for raw in entry["ids"]}
+    low, high = min(names), max(names)
+    found, total = [], pixels.sum()
+    others = total - pixels[list(names)].sum()
+    if low < high and not pixels[low] and pixels[high]:
+        found.append(
+            f"no pixel has the id {low} ({names[low]}), the lowest in classes.json: do the labels count from "
+            f"{low + 1}? Then each class goes by the name of its neighbour"
+        )
+    if low and pixels[low - 1] and not pixels[high]:
+        found.append(
+            f"no pixel has the id {high} ({names[high]}), the highest in classes.json, but "
+            f"{pixels[low - 1] / total:.0%} have {low - 1}, which is ignored: do the labels count from {low - 1}?"
+        )
+    present = [entry["name"] for entry in classes["classes"] if pixels[entry["ids"]].any()]
+    if len(classes["classes"]) > 1 and len(present) == 1 and pixels[IGNORE]:
+        found.append(
+            f"the labels hold {present[0]} and 255 alone, and 255 always means 'ignored': if they are masks of 0 and "
+            "255, save the 255 as the id of its class"
+        )
+    if others > _MOSTLY * total:
+        found.append(f'{others / total:.0%} of the pixels belong to no class (255, or "ignore" in classes.json)')
+    if not others:
+        found.append(
+            "255 is unused, every pixel has a class: fine if that is certain everywhere; what is not (borders, things "
+            "of no class) is better marked 255, which training and scores leave out"
+        )
+    return found
+
+
+def _classes(pixels: Mapping[str, np.ndarray], classes: Mapping[str, Any]) -> list[str]:
+    """Classes that are missing or rare; split -> pixels (256,)."""
+    names = [entry["name"] for entry in classes["classes"]]
+    counts = {split: _of_classes(raw, classes) for split, raw in pixels.items()}
+    total = sum(counts.values())
+    found = []
+    if never := [name for name, count in zip(names, total, strict=True) if not count]:
+        found.append(f"classes.json names what no label shows: {', '.join(never)}")
+    for split, count in counts.items():
+        absent = [name for name, own, all_ in zip(names, count, total, strict=True) if all_ and not own]
+        if absent:
+            effect = "cannot be learned" if split == "train" else "cannot be scored"
+            found.append(f"no label of {split} shows {', '.join(absent)}, which {effect} there")
+    first = next(iter(counts.values()))
+    rare = [name for name, count in zip(names, first, strict=True) if 0 < count * RARE < first.max()]
+    if rare:
+        weights = ", ".join(f"{w:g}" for w in class_weights(first))
+        found.append(
+            f"{', '.join(rare)}: less than a {RARE}th of the pixels of {names[first.argmax()]}; such classes are "
+            f'learned late or not at all. Weigh them, --config.class_weights="({weights},)", or show images that have '
+            "them more often, --config.source_only.class_balanced=True (and in other stages)"
+        )
+    return found
+
+
+def _palettes(items: Mapping[str, Sequence[Item]], classes: Mapping[str, Any]) -> list[str]:
+    """Whether palette labels show a class in the colour of another, as files made by counting colours do."""
+    colours = {tuple(entry["color"]): entry for entry in classes["classes"]}
+    named = {raw: entry for entry in classes["classes"] for raw in entry["ids"]}
+    labels = [item.label for found in items.values() for item in found if item.label is not None]
+    for index in np.unique(np.linspace(0, len(labels) - 1, _PALETTES_READ).astype(int)):
+        with Image.open(labels[index]) as picture:
+            if picture.mode != "P":
+                continue
+            palette = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
+            ids = np.unique(np.asarray(picture))
+        for raw in ids[ids < len(palette)].tolist():
+            shown = colours.get(tuple(palette[raw].tolist()))
+            if raw in named and shown is not None and shown is not named[raw] and shown["color"] != named[raw]["color"]:
+                return [
+                    f"{labels[index]}: its palette shows the id {raw} in the colour of {shown['name']}, but in "
+                    f"classes.json {raw} is {named[raw]['name']}: were the colours numbered anew when it was saved?"
+                ]
+    return []
+
+
+def _duplicates(items: Mapping[str, Sequence[Item]]) -> list[str]:
+    """Images that are there twice, byte by byte: between splits they make scores too good."""
+    sizes = Counter(item.image.stat().st_size for found in items.values() for item in found)
+    places = defaultdict(list)
+    for split, found in items.items():
+        for item in found:
+            size = item.image.stat().st_size
+            if sizes[size] > 1:  # files of other sizes differ
+                places[size, hashlib.sha256(item.image.read_bytes()).digest()].append((split, item.image))
+    twice = [place for place in places.values() if len(place) > 1]
+    across = [place for place in twice if len({split for split, _ in place}) > 1]
+    found = []
+    if across:
+        (_, one), (_, other) = across[0][0], next(p for p in across[0] if p[0] != across[0][0][0])
+        found.append(
+            f"the same image in more than one split ({len(across)} times), such as {one} and {other}: scores on images "
+            "that were trained on say little"
+        )
+    if within := len(twice) - len(across):
+        example = next(place for place in twice if place not in across)
+        found.append(f"the same image twice ({within} times), such as {example[0][1]} and {example[1][1]}")
+    return found

@@ -1,0 +1,133 @@
+"""What `python -m jaxuda.main --list` prints: recipes, benchmarks, datasets, weights, how to get what is missing."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from jaxuda import weights
+from jaxuda.data import records
+from jaxuda.errors import UserError
+
+
+class Recipe(NamedTuple):
+    """A config file. about: the first line of its docstring. configs: what it gives, by benchmark."""
+
+    name: str
+    about: str
+    configs: dict[str, ConfigDict]
+
+
+def listing(data_dir: str | None = None) -> str:
+    """All sections, as text for a terminal.
+
+    Args:
+      data_dir: where prepared datasets are; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+    Raises:
+      UserError: there is no folder of configs.
+    """
+    recipes = read_recipes(config_folder())
+    benchmarks = {name: config for recipe in recipes for name, config in recipe.configs.items()}
+    absent = {name: _prepare_command(name, data_dir) for dataset in records.DATASETS for name in _names(dataset)}
+    sections = {
+        "Recipes (python -m jaxuda.main --config configs/NAME.py:BENCHMARK)": _recipes(recipes, benchmarks),
+        "Benchmarks (source -> target)": _benchmarks(benchmarks, absent),
+        f"Datasets (in {records.root(data_dir)})": _datasets(absent, data_dir),
+        "ImageNet weights (where the published recipes start)": _weights(data_dir or ""),
+    }
+    return "\n\n".join("\n  ".join([title, *lines]) for title, lines in sections.items())
+
+
+def config_folder() -> Path:
+    """`configs` in the current folder, else beside the package."""
+    for folder in (Path("configs"), Path(__file__).parents[1] / "configs"):
+        if (folder / "common.py").exists():
+            return folder.absolute()
+    raise UserError("there is no folder 'configs' here: run this from the folder of the repository")
+
+
+def read_recipes(folder: Path) -> list[Recipe]:
+    """Every file of a folder of configs that has `get_config`, with the benchmarks of `common.BENCHMARKS` it knows."""
+    sys.path.insert(0, str(folder.parent))  # configs import their neighbours
+    known = importlib.import_module(f"{folder.name}.common").BENCHMARKS
+    recipes = []
+    for file in sorted(folder.glob("*.py")):
+        module = importlib.import_module(f"{folder.name}.{file.stem}")
+        if not hasattr(module, "get_config"):
+            continue
+        configs = {}
+        for benchmark in known:
+            try:
+                configs[benchmark] = module.get_config(benchmark)
+            except ValueError:
+                continue  # it has no recipe for this one
+        recipes.append(Recipe(file.stem, (module.__doc__ or "").partition("\n")[0].rstrip("."), configs))
+    return recipes
+
+
+def _names(dataset: str) -> list[str]:
+    """A dataset's configs by their full names; its own name if it has none."""
+    return [f"{dataset}/{name}" for name in records.config_names(dataset)] or [dataset]
+
+
+def _prepare_command(name: str, data_dir: str | None) -> str:
+    """What prepares a dataset; "" if it is prepared, or needs nothing of the user."""
+    if name.startswith("streets/"):
+        return ""
+    if name == "folder":
+        return records.prepare_command(name, data_dir, "DIR")
+    folder = records.prepared_folder(name, data_dir)
+    return "" if records.read_summary(folder) is not None else records.prepare_command(name, data_dir)
+
+
+def _recipes(recipes: Iterable[Recipe], benchmarks: Mapping[str, ConfigDict]) -> list[str]:
+    lines = []
+    for recipe in recipes:
+        lines.append(f"{recipe.name:<13}{recipe.about}")
+        if recipe.configs.keys() != benchmarks.keys():
+            lines.append(f"{'':<13}only {', '.join(recipe.configs)}")
+    return lines
+
+
+def _benchmarks(benchmarks: Mapping[str, ConfigDict], absent: Mapping[str, str]) -> list[str]:
+    lines = []
+    for name, config in benchmarks.items():
+        ends = [config.source.name, config.target.name]
+        needed = [end for end in dict.fromkeys(ends) if absent[end]]
+        state = f"needs {' and '.join(needed)}" if needed else "ready"
+        if name == "folder":
+            ends, state = ["a folder of yours", "another"], "see below"
+        lines.append(f"{name:<18}{' -> '.join(ends):<34}{state}")
+    return lines
+
+
+def _datasets(absent: Mapping[str, str], data_dir: str | None) -> list[str]:
+    lines = []
+    for name, command in absent.items():
+        state = f"missing: {command}" if command else "ready"
+        if name.startswith("streets/"):
+            state = "ready (drawn when it is first needed)"
+        if name == "folder":
+            found = (records.root(data_dir) / name).glob(f"*/*/{records.SUMMARY}")
+            own = sorted(file.parents[1].name for file in found)
+            state = f"yours: {command}" + (f" (prepared: {', '.join(own)})" if own else "")
+        lines.append(f"{name:<18}{state}")
+    return lines
+
+
+def _weights(data_dir: str) -> list[str]:
+    lines = []
+    for name, network in weights.IMAGENET.items():
+        state = "ready"
+        if weights.missing(name, data_dir):
+            state = f"missing: get {network.file} from {network.publisher}, then"
+        lines.append(f"{name:<24}{state}")
+        if state != "ready":
+            lines.append(f"{'':<24}{weights.convert_command(name, data_dir)}")
+    return lines
