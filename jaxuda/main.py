@@ -14,14 +14,18 @@ Exit codes: 0 done, 75 interrupted (run the same command to continue), 2 a mista
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxuda.errors import UserError
+from jaxuda.errors import Interrupted, UserError
 
 INTERRUPTED, MISTAKE = 75, 2
 
@@ -69,39 +73,36 @@ def run_seeds(config: ConfigDict, seeds: list[int], workdir: str, from_stage: st
         print(table.summary(results))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parses, dispatches, and turns errors into exit codes."""
-    argv = sys.argv if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
-    try:
-        args = parse(argv)
-        from jaxuda import train, use
+def run_mode(argv: list[str]) -> None:
+    """What the command line asks for."""
+    args = parse(argv)
+    from jaxuda import use
 
-        try:
-            if args.mode == "run":
-                run_seeds(
-                    args.config,
-                    [int(s) for s in args.seeds] or [args.config.seed],
-                    args.workdir,
-                    args.from_stage,
-                )
-            elif args.mode == "eval":
-                use.evaluate(args.config, args.checkpoint)
-            else:
-                use.predict(args.config, args.checkpoint, args.images, args.workdir)
-        except train.Interrupted as reason:
-            print(reason, file=sys.stderr)
-            return INTERRUPTED
+    if args.mode == "run":
+        seeds = [int(s) for s in args.seeds] or [args.config.seed]
+        run_seeds(args.config, seeds, args.workdir, args.from_stage)
+    elif args.mode == "eval":
+        use.evaluate(args.config, args.checkpoint)
+    else:
+        use.predict(args.config, args.checkpoint, args.images, args.workdir)
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Runs a command; what users can mend, and interruptions, become one message and an exit code."""
+    try:
+        with _termination_interrupts():
+            work()
+    except Interrupted as reason:
+        print(reason, file=sys.stderr)
+        return INTERRUPTED
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command continues from what is saved", file=sys.stderr)
         return INTERRUPTED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG):
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(
@@ -109,6 +110,28 @@ def main(argv: list[str] | None = None) -> int:
         )
         return MISTAKE
     return 0
+
+
+@contextlib.contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """SIGTERM is taken as Ctrl-C is, wherever no training loop takes both more gently."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses, dispatches, and turns errors into exit codes."""
+    argv = sys.argv if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
+    return guarded(lambda: run_mode(argv))
 
 
 if __name__ == "__main__":

@@ -35,9 +35,10 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
 
     Raises:
       UserError: whatever the user can mend.
-      train.Interrupted: asked to stop; the same call continues.
+      Interrupted: asked to stop; the same call continues.
     """
     with files.lock(workdir):
+        files.remove_temporaries(workdir)
         log = RunLog(workdir)
         try:
             domains = _open_all(config)
@@ -45,6 +46,7 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
             if from_stage and (aside := stages.set_aside(recipe, from_stage)):
                 log.say(f"set aside: {aside}")
             statuses = {stage.name: stage.status() for stage in recipe}
+            _check_finished([stage for stage in recipe if statuses[stage.name] == "done"])
             _write_config(config, workdir)
             log.say(header(config, workdir, domains, statuses))
             for stage in recipe:
@@ -56,6 +58,16 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
             return results
         finally:
             log.close()
+
+
+def _check_finished(finished: list[Stage]) -> None:
+    """Raises a UserError if what a finished stage has left is damaged: all that follows would be built on it."""
+    for stage in finished:
+        if complaint := stage.damage():
+            raise UserError(
+                f"the finished stage '{stage.name}' is damaged: {complaint}. Add --from_stage {stage.name}, which sets "
+                "it and what follows it aside and makes them again"
+            )
 
 
 def _run_stage(stage: Stage, config: ConfigDict, domains: Domains, log: RunLog, status: str) -> None:

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxuda import files, pipeline
-from jaxuda.errors import UserError
-from jaxuda.main import INTERRUPTED, MISTAKE, parse
-from jaxuda.train import Interrupted
+from jaxuda.main import guarded, parse
 
 SCORES = {
     "last": lambda result: result["last"]["miou"],
@@ -90,24 +88,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0", help="comma-separated")
     parser.add_argument("--runs", default="runs", type=Path, help="the folder of work folders")
     args, overrides = parser.parse_known_args(argv)
+    return guarded(lambda: run_all(args, overrides))
+
+
+def run_all(args: argparse.Namespace, overrides: list[str]) -> None:
+    """All runs of the table, then the table."""
     results = []
-    try:
-        for benchmark in args.benchmarks.split(","):
-            for file in args.configs.split(","):
-                for seed in args.seeds.split(","):
-                    words = [f"--config={file}:{benchmark}", f"--config.seed={seed}", *overrides]
-                    config = parse(["table", *words]).config
-                    results.append(pipeline.run(config, args.runs / f"{config.name}-{benchmark}-seed{seed}"))
-        files.write_json(args.runs / "table.json", results)
-        files.write_bytes(args.runs / "table.md", (summary(results) + "\n").encode())
-    except Interrupted as reason:
-        print(reason, file=sys.stderr)
-        return INTERRUPTED
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
+    for benchmark in args.benchmarks.split(","):
+        for file in args.configs.split(","):
+            for seed in args.seeds.split(","):
+                words = [f"--config={file}:{benchmark}", f"--config.seed={seed}", *overrides]
+                config = parse(["table", *words]).config
+                results.append(pipeline.run(config, args.runs / f"{config.name}-{benchmark}-seed{seed}"))
+    files.write_json(args.runs / "table.json", results)
+    files.write_bytes(args.runs / "table.md", (summary(results) + "\n").encode())
     print(summary(results))
-    return 0
 
 
 if __name__ == "__main__":
