@@ -28,6 +28,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` in a folder; raises UserError where a name out of a dataset would lead anywhere else."""
+    if not name or name.startswith(".") or set(name) & set("/\\\0") or len(name.encode(errors="replace")) > 240:
+        raise UserError(f"{ascii(name)[:200]} cannot be the name of a file in {folder}: give the image another name")
+    return folder / name
+
+
 def remove_temporaries(folder: Path) -> None:
     """Removes what killed runs left of `write_bytes` anywhere in a folder that nobody else writes to."""
     for aside in folder.rglob(".*.tmp"):

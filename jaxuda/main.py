@@ -19,12 +19,14 @@ import errno
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from jaxuda import settings
 from jaxuda.errors import Interrupted, UserError
 
 INTERRUPTED, MISTAKE = 75, 2
@@ -49,11 +51,25 @@ def parse(argv: list[str]) -> flags.FlagValues:
     try:
         rest = args(argv)[1:]
         _ = args.config.name  # a config that could not be loaded says so only when it is used
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(str(error).strip("'\"")) from error
+    except Exception as error:  # a config file is a program: it may fail in any way
+        raise UserError(_reason(error)) from error
     if rest:
         raise UserError(f"not understood: {' '.join(rest)} (flags start with --)")
+    settings.check(args.config)
     return args
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong with the command line or a config file; a mistake in the file's code tells its line."""
+    text = str(error).strip("'\"")
+    if "Traceback (most recent call last)" in text:  # ml_collections puts the whole of it there
+        places = [line.strip() for line in text.splitlines() if line.strip().startswith('File "')]
+        kind, _, text = text.strip().splitlines()[-1].partition(": ")
+        return text if kind == "ValueError" else f"{kind}: {text} ({places[-1]})"
+    if isinstance(error, flags.Error | AttributeError | LookupError | TypeError | ValueError | OSError):
+        return text
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({place.filename}, line {place.lineno})"
 
 
 def run_seeds(config: ConfigDict, seeds: list[int], workdir: str, from_stage: str) -> None:
@@ -79,7 +95,9 @@ def run_mode(argv: list[str]) -> None:
     from jaxuda import use
 
     if args.mode == "run":
-        seeds = [int(s) for s in args.seeds] or [args.config.seed]
+        if not all(seed.isdecimal() for seed in args.seeds):
+            raise UserError(f"--seeds {','.join(args.seeds)}: must be whole numbers with commas between them")
+        seeds = [int(seed) for seed in args.seeds] or [args.config.seed]
         run_seeds(args.config, seeds, args.workdir, args.from_stage)
     elif args.mode == "eval":
         use.evaluate(args.config, args.checkpoint)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxuda import data, files, use
+from jaxuda.artefacts import read_npz
 from jaxuda.data import encoding
 from jaxuda.data.labels import LabelSpace, colourise
 from jaxuda.errors import UserError
@@ -193,9 +193,9 @@ def _artefact(run: Run, name: str, wanted: Sequence[str]) -> tuple[dict[str, np.
     if path is None:
         raise UserError(f"no stage in {run.folder} has left {name}: this picture needs a recipe that makes it")
     try:
-        with np.load(path, allow_pickle=False) as saved:
-            return {key: saved[key] for key in wanted}, saved["classes"].tolist()
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        saved = read_npz(path)
+        return {key: saved[key] for key in wanted}, saved["classes"].tolist()
+    except (KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): run its stage again with --from_stage") from error
 
 

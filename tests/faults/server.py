@@ -1,7 +1,7 @@
 """Starts runs of `jaxuda.main` as real processes within a moment: it has imported everything, and forks.
 
 Reads one JSON object per line, {"words": [after "jaxuda"], "output": stem of its files, "fault": {...}}, and answers
-with the process id when a run has begun and its wait status when it has ended. No JAX backend is started in this process.
+with its process id when it has begun and its wait status when it has ended. No JAX backend is started in this process.
 
 A fault strikes at the n-th use of a file below a folder, counted by Python's audit events, so that a seed decides
 where: {"do": "kill" | "terminate" | "full" | "readonly", "at": n, "delay": seconds, "folder": DIR}.
