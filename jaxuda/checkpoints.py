@@ -251,6 +251,6 @@ def _open(folder: Path, which: str) -> tuple[Checkpoints, int]:
     lost = lost or (which == BEST and best is not None and saved._score(step) != best["miou"])
     if lost:
         raise UserError(
-            f"the {which} checkpoint in {folder} is damaged or gone (there is that of step {step}): {again}"
+            f"the {which} checkpoint in {folder} is damaged or gone (that of step {step} is there): {again}"
         )
     return saved, step

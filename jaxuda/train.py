@@ -30,6 +30,8 @@ from jaxuda.train_state import TrainState
 from jaxuda.writers import RunLog, is_interactive, progress_bar
 
 PyTree = Any
+# Figures that choose a checkpoint without labels, and whether the highest (1) or the lowest (-1) is chosen.
+LABEL_FREE = {"entropy": -1, "diversity": 1, "snd": 1}
 
 
 def make_model(config: Any, num_classes: int) -> DeepLabV2:
@@ -309,9 +311,10 @@ class _Loop:
 
     def _check_state(self, step: int, state: TrainState, ids: dict[str, list[str]]) -> None:
         """A loss can be finite and its gradient not: what has come of that must not become a checkpoint either."""
-        for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.batch_stats)):
+        checked = {"params": state.params, "batch_stats": state.batch_stats}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(checked):
             if not np.isfinite(leaf).all():
-                name = jax.tree_util.keystr(path[1:], simple=True, separator=".")
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
                 raise self._not_finite(f"{name} is not finite after", step, ids)
 
     def _not_finite(self, what: str, step: int, ids: dict[str, list[str]]) -> UserError:
@@ -337,7 +340,7 @@ class _Loop:
         return {"miou": summary["miou"]}
 
     def results(self) -> dict[str, Any]:
-        """The last evaluation, the mean of the last few, and the best (which needs target labels)."""
+        """The last evaluation, the mean of the last few, the best (which needs target labels), and what needs none."""
         rows = files.read_json_lines(self._history)
         if self._validation is not None and (not rows or rows[-1].get("step") != self._stage.config.steps):
             name = self._stage.name
@@ -351,4 +354,10 @@ class _Loop:
             "last": rows[-1],
             "mean_of_last": {"count": len(tail), "miou": float(np.mean(tail))},
             "best_on_val_using_target_labels": {"step": best["step"], "miou": best["miou"]},
+            "chosen_without_labels": {
+                figure: {"step": row["step"], "miou": row["miou"], figure: row[figure]}
+                for figure, sign in LABEL_FREE.items()
+                if all(figure in row for row in rows)
+                for row in [max(rows, key=lambda row: sign * row[figure])]
+            },
         }

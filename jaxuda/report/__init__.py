@@ -30,7 +30,7 @@ def write(workdirs: Sequence[Path], out: Path | None = None) -> Path:
       The file.
 
     Raises:
-      UserError: a folder is no work folder, or there are several and no `out`.
+      UserError: a folder is no work folder, there are several and no `out`, or they cannot be compared.
     """
     if out is None and len(workdirs) > 1:
         raise UserError("several work folders make a comparison: say where with --out comparison.html")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxuda import comparing
 from jaxuda import table as seeds
 from jaxuda.report import charts, page, tables
 from jaxuda.report.gallery import Gallery
@@ -30,8 +31,12 @@ def comparison_page(runs: Sequence[Run], galleries: Mapping[int, Gallery], notes
       runs: in the order in which they are shown.
       galleries: index of the run -> its pictures, where there are some.
       notes: further lines for the reader.
+
+    Raises:
+      UserError: their scores are of other classes, images or evaluation sizes.
     """
     names = run_names(runs)
+    comparing.check({name: _facts(run) for name, run in zip(names, runs, strict=True)})
     notes = [*(f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in run.notes), *notes]
     finals = _finals(runs, names)
     sections: list[page.Section] = [
@@ -43,6 +48,16 @@ def comparison_page(runs: Sequence[Run], galleries: Mapping[int, Gallery], notes
     ]
     head = tag("p", f"{len(runs)} runs. Scores are those of last checkpoints, in %.", class_="headline")
     return page.document(f"Comparison of {len(runs)} runs", head, notes, sections)
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """What the scores of a run depend on, as far as its work folder tells."""
+    size = run.config.get("evaluation", {}).get("size")
+    return {
+        "classes": run.classes or None,
+        "evaluation sizes": tuple(size) if size else None,
+        "evaluated images": run.evaluated or None,
+    }
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:

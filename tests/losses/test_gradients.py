@@ -1,13 +1,15 @@
 """The gradient of every loss equals central differences of its value, in float64.
 
-What a loss holds constant (a margin, a threshold, an association) is held constant in the differences too: by an entry
-that does not move, or by writing the loss down with the constant.
+What a loss holds constant (a margin, a threshold, the contrast of similarities) is held constant in the differences
+too: by an entry that does not move, or by writing the loss down with the constant.
 """
 
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Callable
 
+import dense_association
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +49,38 @@ def _constant_level(x: jax.Array) -> jax.Array:
     return jnp.mean((level(START) / 10 - 1) * level(x))
 
 
+def _constant_contrast(dense: Callable) -> Callable:
+    """A function of `dense_association` in which the means and deviations of similarities stay those at START."""
+    kept: list[tuple] = []
+
+    def keep(s: jax.Array) -> jax.Array:
+        kept.append((np.mean(s, 1, keepdims=True), np.std(s, 1, keepdims=True, ddof=1)))
+        return normalise(s)
+
+    normalise = dense_association.normalise
+
+    def with_statistics(x: jax.Array) -> jax.Array:
+        with pytest.MonkeyPatch.context() as patch:
+            if not kept:
+                patch.setattr(dense_association, "normalise", keep)
+                dense(jnp.asarray(START))
+            again = iter(kept)
+
+            def replay(s: jax.Array) -> jax.Array:
+                mean, deviation = next(again)
+                return (s - mean) / deviation
+
+            patch.setattr(dense_association, "normalise", replay)
+            return dense(x)
+
+    return with_statistics
+
+
+def _dense_aggregate(x: jax.Array) -> jax.Array:
+    mixed = [dense_association.aggregate(image.reshape(-1, SHAPE[-1]), "cosine", 0.5) for image in x]
+    return jnp.sum(OTHER * jnp.stack(mixed).reshape(SHAPE))
+
+
 # Name -> loss of an array of SHAPE, and the function whose differences its gradient must equal where it is another one.
 CASES = {
     "cross_entropy": (lambda x: cross_entropy(x, LABELS), None),
@@ -59,13 +93,21 @@ CASES = {
     "berhu": (lambda x: berhu(x[..., 0] * (FAR == 0), FAR), None),
     "distribution_contrast": (lambda x: distribution_contrast(x, LABELS, STATS, 0.3), None),
     "prototype_contrast": (lambda x: prototype_contrast(x, LABELS, UNIT, 0.3), None),
-    "cycle_association": (lambda x: cycle_association(x, OTHER, LABELS, aggregation=0.5), None),
-    "cycle_association of the target": (lambda x: cycle_association(OTHER, x, LABELS, aggregation=0.5, block=3), None),
-    "cycle_association, kl": (
-        lambda x: cycle_association(softmax(x), softmax(OTHER), LABELS, "kl", aggregation=0.5, block=5),
-        None,
+    "cycle_association": (
+        lambda x: cycle_association(x, jnp.asarray(OTHER), LABELS, block=5),
+        _constant_contrast(lambda x: dense_association.loss(x, jnp.asarray(OTHER), jnp.asarray(LABELS))),
     ),
-    "aggregate": (lambda x: jnp.sum(OTHER * aggregate(x, block=5)), None),
+    "cycle_association of the target": (
+        lambda x: cycle_association(jnp.asarray(OTHER), x, LABELS, block=3),
+        _constant_contrast(lambda x: dense_association.loss(jnp.asarray(OTHER), x, jnp.asarray(LABELS))),
+    ),
+    "cycle_association, kl": (
+        lambda x: cycle_association(softmax(x), softmax(jnp.asarray(OTHER)), LABELS, "kl", block=5),
+        _constant_contrast(
+            lambda x: dense_association.loss(softmax(x), softmax(jnp.asarray(OTHER)), jnp.asarray(LABELS), "kl")
+        ),
+    ),
+    "aggregate": (lambda x: jnp.sum(OTHER * aggregate(x, block=5)), _constant_contrast(_dense_aggregate)),
     "aggregate, kl": (lambda x: jnp.sum(OTHER * aggregate(softmax(x), "kl", block=5)), None),
     "smoothness": (lambda x: smoothness(x), _constant_level),
     "smoothness without threshold": (lambda x: smoothness(x, 0.0), None),
@@ -85,7 +127,7 @@ def test_gradient_equals_finite_differences(name: str) -> None:
     sign = -0.3 if name == "gradient_reversal" else 1.0
     with jax.enable_x64(True):
         start, direction = jnp.asarray(START), np.random.default_rng(1).normal(size=SHAPE)
-        value = jax.jit(held or loss)
+        value = held or jax.jit(loss)
         step = 1e-6
         numeric = (value(start + step * direction) - value(start - step * direction)) / (2 * step)
         exact = jnp.vdot(jax.jit(jax.grad(loss))(start), direction)
