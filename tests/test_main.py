@@ -72,7 +72,14 @@ def test_run_writes_what_the_work_folder_promises(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     assert results["classes"] == list(tiny.CLASSES)
     assert list(results["stages"]) == ["source_only", "adapt", "oracle"]
+    assert results["seed"] == 0 and results["evaluation_size"] == [48, 32] and len(results["config_sha256"]) == 64
+    assert set(results["checkpoints"]) >= {"last", "mean_of_last", "best_on_val_using_target_labels"}
+    assert results["data"]["evaluation"]["images"] == 6 and results["data"]["source"]["labelled"]
+    assert len({place["fingerprint"] for place in results["data"].values()}) == 3
+    assert results["versions"]["jax"] == jax.__version__ and set(results["fingerprints"]) == set(results["stages"])
     for result in results["stages"].values():
+        rows = {row["step"]: row for row in read_json_lines(finished / "adapt" / "evaluations.jsonl")}
+        assert set(result["chosen_without_labels"]) == {"entropy", "diversity", "snd"} and set(rows) == {3, 6}
         assert 0 <= result["last"]["miou"] <= result["best_on_val_using_target_labels"]["miou"] <= 1
         assert np.sum(result["last"]["confusion"]) == 6 * 32 * 48
     steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
@@ -403,6 +410,19 @@ def test_several_seeds_end_with_mean_and_spread(data: dict, tmp_path, capsys) ->
     assert main(["jaxuda", *words, "--seeds=0,1"]) == 0
     assert re.search(r"\| folder \| minent: adapt \| 2 \| [\d.]+ ± [\d.]+", capsys.readouterr().out)
     assert (tmp_path / "run" / "seed1" / "results.json").exists()
+
+
+def test_table_refuses_what_cannot_be_compared(data: dict, tmp_path, capsys) -> None:
+    words = ["--configs=configs/minent.py,configs/plca.py", "--benchmarks=gta5", f"--runs={tmp_path}"]
+    assert table.main(words) == MISTAKE
+    message = capsys.readouterr().err
+    assert "their evaluation sizes differ: (1024, 512) against (1460, 730)" in message and not list(tmp_path.iterdir())
+    run = {"config": "minent", "benchmark": "folder", "seed": 0, "classes": ["a"], "data": {"evaluation": None}}
+    with pytest.raises(UserError, match="their classes differ"):
+        table.comparable([run, run | {"seed": 1, "classes": ["b"]}])
+    with pytest.raises(UserError, match="their evaluated images differ"):
+        table.comparable([run | {"data": {"evaluation": {"fingerprint": text}}} for text in "xy"])
+    table.comparable([run, run | {"benchmark": "streets", "classes": ["b"]}])
 
 
 def test_table_runs_what_is_missing(data: dict, tmp_path, capsys) -> None:

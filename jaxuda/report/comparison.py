@@ -31,12 +31,8 @@ def comparison_page(runs: Sequence[Run], galleries: Mapping[int, Gallery], notes
       runs: in the order in which they are shown.
       galleries: index of the run -> its pictures, where there are some.
       notes: further lines for the reader.
-
-    Raises:
-      UserError: their scores are of other classes, images or evaluation sizes.
     """
     names = run_names(runs)
-    comparing.check({name: _facts(run) for name, run in zip(names, runs, strict=True)})
     notes = [*(f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in run.notes), *notes]
     finals = _finals(runs, names)
     sections: list[page.Section] = [
@@ -50,11 +46,18 @@ def comparison_page(runs: Sequence[Run], galleries: Mapping[int, Gallery], notes
     return page.document(f"Comparison of {len(runs)} runs", head, notes, sections)
 
 
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Raises a UserError if the runs were scored on other classes, images or evaluation sizes."""
+    comparing.check({name: _facts(run) for name, run in zip(run_names(runs), runs, strict=True)})
+
+
 def _facts(run: Run) -> dict[str, Any]:
     """What the scores of a run depend on, as far as its work folder tells."""
     size = run.config.get("evaluation", {}).get("size")
+    numbered = run.classes[:1] == ("class 0",)  # their names are not known
     return {
-        "classes": run.classes or None,
+        "numbers of classes": len(run.classes) or None,
+        "classes": None if numbered else run.classes or None,
         "evaluation sizes": tuple(size) if size else None,
         "evaluated images": run.evaluated or None,
     }
