@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -108,7 +110,7 @@ def run_mode(argv: list[str]) -> None:
 def guarded(work: Callable[[], None]) -> int:
     """Runs a command; what users can mend, and interruptions, become one message and an exit code."""
     try:
-        with _termination_interrupts():
+        with _exit_on_termination():
             work()
     except Interrupted as reason:
         print(reason, file=sys.stderr)
@@ -131,12 +133,20 @@ def guarded(work: Callable[[], None]) -> int:
 
 
 @contextlib.contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """SIGTERM is taken as Ctrl-C is, wherever no training loop takes both more gently."""
+def _exit_on_termination() -> Iterator[None]:
+    """SIGTERM ends the process at once, wherever no training loop takes it more gently, as a requeue expects it.
+
+    Nothing is lost, as nothing is when it is killed; an exception instead could come where Python swallows it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"terminated; the same command continues from what is saved\n")
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGTERM, leave)
     try:
         yield
     finally:
