@@ -187,7 +187,7 @@ class Campaign:
                 self._count(fault)
             return *result[:3], f"after {worker.wait:.2f}s" if worker.killed else "missed"
         if fault in ("full", "readonly") and really:
-            spare = int(self._rng.integers(0, 8 * 2**20))
+            spare = int(self._rng.integers(0, 2**20))
             disk.fill(spare) if fault == "full" else disk.protect()
             result = self._server.run(words, workdir)
             disk.mend()
