@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -61,17 +64,51 @@ def load_arrays(path: Path, what: str, names: Sequence[str]) -> tuple[dict[str, 
       UserError: the file is missing or damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as saved:
-            arrays = {name: saved[name] for name in saved.files}
-        classes = tuple(arrays.pop("classes").tolist())
+        arrays = read_npz(path)
+        classes = tuple(map(str, arrays.pop("classes").ravel().tolist()))
         missing = [name for name in names if name not in arrays]
         if missing:
             raise KeyError(missing[0])
     except FileNotFoundError as error:
         raise UserError(f"there are no {what} in {path.parent}: {REMEDY}") from error
-    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it, then {REMEDY}") from error
     return arrays, classes
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz as `write_arrays` writes it: uncompressed, without objects.
+
+    What a member declares is compared with its size first, so that no more memory is used than the file has bytes.
+
+    Raises:
+      ValueError: it is anything else, or damaged.
+      FileNotFoundError: there is none.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it declares more than it holds")
+            return {info.filename.removesuffix(".npy"): _read_member(archive, info) for info in archive.infolist()}
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, LookupError, TypeError, NotImplementedError, RuntimeError, struct.error) as error:
+        raise ValueError(str(error)) from error
+    except (zipfile.BadZipFile, zlib.error, SyntaxError, OverflowError, MemoryError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{info.filename} is compressed")
+    content = io.BytesIO(archive.read(info))
+    if np.lib.format.read_magic(content) != (1, 0):
+        raise ValueError(f"{info.filename} is of another version")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(content)
+    if math.prod(shape) * dtype.itemsize != info.file_size - content.tell():
+        raise ValueError(f"{info.filename} declares another size than it has")
+    content.seek(0)
+    return np.load(content, allow_pickle=False)
 
 
 def read_arrays(

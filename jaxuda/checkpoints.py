@@ -1,16 +1,17 @@
 """Orbax checkpoints that are verified: every file's checksum is written beside them and tested on restore.
 
 Orbax makes a save atomic but restores a flipped byte silently. A checkpoint counts only once its manifest of
-checksums is written; one without is what a killed save left, one that disagrees is damaged. Leaves are stored
-under their path in the state ("params.model.backbone.conv1.kernel"), as host arrays, so that a restore does
-not depend on the number of devices.
+checksums is written; one without is what a killed save left, one that disagrees is damaged. Orbax's manager, which
+reads whatever it finds, is only let at folders that are whole, to write and to clear up. Leaves are stored under their
+path in the state ("params.model.backbone.conv1.kernel"), as host arrays, so that a restore does not depend on the
+number of devices.
 """
 
 from __future__ import annotations
 
-import contextlib
+import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from jaxuda.errors import UserError
 
 PyTree = Any
 MANIFEST = "manifest.json"
+LAST, BEST = "last", "best"
 
 
 def _names(tree: PyTree) -> tuple[list[str], list[Any], Any]:
@@ -40,7 +42,7 @@ class Checkpoints:
     Args:
       folder: where they lie; made if missing, unless `read_only`.
       report: called with a line of text when a damaged or half-written checkpoint is passed over.
-      read_only: nothing in the folder is touched.
+      read_only: nothing in the folder is touched. Otherwise what is not whole is removed: its step comes again.
       keep_every: those of every so many steps are kept too; 0: no others.
     """
 
@@ -50,6 +52,14 @@ class Checkpoints:
         self._folder, self._report = Path(folder).absolute(), report
         # Orbax warns of its own defaults, which tells a user nothing.
         logging.set_verbosity(logging.ERROR)
+        self._reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        self._manager = None if read_only else self._make_manager(keep_every)
+
+    def _make_manager(self, keep_every: int) -> ocp.CheckpointManager:
+        for step in kept_steps(self._folder):
+            if complaint := self._complaint(step):
+                self._leave_out(step, complaint)
+                shutil.rmtree(self._folder / str(step))
         policies = checkpoint_managers
         kept = [
             policies.LatestN(2),
@@ -62,11 +72,8 @@ class Checkpoints:
             preservation_policy=keep,
             best_fn=_miou,
             enable_async_checkpointing=False,
-            read_only=read_only,
-            create=not read_only,
         )
-        handler = ocp.StandardCheckpointHandler()
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handler)
+        return ocp.CheckpointManager(self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     def save(self, step: int, state: PyTree, metrics: dict[str, float] | None = None) -> None:
         """Writes `state` (host arrays) as of `step`, with the mIoU in `metrics` if it was evaluated.
@@ -108,8 +115,12 @@ class Checkpoints:
             sums = files.read_json(folder / MANIFEST)
         except UserError:
             return "its manifest is damaged"
+        if not folder.is_dir():
+            return "it is not there"
         if sums is None:
             return "its saving was interrupted"
+        if not isinstance(sums, dict) or not sums:
+            return "its manifest is damaged"
         for name, expected in sums.items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
@@ -119,16 +130,27 @@ class Checkpoints:
 
     def newest(self) -> int | None:
         """The newest step whose checkpoint is whole; newer ones that are not are reported."""
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(kept_steps(self._folder)):
             complaint = self._complaint(step)
             if complaint is None:
                 return step
-            self._report(f"checkpoint {self._folder / str(step)} is left out: {complaint}")
+            self._leave_out(step, complaint)
         return None
 
+    def _leave_out(self, step: int, complaint: str) -> None:
+        self._report(f"checkpoint {self._folder / str(step)} is left out: {complaint}")
+
     def best(self) -> int | None:
-        """The step with the highest mIoU on the target's labels, or None if nothing was evaluated."""
-        return self._manager.best_step()
+        """The step with the highest mIoU on the target's labels, the last of several; None if nothing was evaluated."""
+        scores = {step: score for step in kept_steps(self._folder) if (score := self._score(step)) is not None}
+        return max(scores, key=lambda step: (scores[step], step), default=None)
+
+    def _score(self, step: int) -> float | None:
+        """The mIoU that was saved with a checkpoint; None if there is none, or it is damaged."""
+        file = self._folder / str(step) / "metrics" / "metrics"
+        if not file.exists() or self._complaint(step):
+            return None
+        return _miou(json.loads(file.read_text()))
 
     def read(self, step: int) -> dict[str, np.ndarray]:
         """All arrays of a checkpoint by their dotted path.
@@ -136,12 +158,12 @@ class Checkpoints:
         Raises:
           UserError: it is damaged or not there.
         """
-        complaint = self._complaint(step) if (self._folder / str(step)).is_dir() else "it is not there"
-        if complaint:
+        if complaint := self._complaint(step):
             raise UserError(f"checkpoint {self._folder / str(step)} cannot be used: {complaint}")
-        described = self._manager.item_metadata(step)
+        item = self._folder / str(step) / "default"
+        described = self._reader.metadata(item).item_metadata
         template = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in described.items()}
-        return self._manager.restore(step, args=ocp.args.StandardRestore(template))
+        return self._reader.restore(item, args=ocp.args.StandardRestore(template))
 
     def restore(self, step: int, like: PyTree) -> PyTree:
         """The state saved at `step`, shaped like `like`; raises UserError as `read` does."""
@@ -149,7 +171,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Lets go of Orbax's threads."""
-        self._manager.close()
+        self._reader.close()
+        if self._manager is not None:
+            self._manager.close()
 
 
 def _miou(metrics: dict[str, float]) -> float:
@@ -176,7 +200,7 @@ def kept_steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
 
 
-def read_variables(folder: Path, which: str = "last") -> tuple[dict[str, np.ndarray], int]:
+def read_variables(folder: Path, which: str = LAST) -> tuple[dict[str, np.ndarray], int]:
     """The model's arrays in a stage's checkpoints, by dotted path from "params." and "batch_stats.".
 
     Args:
@@ -184,30 +208,49 @@ def read_variables(folder: Path, which: str = "last") -> tuple[dict[str, np.ndar
       which: "last", "best" (chosen with target labels), or a step.
 
     Raises:
-      UserError: there is no whole checkpoint.
+      UserError: there is no whole checkpoint, or that of a finished stage is not the one it ended with.
     """
-    with _opened(folder, which) as (checkpoints, step):
-        arrays = checkpoints.read(step)
+    saved, step = _open(folder, which)
+    arrays = saved.read(step)
+    saved.close()
     model = {name.replace("params.model.", "params.", 1): array for name, array in arrays.items()}
     return {name: array for name, array in model.items() if name.startswith(("params.", "batch_stats."))}, step
 
 
-def manifest_hash(folder: Path, which: str = "last") -> str:
+def manifest_hash(folder: Path, which: str = LAST) -> str:
     """A checksum of the checkpoint that `read_variables` would read; raises UserError as it does."""
-    with _opened(folder, which) as (_, step):
-        return files.sha256(folder / str(step) / MANIFEST)
+    saved, step = _open(folder, which)
+    saved.close()
+    return files.sha256(folder / str(step) / MANIFEST)
 
 
-@contextlib.contextmanager
-def _opened(folder: Path, which: str) -> Iterator[tuple[Checkpoints, int]]:
-    """The checkpoints in a folder, and the step of the last or the best one."""
+def damage(folder: Path) -> str | None:
+    """What is wrong with the last checkpoint of a finished stage; None where all is well or no folder is left."""
+    step = (files.read_json(folder.parent / "results.json") or {}).get("step")
+    if step is None or not folder.is_dir():
+        return None
+    saved = Checkpoints(folder, read_only=True)
+    complaint = saved._complaint(step)
+    saved.close()
+    return complaint and f"checkpoint {folder / str(step)}: {complaint}"
+
+
+def _open(folder: Path, which: str) -> tuple[Checkpoints, int]:
+    """The checkpoints in a folder, and the step of the last or the best one, or a given one."""
+    results = files.read_json(folder.parent / "results.json") or {}  # of a stage that has finished
+    again = f"run its stage again with --from_stage {folder.parent.name}"
     if not folder.is_dir():
-        raise UserError(f"there are no checkpoints in {folder}: its stage has not run")
-    checkpoints = Checkpoints(folder, read_only=True)
-    try:
-        step = int(which) if which.isdigit() else checkpoints.best() if which == "best" else checkpoints.newest()
-        if step is None:
-            raise UserError(f"there is no whole checkpoint in {folder}: run its stage again with --from_stage")
-        yield checkpoints, step
-    finally:
-        checkpoints.close()
+        raise UserError(f"there are no checkpoints in {folder}: {again if results else 'its stage has not run'}")
+    saved = Checkpoints(folder, read_only=True)
+    step = int(which) if which.isdigit() else saved.best() if which == BEST else saved.newest()
+    if step is None:
+        raise UserError(f"there is no whole checkpoint in {folder}: {again}")
+    # An older one would do in a stage that is to go on, but is not what a finished stage stands for.
+    best = results.get("best_on_val_using_target_labels")
+    lost = which == LAST and step != results.get("step", step)
+    lost = lost or (which == BEST and best is not None and saved._score(step) != best["miou"])
+    if lost:
+        raise UserError(
+            f"the {which} checkpoint in {folder} is damaged or gone (that of step {step} is there): {again}"
+        )
+    return saved, step

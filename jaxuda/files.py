@@ -28,6 +28,19 @@ def write_bytes(path: Path, data: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` in a folder; raises UserError where a name out of a dataset would lead anywhere else."""
+    if not name or name.startswith(".") or set(name) & set("/\\\0") or len(name.encode(errors="replace")) > 240:
+        raise UserError(f"{ascii(name)[:200]} cannot be the name of a file in {folder}: give the image another name")
+    return folder / name
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what killed runs left of `write_bytes` anywhere in a folder that nobody else writes to."""
+    for aside in folder.rglob(".*.tmp"):
+        aside.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, atomically."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
@@ -36,10 +49,10 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The JSON in `path`, or None if there is no such file; raises UserError if it is damaged."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it, then run the same command again") from error
 
 
@@ -47,10 +60,10 @@ def read_json_lines(path: Path) -> list[dict]:
     """One object per line; lines that a killed run left unfinished are dropped."""
     rows = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().splitlines():
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def write_json_lines(path: Path, rows: list[dict]) -> None:
@@ -59,9 +72,10 @@ def write_json_lines(path: Path, rows: list[dict]) -> None:
 
 
 def append_json_line(path: Path, row: dict) -> None:
-    """One more line."""
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    """One more line; it begins a line of its own even where a killed run has left half of one."""
+    with open(path, "ab+") as file:
+        start = b"\n" if file.tell() and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n" else b""
+        file.write(start + json.dumps(row).encode() + b"\n")
 
 
 def sha256(path: Path) -> str:

@@ -25,14 +25,22 @@ Exit codes: 0 done, 75 interrupted (run the same command to continue), 2 a mista
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
+import signal
 import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxuda.errors import UserError
+from jaxuda import settings
+from jaxuda.errors import Interrupted, UserError
 
 INTERRUPTED, MISTAKE = 75, 2
 
@@ -56,11 +64,25 @@ def parse(argv: list[str]) -> flags.FlagValues:
     try:
         rest = args(argv)[1:]
         _ = args.config.name  # a config that could not be loaded says so only when it is used
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(str(error).strip("'\"")) from error
+    except Exception as error:  # a config file is a program: it may fail in any way
+        raise UserError(_reason(error)) from error
     if rest:
         raise UserError(f"not understood: {' '.join(rest)} (flags start with --)")
+    settings.check(args.config)
     return args
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong with the command line or a config file; a mistake in the file's code tells its line."""
+    text = str(error).strip("'\"")
+    if "Traceback (most recent call last)" in text:  # ml_collections puts the whole of it there
+        places = [line.strip() for line in text.splitlines() if line.strip().startswith('File "')]
+        kind, _, text = text.strip().splitlines()[-1].partition(": ")
+        return text if kind == "ValueError" else f"{kind}: {text} ({places[-1]})"
+    if isinstance(error, flags.Error | AttributeError | LookupError | TypeError | ValueError | OSError):
+        return text
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({place.filename}, line {place.lineno})"
 
 
 def run_seeds(config: ConfigDict, seeds: list[int], workdir: str, from_stage: str) -> None:
@@ -80,45 +102,45 @@ def run_seeds(config: ConfigDict, seeds: list[int], workdir: str, from_stage: st
         print(table.summary(results))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parses, dispatches, and turns errors into exit codes."""
-    argv = sys.argv if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
+def run_mode(argv: list[str]) -> None:
+    """What the command line asks for."""
+    if "--list" in argv:
+        from jaxuda.listing import listing
+
+        print(listing())
+        return
+    args = parse(argv)
+    from jaxuda import use
+
+    overrides = config_flags.get_override_values(args["config"])
+
+    if args.mode == "run":
+        if not all(seed.isdecimal() for seed in args.seeds):
+            raise UserError(f"--seeds {','.join(args.seeds)}: must be whole numbers with commas between them")
+        seeds = [int(seed) for seed in args.seeds] or [args.config.seed]
+        run_seeds(args.config, seeds, args.workdir, args.from_stage)
+    elif args.mode == "eval":
+        use.evaluate(args.config, args.checkpoint, overrides)
+    else:
+        use.predict(args.config, args.checkpoint, args.images, args.workdir, overrides)
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Runs a command; what users can mend, and interruptions, become one message and an exit code."""
     try:
-        if "--list" in argv:
-            from jaxuda.listing import listing
-
-            print(listing())
-            return 0
-        args = parse(argv)
-        from jaxuda import train, use
-
-        overrides = config_flags.get_override_values(args["config"])
-        try:
-            if args.mode == "run":
-                run_seeds(
-                    args.config,
-                    [int(s) for s in args.seeds] or [args.config.seed],
-                    args.workdir,
-                    args.from_stage,
-                )
-            elif args.mode == "eval":
-                use.evaluate(args.config, args.checkpoint, overrides)
-            else:
-                use.predict(args.config, args.checkpoint, args.images, args.workdir, overrides)
-        except train.Interrupted as reason:
-            print(reason, file=sys.stderr)
-            return INTERRUPTED
+        with _exit_on_termination():
+            work()
+    except Interrupted as reason:
+        print(reason, file=sys.stderr)
+        return INTERRUPTED
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command continues from what is saved", file=sys.stderr)
         return INTERRUPTED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG):
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(
@@ -126,6 +148,36 @@ def main(argv: list[str] | None = None) -> int:
         )
         return MISTAKE
     return 0
+
+
+@contextlib.contextmanager
+def _exit_on_termination() -> Iterator[None]:
+    """SIGTERM ends the process at once, wherever no training loop takes it more gently, as a requeue expects it.
+
+    Nothing is lost, as nothing is when it is killed; an exception instead could come where Python swallows it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"terminated; the same command continues from what is saved\n")
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses, dispatches, and turns errors into exit codes."""
+    argv = sys.argv if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
+    return guarded(lambda: run_mode(argv))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxuda.errors import UserError
+
 PyTree = Any
 
 
@@ -44,7 +46,9 @@ def sgd(
       repeat_decay: "fresh", each repetition decays from the gradient as it came (torch 1.6 and later);
         "accumulate", the decayed gradient is what the next repetition starts from (torch 0.4 to 1.2).
     """
-    accumulate = {"fresh": False, "accumulate": True}[repeat_decay]
+    if repeat_decay not in ("fresh", "accumulate"):
+        raise UserError(f"config.optim.repeat_decay={repeat_decay} is unknown; choose fresh or accumulate")
+    accumulate = repeat_decay == "accumulate"
 
     def init(params: PyTree) -> SGDState:
         return SGDState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))

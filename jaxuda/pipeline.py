@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import subprocess
 import time
 from collections.abc import Sequence
@@ -22,6 +24,13 @@ from jaxuda.stages import Domains, Stage
 from jaxuda.train import abstract_variables, evaluation_devices, make_model, train
 from jaxuda.writers import RunLog
 
+# What the scores in results.json are of.
+CHECKPOINT_RULES = {
+    "last": "the last checkpoint, as the recipe's steps have it; what tables show",
+    "best_on_val_using_target_labels": "chosen with labels that an unlabelled target does not have",
+    "chosen_without_labels": "chosen by a figure that needs no labels: lowest entropy, highest diversity or snd",
+}
+
 
 def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, Any]:
     """Runs or continues all stages of a config in a work folder.
@@ -36,9 +45,10 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
 
     Raises:
       UserError: whatever the user can mend.
-      train.Interrupted: asked to stop; the same call continues.
+      Interrupted: asked to stop; the same call continues.
     """
     with files.lock(workdir):
+        files.remove_temporaries(workdir)
         log = RunLog(workdir)
         try:
             domains = _open_all(config)
@@ -46,6 +56,7 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
             if from_stage and (aside := stages.set_aside(recipe, from_stage)):
                 log.say(f"set aside: {aside}")
             statuses = {stage.name: stage.status() for stage in recipe}
+            _check_finished([stage for stage in recipe if statuses[stage.name] == "done"])
             _write_config(config, workdir)
             log.say(header(config, workdir, domains, statuses))
             for stage in recipe:
@@ -57,6 +68,16 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
             return results
         finally:
             log.close()
+
+
+def _check_finished(finished: list[Stage]) -> None:
+    """Raises a UserError if what a finished stage has left is damaged: all that follows would be built on it."""
+    for stage in finished:
+        if complaint := stage.damage():
+            raise UserError(
+                f"the finished stage '{stage.name}' is damaged: {complaint}. Add --from_stage {stage.name}, which sets "
+                "it and what follows it aside and makes them again"
+            )
 
 
 def _run_stage(stage: Stage, config: ConfigDict, domains: Domains, log: RunLog, status: str) -> None:
@@ -215,11 +236,12 @@ def header(config: ConfigDict, workdir: Path, domains: Domains, statuses: dict[s
 
 
 def _write_config(config: ConfigDict, workdir: Path) -> None:
+    files.write_json(workdir / "config.json", {"config": config.to_dict(), **_versions()})
+
+
+def _versions() -> dict[str, Any]:
     packages = ("jaxuda", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    versions = {package: importlib.metadata.version(package) for package in packages}
-    files.write_json(
-        workdir / "config.json", {"config": config.to_dict(), "versions": versions, "git": _git_revision()}
-    )
+    return {"versions": {package: importlib.metadata.version(package) for package in packages}, "git": _git_revision()}
 
 
 def _git_revision() -> str | None:
@@ -235,14 +257,28 @@ def _git_revision() -> str | None:
 
 
 def _results(config: ConfigDict, recipe: list[Stage], domains: Domains) -> dict[str, Any]:
+    """The scores, and all that they depend on."""
+    settings = json.dumps(config.to_dict(), sort_keys=True, default=list)
+    opened = {"source": domains.source, "target": domains.target, "evaluation": domains.target_val}
     return {
         "config": config.name,
         "benchmark": config.benchmark,
         "seed": config.seed,
         "validation": domains.target_val.name if domains.target_val else None,
         "classes": list(domains.source.label_space.classes),
+        "evaluation_size": list(config.evaluation.size),
+        "checkpoints": CHECKPOINT_RULES | {"mean_of_last": f"mean of the last {config.mean_of_last} evaluations"},
+        "data": {place: records and _described(records) for place, records in opened.items()},
+        "config_sha256": hashlib.sha256(settings.encode()).hexdigest(),
+        **_versions(),
+        "fingerprints": {stage.name: stage.fingerprint for stage in recipe},
         "stages": {stage.name: stage.results() for stage in recipe},
     }
+
+
+def _described(records: data.Records) -> dict[str, Any]:
+    described = {"name": records.name, "images": len(records), "labelled": records.labelled}
+    return described | {"fingerprint": records.fingerprint}
 
 
 def _write_report(workdir: Path, log: RunLog) -> None:
@@ -270,4 +306,7 @@ def final_table(results: dict[str, Any]) -> str:
             f"{name.replace('_', ' ')}: mean of the last {mean['count']} evaluations {100 * mean['miou']:.1f}; "
             f"best on val (uses target labels) {100 * best['miou']:.1f} at step {best['step']}"
         )
+        chosen = result.get("chosen_without_labels", {})
+        found = (f"by {figure} {100 * row['miou']:.1f} at step {row['step']}" for figure, row in chosen.items())
+        lines += [f"  chosen without target labels: {', '.join(found)}"] if chosen else []
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxuda import data, files, weights
+from jaxuda import checkpoints, data, files, weights
 from jaxuda.errors import UserError
 
 SHARED = (
@@ -74,21 +74,36 @@ class Stage(NamedTuple):
         Raises:
           UserError: the folder holds a stage with other settings.
         """
-        saved = files.read_json(self.record)
+        saved = read_record(self.record)
         if saved is None:
             return "missing"
         if saved["fingerprint"] != self.fingerprint:
             changes = "\n".join(f"  {line}" for line in changed_fields(saved["identity"], self.identity))
+            if not changes:
+                raise _damaged(self.record)
             raise UserError(
                 f"the stage '{self.name}' in {self.folder} was run with other settings:\n{changes}\n"
                 f"Go back to those settings, choose another --workdir, or add --from_stage {self.name}, which sets "
                 "the old stages aside and runs from there"
             )
-        return saved["status"]
+        return "done" if saved["status"] == "done" else "started"
+
+    def damage(self) -> str | None:
+        """What of a finished stage is not as it was left: its artefacts or its last checkpoint; None if all is well.
+
+        Folders that are gone as a whole were removed on purpose; stages that need them will say so.
+        """
+        folder = self.folder / ARTIFACTS
+        if folder.is_dir() and files.checksums(folder) != read_record(self.record).get("artifacts", {}):
+            return f"the artefacts in {folder} have changed"
+        return checkpoints.damage(self.folder / "checkpoints")
 
     def mark(self, status: str) -> None:
         """Writes the stage's record."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_record(self.folder, status)
+
+    def _write_record(self, folder: Path, status: str) -> None:
         record = {
             "name": self.name,
             "status": status,
@@ -96,8 +111,8 @@ class Stage(NamedTuple):
             "identity": self.identity,
         }
         if status == "done":
-            record["artifacts"] = files.checksums(self.folder / ARTIFACTS)
-        files.write_json(self.record, record)
+            record["artifacts"] = files.checksums(folder / ARTIFACTS)
+        files.write_json(folder / "stage.json", record)
 
     def artifacts(self) -> dict[str, Path]:
         """The folders of artefacts that this stage reads, by stage, each verified.
@@ -106,8 +121,8 @@ class Stage(NamedTuple):
           UserError: a file is missing or not as its stage wrote it.
         """
         for name, folder in self.reads.items():
-            expected = files.read_json(folder / "stage.json")["artifacts"]
-            if files.checksums(folder / ARTIFACTS) != expected:
+            record = read_record(folder / "stage.json")
+            if record is None or files.checksums(folder / ARTIFACTS) != record.get("artifacts"):
                 raise UserError(
                     f"the artefacts in {folder / ARTIFACTS} are not what the stage '{name}' wrote: add --from_stage "
                     f"{name}, which makes them again"
@@ -122,26 +137,42 @@ class Stage(NamedTuple):
         """Takes over the same stage from a work folder beside this one, if one has finished it.
 
         Source-only and oracle runs are shared by many recipes. Files are linked, not copied, where the system
-        can; deleting either folder leaves the other whole.
+        can; deleting either folder leaves the other whole. Damaged ones are passed over.
 
         Returns:
           The folder it was taken from, or None.
         """
+        if self.folder.exists() and any(self.folder.iterdir()):
+            return None  # its record was removed; what is there goes on
         for record in sorted(self.folder.parent.parent.glob("*/*/stage.json")):
+            theirs = self._replace(folder=record.parent)
             try:
-                saved = files.read_json(record)
+                saved = read_record(record)
+                if saved["status"] != "done" or saved["fingerprint"] != self.fingerprint or theirs.damage():
+                    continue
             except UserError:
                 continue  # a damaged neighbour is not this run's business
-            if (saved.get("status"), saved.get("fingerprint")) == ("done", self.fingerprint):
-                aside = self.folder.with_name(f".{self.name}.adopting")
-                shutil.rmtree(aside, ignore_errors=True)
-                shutil.copytree(record.parent, aside, copy_function=_link)
-                # The record is not linked: it may carry another name.
-                (aside / "stage.json").unlink()
-                os.replace(aside, self.folder)
-                self.mark("done")
-                return record.parent
+            aside = self.folder.with_name(f".{self.name}.adopting")
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(record.parent, aside, copy_function=_link)
+            # The record is not linked: it may carry another name.
+            (aside / "stage.json").unlink()
+            self._write_record(aside, "done")
+            os.replace(aside, self.folder)
+            return record.parent
         return None
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A stage's record; None if there is none, and UserError if it is damaged."""
+    record = files.read_json(path)
+    if record is None or (isinstance(record, dict) and {"status", "fingerprint", "identity"} <= record.keys()):
+        return record
+    raise _damaged(path)
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is damaged: delete it, then run the same command again")
 
 
 def _link(source: str, destination: str) -> None:

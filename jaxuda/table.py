@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxuda import files, pipeline
-from jaxuda.errors import UserError
-from jaxuda.main import INTERRUPTED, MISTAKE, parse
-from jaxuda.train import Interrupted
+from ml_collections import ConfigDict
+
+from jaxuda import comparing, files, pipeline
+from jaxuda.main import guarded, parse
 
 SCORES = {
     "last": lambda result: result["last"]["miou"],
@@ -82,32 +82,62 @@ def summary(runs: list[dict[str, Any]]) -> str:
     )
 
 
+def facts(config: ConfigDict) -> dict[str, Any]:
+    """What the scores of a run depend on, as far as it is known before it runs."""
+    size = tuple(config.evaluation.size)
+    return {"label spaces": config.label_space, "evaluation sizes": size, "evaluated splits": config.evaluation.split}
+
+
+def comparable(results: list[dict[str, Any]]) -> None:
+    """Raises a UserError if two runs of one benchmark were not scored on the same classes and images."""
+    for benchmark in {result["benchmark"] for result in results}:
+        runs = [result for result in results if result["benchmark"] == benchmark]
+        comparing.check(
+            {
+                f"{run['config']} with seed {run['seed']} on {benchmark}": {
+                    "classes": tuple(run["classes"]),
+                    "evaluated images": run["data"]["evaluation"] and run["data"]["evaluation"]["fingerprint"],
+                }
+                for run in runs
+            }
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parses, runs everything, prints the table."""
     parser = argparse.ArgumentParser(prog="python -m jaxuda.table", description=__doc__.partition("\n\n")[2])
-    parser.add_argument("--configs", required=True, help="comma-separated config files")
+    parser.add_argument("--configs", required=True, type=_listed, help="comma-separated config files")
     parser.add_argument("--benchmarks", default="streets", help="comma-separated")
-    parser.add_argument("--seeds", default="0", help="comma-separated")
+    parser.add_argument("--seeds", default="0", type=_seeds, help="comma-separated")
     parser.add_argument("--runs", default="runs", type=Path, help="the folder of work folders")
     args, overrides = parser.parse_known_args(argv)
+    return guarded(lambda: run_all(args, overrides))
+
+
+def _listed(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(seed) for seed in text.split(",")]
+
+
+def run_all(args: argparse.Namespace, overrides: list[str]) -> None:
+    """All runs of the table, then the table; nothing runs if some of them cannot be compared."""
+    planned = []
+    for benchmark in args.benchmarks.split(","):
+        configs = {file: parse(["table", f"--config={file}:{benchmark}", *overrides]).config for file in args.configs}
+        comparing.check({f"{file}:{benchmark}": facts(config) for file, config in configs.items()})
+        planned += [(config, seed) for config in configs.values() for seed in args.seeds]
     results = []
-    try:
-        for benchmark in args.benchmarks.split(","):
-            for file in args.configs.split(","):
-                for seed in args.seeds.split(","):
-                    words = [f"--config={file}:{benchmark}", f"--config.seed={seed}", *overrides]
-                    config = parse(["table", *words]).config
-                    results.append(pipeline.run(config, args.runs / f"{config.name}-{benchmark}-seed{seed}"))
-        files.write_json(args.runs / "table.json", results)
-        files.write_bytes(args.runs / "table.md", (summary(results) + "\n").encode())
-    except Interrupted as reason:
-        print(reason, file=sys.stderr)
-        return INTERRUPTED
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
+    for config, seed in planned:
+        seeded = ConfigDict(config)
+        seeded.seed = seed
+        results.append(pipeline.run(seeded, args.runs / f"{config.name}-{config.benchmark}-seed{seed}"))
+    comparable(results)
+    files.write_json(args.runs / "table.json", results)
+    files.write_bytes(args.runs / "table.md", (summary(results) + "\n").encode())
     print(summary(results))
-    return 0
 
 
 if __name__ == "__main__":

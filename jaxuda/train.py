@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from jaxuda import checkpoints, data, files, methods, parallel, weights
 from jaxuda.data import pairing, sampling
 from jaxuda.data.records import EASY, HARD, Subset, read_split
-from jaxuda.errors import UserError
+from jaxuda.errors import Interrupted, UserError
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import normalise
 from jaxuda.optim import make_optimizer
@@ -30,10 +30,8 @@ from jaxuda.train_state import TrainState
 from jaxuda.writers import RunLog, is_interactive, progress_bar
 
 PyTree = Any
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state; the same command continues it."""
+# Figures that choose a checkpoint without labels, and whether the highest (1) or the lowest (-1) is chosen.
+LABEL_FREE = {"entropy": -1, "diversity": 1, "snd": 1}
 
 
 def make_model(config: Any, num_classes: int) -> DeepLabV2:
@@ -275,6 +273,7 @@ class _Loop:
                     bar.set_postfix_str(self._write_metrics())
                 if saves:
                     host = parallel.first(state, self._devices)
+                    self._check_state(done, host, ids)
                     self._saved.save(done, host, self._evaluation(evaluate, host, done) if evaluates else None)
                     self._since, self._waited = time.perf_counter(), 0.0
                 if stopping and done < last:
@@ -291,13 +290,7 @@ class _Loop:
         for (step, _, ids), row in zip(self._pending, rows, strict=True):
             for metric, value in row.items():
                 if not np.isfinite(value):
-                    good = self._saved.newest()
-                    kept = f"Step {good} is kept as the last good checkpoint" if good else "There is no checkpoint yet"
-                    raise UserError(
-                        f"{metric} is {value} at step {step} of the stage '{self._stage.name}', on the images {ids}. "
-                        f"{kept}. A lower learning rate "
-                        f"(--config.{self._stage.name}.lr, now {self._stage.config.lr}) is the usual remedy"
-                    )
+                    raise self._not_finite(f"{metric} is {value} at", step, ids)
         seconds = time.perf_counter() - self._since
         step, config = self._pending[-1][0], self._stage.config
         values = {metric: float(np.mean([row[metric] for row in rows])) for metric in rows[0]}
@@ -316,6 +309,22 @@ class _Loop:
         self._since, self._waited = time.perf_counter(), 0.0
         return text
 
+    def _check_state(self, step: int, state: TrainState, ids: dict[str, list[str]]) -> None:
+        """A loss can be finite and its gradient not: what has come of that must not become a checkpoint either."""
+        checked = {"params": state.params, "batch_stats": state.batch_stats}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(checked):
+            if not np.isfinite(leaf).all():
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise self._not_finite(f"{name} is not finite after", step, ids)
+
+    def _not_finite(self, what: str, step: int, ids: dict[str, list[str]]) -> UserError:
+        good, name = self._saved.newest(), self._stage.name
+        kept = f"Step {good} is kept as the last good checkpoint" if good else "There is no checkpoint yet"
+        return UserError(
+            f"{what} step {step} of the stage '{name}', on the images {ids}. {kept}. A lower learning rate "
+            f"(--config.{name}.lr, now {self._stage.config.lr}) is the usual remedy"
+        )
+
     def _evaluation(self, evaluate: Callable, state: TrainState, step: int) -> dict[str, float] | None:
         """Evaluates on the target's validation split, logs and remembers it."""
         if self._validation is None:
@@ -331,15 +340,24 @@ class _Loop:
         return {"miou": summary["miou"]}
 
     def results(self) -> dict[str, Any]:
-        """The last evaluation, the mean of the last few, and the best (which needs target labels)."""
+        """The last evaluation, the mean of the last few, the best (which needs target labels), and what needs none."""
         rows = files.read_json_lines(self._history)
+        if self._validation is not None and (not rows or rows[-1].get("step") != self._stage.config.steps):
+            name = self._stage.name
+            raise UserError(f"{self._history} has lost the last evaluation: add --from_stage {name}, which repeats it")
         if not rows or "miou" not in rows[-1]:
             return {"step": self._stage.config.steps, "last": rows[-1] if rows else None}
         tail = [row["miou"] for row in rows[-self._stage.config.mean_of_last :]]
-        best = max(rows, key=lambda row: row["miou"])
+        best = max(rows, key=lambda row: (row["miou"], row["step"]))  # of several the last, as checkpoints.best
         return {
             "step": self._stage.config.steps,
             "last": rows[-1],
             "mean_of_last": {"count": len(tail), "miou": float(np.mean(tail))},
             "best_on_val_using_target_labels": {"step": best["step"], "miou": best["miou"]},
+            "chosen_without_labels": {
+                figure: {"step": row["step"], "miou": row["miou"], figure: row[figure]}
+                for figure, sign in LABEL_FREE.items()
+                if all(figure in row for row in rows)
+                for row in [max(rows, key=lambda row: sign * row[figure])]
+            },
         }

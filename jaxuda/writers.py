@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from jaxuda import files
@@ -21,7 +24,7 @@ class RunLog:
 
     def __init__(self, workdir: Path):
         self._workdir = workdir
-        self._boards: dict[str, SummaryWriter] = {}
+        self._boards: dict[str, _Curves] = {}
 
     def say(self, text: str) -> None:
         """Prints `text` without breaking a progress bar, and keeps it in log.txt."""
@@ -35,11 +38,8 @@ class RunLog:
         row = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
         files.append_json_line(self._workdir / "metrics.jsonl", row)
         if stage not in self._boards:
-            # Points of a killed run beyond the step it continues from are dropped.
-            folder = self._workdir / "tensorboard" / stage
-            self._boards[stage] = SummaryWriter(str(folder), purge_step=step, flush_secs=30)
-        for name, value in values.items():
-            self._boards[stage].add_scalar(name, value, step)
+            self._boards[stage] = _Curves(self._workdir / "tensorboard" / stage, step)
+        self._boards[stage].add(step, values)
 
     def rewind(self, stage: str, step: int) -> None:
         """Forgets what a killed run logged for `stage` after `step`, since those steps come again."""
@@ -52,6 +52,36 @@ class RunLog:
         """Flushes the curves."""
         for board in self._boards.values():
             board.close()
+
+
+class _Curves:
+    """TensorBoard's file of one stage.
+
+    Written by this thread: a writer of its own, as tensorboardX has, dies when the disk is full, and all wait for it.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file, self._flushed = EventsWriter(str(folder / "events")), time.monotonic()
+        # Points of a killed run beyond the step it continues from are dropped.
+        self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._file.write_event(event)
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """One point per curve."""
+        for name, value in values.items():
+            self._write(Event(step=step, summary=scalar(name, value)))
+        if time.monotonic() - self._flushed > 30:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Flushes; curves are in metrics.jsonl too, so that they are no reason to fail in the end."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def is_interactive() -> bool:

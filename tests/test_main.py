@@ -11,14 +11,16 @@ from pathlib import Path
 
 import cv2
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from jaxuda import checkpoints, methods, parallel, table, use
+from jaxuda import checkpoints, methods, parallel, table, train, use
 from jaxuda.checkpoints import kept_steps
 from jaxuda.data.records import load
+from jaxuda.errors import UserError
 from jaxuda.files import read_json_lines
 from jaxuda.main import INTERRUPTED, MISTAKE, main
 from jaxuda.metrics import mean_iou
@@ -63,13 +65,25 @@ def assert_same_states(ours: Path, theirs: Path) -> None:
             np.testing.assert_array_equal(actual[name], array, err_msg=f"{stage}: {name}")
 
 
+def oracle_alone(data: dict, workdir: Path) -> list[str]:
+    """A command with one stage, which has no neighbour to be taken over from."""
+    return ["jaxuda", *tiny.arguments("source_only", workdir=workdir, **data), "--config.pipeline=('oracle',)"]
+
+
 def test_run_writes_what_the_work_folder_promises(finished: Path) -> None:
     for name in ("config.json", "log.txt", "metrics.jsonl", "results.json", "tensorboard/adapt"):
         assert (finished / name).exists(), name
     results = json.loads((finished / "results.json").read_text())
     assert results["classes"] == list(tiny.CLASSES)
     assert list(results["stages"]) == ["source_only", "adapt", "oracle"]
+    assert results["seed"] == 0 and results["evaluation_size"] == [48, 32] and len(results["config_sha256"]) == 64
+    assert set(results["checkpoints"]) >= {"last", "mean_of_last", "best_on_val_using_target_labels"}
+    assert results["data"]["evaluation"]["images"] == 6 and results["data"]["source"]["labelled"]
+    assert len({place["fingerprint"] for place in results["data"].values()}) == 3
+    assert results["versions"]["jax"] == jax.__version__ and set(results["fingerprints"]) == set(results["stages"])
     for result in results["stages"].values():
+        rows = {row["step"]: row for row in read_json_lines(finished / "adapt" / "evaluations.jsonl")}
+        assert set(result["chosen_without_labels"]) == {"entropy", "diversity", "snd"} and set(rows) == {3, 6}
         assert 0 <= result["last"]["miou"] <= result["best_on_val_using_target_labels"]["miou"] <= 1
         assert np.sum(result["last"]["confusion"]) == 6 * 32 * 48
     steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
@@ -188,7 +202,7 @@ def test_predict_takes_a_folder(finished: Path, data: dict, tmp_path, capsys) ->
 
 
 def test_checkpoints_are_kept_on_request(data: dict, tmp_path) -> None:
-    words = ["jaxuda", *tiny.arguments("source_only", workdir=tmp_path, **data), "--config.pipeline=('oracle',)"]
+    words = oracle_alone(data, tmp_path)
     assert main([*words, "--config.keep_every=1", "--config.checkpoint_every=1", "--config.eval_every=6"]) == 0
     assert kept_steps(tmp_path / "oracle" / "checkpoints") == [1, 2, 3, 4, 5, 6]
 
@@ -347,11 +361,96 @@ def test_loss_that_is_not_finite_names_step_and_images(data: dict, tmp_path, cap
     assert "--config.source_only.lr" in message
 
 
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_the_last_good_state_survives_what_is_not_finite(
+    finished: Path, data: dict, tmp_path, capsys, monkeypatch, where: str
+) -> None:
+    """A gradient may be infinite where the loss is not: what has come of it is not saved either."""
+    make_step = train.make_step
+
+    def failing(*arguments):
+        step = make_step(*arguments)
+
+        def failing_step(state, batch, **options):
+            bad = jnp.where(state.step == (4 if where == "loss" else 3), jnp.nan, 0.0)
+            state, metrics = step(state, batch, **options)
+            if where == "loss":
+                return state, {**metrics, "ce": metrics["ce"] + bad}
+            return state.replace(params=jax.tree.map(lambda x: x + bad, state.params)), metrics
+
+        return failing_step
+
+    monkeypatch.setattr(train, "make_step", failing)
+    # Beside nothing that it could be taken over from.
+    words = [
+        "jaxuda",
+        *tiny.arguments("source_only", workdir=tmp_path / "run", **data),
+        "--config.pipeline=('oracle',)",
+    ]
+    assert main(words) == MISTAKE
+    message = capsys.readouterr().err
+    what = "ce is nan at step 5" if where == "loss" else r"params\.\S+ is not finite after step 4"
+    assert re.search(rf"{what} of the stage 'oracle', on the images {{'source': \['\d", message), message
+    assert f"Step {4 if where == 'loss' else 3} is kept as the last good checkpoint" in message
+    monkeypatch.setattr(train, "make_step", make_step)
+    assert main(words) == 0
+    np.testing.assert_equal(final_state(tmp_path / "run", "oracle"), final_state(finished, "oracle"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_do_not_change_a_run(finished: Path, data: dict, tmp_path, workers: int) -> None:
+    words = [
+        "jaxuda",
+        *tiny.arguments("source_only", workdir=tmp_path / "run", **data),
+        "--config.pipeline=('oracle',)",
+    ]
+    assert main([*words, f"--config.num_workers={workers}"]) == 0
+    np.testing.assert_equal(final_state(tmp_path / "run", "oracle"), final_state(finished, "oracle"))
+
+
+def test_damage_in_a_finished_stage_is_found(finished: Path, data: dict, tmp_path, capsys) -> None:
+    """Its last checkpoint is what later stages start from: an older one must not take its place unseen."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    words = ["jaxuda", *tiny.arguments("minent", workdir=workdir, **data)]
+    (workdir / "source_only" / "checkpoints" / "6" / "default" / "_METADATA").write_text("{")
+    with pytest.raises(UserError, match=r"the last checkpoint .* is damaged or gone \(that of step 4 is there\)"):
+        checkpoints.read_variables(workdir / "source_only" / "checkpoints")
+    shutil.rmtree(workdir / "adapt")
+    assert main(words) == MISTAKE
+    assert "--from_stage source_only" in capsys.readouterr().err
+    assert main([*words, "--from_stage=source_only"]) == 0
+    assert_same_states(workdir, finished)
+
+
+def test_damaged_neighbours_are_not_taken_over(finished: Path, data: dict, tmp_path, capsys) -> None:
+    shutil.copytree(finished, tmp_path / "first")
+    (tmp_path / "first" / "oracle" / "checkpoints" / "6" / "manifest.json").unlink()
+    words = tiny.arguments("source_only", workdir=tmp_path / "second", **data)
+    assert main(["jaxuda", *words, "--config.pipeline=('source_only', 'oracle')"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("already finished with the same settings") == 1 and "oracle 6/6" in out
+
+
 def test_several_seeds_end_with_mean_and_spread(data: dict, tmp_path, capsys) -> None:
     words = tiny.arguments("minent", workdir=tmp_path / "run", **data)
     assert main(["jaxuda", *words, "--seeds=0,1"]) == 0
     assert re.search(r"\| folder \| minent: adapt \| 2 \| [\d.]+ ± [\d.]+", capsys.readouterr().out)
     assert (tmp_path / "run" / "seed1" / "results.json").exists()
+
+
+def test_table_refuses_what_cannot_be_compared(data: dict, tmp_path, capsys) -> None:
+    words = ["--configs=configs/minent.py,configs/plca.py", "--benchmarks=gta5", f"--runs={tmp_path}"]
+    assert table.main(words) == MISTAKE
+    message = capsys.readouterr().err
+    assert "their evaluation sizes differ: (1024, 512) against (1460, 730)" in message and not list(tmp_path.iterdir())
+    run = {"config": "minent", "benchmark": "folder", "seed": 0, "classes": ["a"], "data": {"evaluation": None}}
+    with pytest.raises(UserError, match="their classes differ"):
+        table.comparable([run, run | {"seed": 1, "classes": ["b"]}])
+    with pytest.raises(UserError, match="their evaluated images differ"):
+        table.comparable([run | {"data": {"evaluation": {"fingerprint": text}}} for text in "xy"])
+    table.comparable([run, run | {"benchmark": "streets", "classes": ["b"]}])
 
 
 def test_table_runs_what_is_missing(data: dict, tmp_path, capsys) -> None:

@@ -4,7 +4,10 @@ Images keep the bytes of the user's JPEG or PNG file; labels are stored as 8-bit
 grey PNG. Nothing here, nor in the builders, imports TensorFlow: tfds is only ever handed bytes.
 """
 
+import contextlib
 import io
+import warnings
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -101,17 +104,22 @@ def check_image(data: bytes) -> tuple[int, int]:
         found = png.check(data)
         # OpenCV turns images by this chunk, which hardly any PNG has.
         return decode_image(data).shape[:2] if png.has(data, b"eXIf") else (found.height, found.width)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.format not in ("JPEG", "MPO"):
-                raise ValueError(f"is {image.format}, not JPEG or PNG")
-            width, height = image.size
+    with _opened(data) as image:
+        if image.format not in ("JPEG", "MPO"):
+            raise ValueError(f"is {image.format}, not JPEG or PNG")
+        width, height = image.size
+        png.check_size(width, height)
+        with _unreadable():
             sideways = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
             image.draft(None, (max(1, width // 8), max(1, height // 8)))
             image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot be read as an image ({_text(error)})") from error
     return (width, height) if sideways else (height, width)
+
+
+def read_image_file(data: bytes) -> np.ndarray:
+    """Decodes a user's file as `decode_image`, once it is known to be whole; raises ValueError as `check_image`."""
+    check_image(data)
+    return decode_image(data)
 
 
 def store_label(data: bytes) -> tuple[bytes, np.ndarray]:
@@ -187,14 +195,13 @@ def read_label_file(data: bytes) -> np.ndarray:
     Raises:
         ValueError: the file cannot be read, is no PNG, or holds colours instead of ids.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.format != "PNG":
-                raise ValueError(f"is {image.format}; labels must be PNG (a lossy file changes the ids)")
+    with _opened(data) as image:
+        if image.format != "PNG":
+            raise ValueError(f"is {image.format}; labels must be PNG (a lossy file changes the ids)")
+        png.check_size(*image.size)
+        with _unreadable():
             image.load()
             mode, label = image.mode, np.asarray(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot be read as an image ({_text(error)})") from error
     if label.ndim != 2 or mode not in ("1", "L", "P", "I;16", "I"):
         raise ValueError(f"holds colours (mode {mode}), not class ids; save it as a grey or palette PNG of ids")
     bits = data[24]  # IHDR: bit depth
@@ -203,6 +210,21 @@ def read_label_file(data: bytes) -> np.ndarray:
     if label.max(initial=0) > 255:
         raise ValueError(f"holds the id {label.max()}; ids must be 0..255")
     return label.astype(np.uint8)
+
+
+def _opened(data: bytes) -> Image.Image:
+    with _unreadable(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # sizes are checked here
+        return Image.open(io.BytesIO(data))
+
+
+@contextlib.contextmanager
+def _unreadable() -> Iterator[None]:
+    """Pillow raises whatever its parsers stumble over in a damaged file."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"cannot be read as an image ({_text(error)})") from error
 
 
 def _text(error: Exception) -> str:
@@ -223,7 +245,10 @@ def _png(array: np.ndarray) -> bytes:
 
 
 def _decode(data: bytes, flags: int) -> np.ndarray:
-    array = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    try:
+        array = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    except cv2.error:  # a size that it refuses
+        array = None
     if array is None:
         raise ValueError("cannot be decoded as an image")
     return array

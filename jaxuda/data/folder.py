@@ -31,6 +31,7 @@ from jaxuda.errors import UserError
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _SPLITS = ("train", "val")
+_MOST_BYTES = 2**20  # of classes.json
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -59,7 +60,7 @@ class Folder(FilesBuilder, skip_registration=True):
         classes = read_classes(root / "classes.json")
         if classes is None and (root / "labels").exists():
             raise UserError(f"{root / 'classes.json'}: is missing; without it the labels mean nothing")
-        name = re.sub(r"[^a-z0-9]+", "_", (classes["name"] if classes else root.name).lower()).strip("_")
+        name = re.sub(r"[^a-z0-9]+", "_", (classes["name"] if classes else root.name).lower()).strip("_")[:64]
         return FolderConfig(name=f"{name or 'folder'}_{_listing_hash(root)}", path=str(root), classes=classes)
 
     def has_labels(self) -> bool:
@@ -148,6 +149,8 @@ def _pair(root: Path, split: str, complaints: Complaints) -> list[Item]:
     for name in sorted(images):
         # An id names files that are written later, so it must be one plain file name.
         id_ = name.replace("/", "__")
+        if len(id_.encode()) > 200:
+            complaints.add(f"{images[name]}: its name below the folder is longer than 200 bytes")
         if id_ in ids:
             complaints.add(f"{images[name]}: would get the same name as {ids[id_].image}; rename one")
         ids[id_] = Item(id_, images[name], labels.get(name) if labels is not None else None)
@@ -213,8 +216,10 @@ def read_classes(file: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict) or not _is_text(content.get("name")):
         raise UserError(f'{file}: must be {{"name": ..., "classes": [...]}} with a text as name')

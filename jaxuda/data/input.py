@@ -5,7 +5,9 @@ workers may change between runs, and a run resumes by building the pipeline agai
 """
 
 import itertools
+import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -103,7 +105,15 @@ class BatchIterator:
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._batches)
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            raise UserError(
+                "a process that prepares data has died, perhaps for want of memory: run the same command again, which "
+                "continues, with fewer of them (--config.num_workers) if that helps"
+            ) from error
         # Batches of worker processes live in shared memory of Grain's; a copy frees it at once.
         return _copied(batch) if self._shared else batch
 
@@ -219,8 +229,17 @@ def _mark_flags_as_parsed() -> None:
 
 
 def _start_worker(_index: int, _count: int) -> None:
-    """One thread of OpenCV per worker: the workers already share the cores."""
+    """One thread of OpenCV per worker, since the workers already share the cores; none outlives the run."""
     cv2.setNumThreads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A run that is killed cannot stop its workers, which would wait for ever to hand over their batches."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def sweep_batches(records: Sequence[Record], transform: Transform, batch: int) -> Iterator[Batch]:

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Of an image, as Pillow has it (16 bytes of memory each while it is decoded and checked): a file of a few kilobytes may
+# declare more than any memory holds.
+MOST_PIXELS = 89_478_485
 GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6
 
 
@@ -46,7 +49,14 @@ def check(data: bytes) -> Header:
         raise ValueError("cannot be read as an image (it has no pixels)")
     if found.width < 1 or found.height < 1:
         raise ValueError(f"cannot be read as an image (its header says {found.width}x{found.height})")
+    check_size(found.width, found.height)
     return found
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises ValueError if an image is too large to be decoded."""
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"is {width}x{height}, more than the {MOST_PIXELS:,} pixels that are read: cut or shrink it")
 
 
 def has(data: bytes, kind: bytes) -> bool:

@@ -19,7 +19,7 @@ LABELS = "labels"
 
 def write_pseudo_label(folder: Path, name: str, ids: np.ndarray, space: LabelSpace) -> None:
     """Writes (H, W) uint8 train ids, 255 = ignore, as folder/labels/NAME.png, atomically."""
-    files.write_bytes(folder / LABELS / f"{name}.png", encoding.encode_indexed(ids, space.palette))
+    files.write_bytes(files.inside(folder / LABELS, f"{name}.png"), encoding.encode_indexed(ids, space.palette))
 
 
 class PseudoLabelled(Sequence):
@@ -56,7 +56,10 @@ class PseudoLabelled(Sequence):
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._records[index]
         path = self._folder / f"{record['id']}.png"
-        label = encoding.read_label_file(path.read_bytes())
+        try:
+            label = encoding.read_label_file(path.read_bytes())
+        except (ValueError, OSError) as error:
+            raise UserError(f"the pseudo-label {path} {error}: run its stage again with --from_stage") from error
         if label.shape != record["image"].shape[:2]:
             raise UserError(f"{path} is {label.shape[1]}x{label.shape[0]}, unlike its image: make it again")
         return {**record, "label": label}

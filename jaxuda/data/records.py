@@ -59,6 +59,8 @@ class Records:
         self._folder, self._split, self.table = folder, split, table
         self._ids = summary["ids"]
         self._decoded = {"image", "label", "depth"}
+        for id_ in self._ids:
+            files.inside(folder, f"{id_}.png")  # predictions and pseudo-labels will be called so
         self._reader = None
 
     def images_only(self) -> "Records":
@@ -96,16 +98,18 @@ class Records:
             raise IndexError(f"record {index} of {self.name}, which has {len(self)}")
         if self._reader is None:
             self._reader = open_split(self._folder, self._split)
-        stored = self._reader[index % len(self)]
-        record = {"id": stored["id"].decode()}
+        record = {"id": self._ids[index]}
         try:
+            stored = self._reader[index % len(self)]
+            if stored["id"].decode() != record["id"]:
+                raise ValueError(f"it is {stored['id']!a}")
             if "image" in self._decoded:
                 record["image"] = encoding.decode_image(stored["image"])
             if self.labelled and "label" in self._decoded:
                 record["label"] = self.table[encoding.decode_label(stored["label"])]
             if "depth" in stored and "depth" in self._decoded:
                 record["depth"] = encoding.inverse_depth(encoding.decode_depth(stored["depth"]))
-        except ValueError as error:
+        except (ValueError, KeyError, RuntimeError, OSError) as error:  # array_record raises the last two
             raise UserError(
                 f"{self.name}: record {record['id']!r} is damaged ({error}); "
                 f"delete {self._folder} and prepare the dataset again"
@@ -172,7 +176,13 @@ def write_split(folder: Path, part: str, ids: Sequence[str]) -> None:
 
 def read_split(folder: Path, part: str) -> list[str]:
     """What `write_split` wrote."""
-    return (folder / part).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    try:
+        ids = (folder / part).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / part} cannot be read ({error}): run its stage again with --from_stage") from error
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{folder / part} names an image twice: run its stage again with --from_stage")
+    return ids
 
 
 def load(
@@ -272,9 +282,17 @@ def prepared_folder(name: str, data_dir: str | os.PathLike | None, path: str = "
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Reads `prepared.json` of a prepared dataset; None where there is none."""
-    file = folder / SUMMARY
-    return json.loads(file.read_text()) if file.exists() else None
+    """Reads `prepared.json` of a prepared dataset; None where there is none, UserError where it is damaged."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_bytes())
+        for split in summary["splits"].values():
+            if not {"sha256", "labelled"} <= split.keys() or not all(isinstance(id_, str) for id_ in split["ids"]):
+                raise KeyError("splits")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder / SUMMARY} is damaged: delete {folder} and prepare the dataset again") from error
+    return summary
 
 
 def prepare_command(name: str, data_dir: str | os.PathLike | None, path: str = "") -> str:

@@ -28,6 +28,7 @@ from jaxuda.interop.pickles import Storage, Tensor, shown
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _MAX_DIRECTORY = 16 * 2**20  # bytes of a zip's or a safetensors file's table of contents
 _MAX_NESTING = 16
+_MAX_NAME = 1000  # characters of each part
 _SAFETENSORS = {
     "F64": np.float64,
     "F32": np.float32,
@@ -108,9 +109,11 @@ def _read_zip(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
     tree = pickles.load(io.BytesIO(record("data.pkl")), where)
     tensors = _flatten(tree, where)
     buffers: dict[str, memoryview] = {}
+    held = 0
     for storage in _storages(tensors.values(), where):
         buffers[storage.key] = record(f"data/{storage.key}")
-        if sum(len(buffer) for buffer in buffers.values()) > len(data):
+        held += len(buffers[storage.key])
+        if held > len(data):
             raise UserError(f"{where} is damaged: its records overlap")
         if len(buffers[storage.key]) < storage.count * storage.dtype.itemsize:
             raise UserError(
@@ -223,6 +226,8 @@ def _flatten(tree: Any, where: str) -> dict[str, Tensor]:
                 return  # shared; containers that share each other could multiply without end
             seen.add(id(value))
             for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                if isinstance(key, str) and len(key) > _MAX_NAME:  # shared by many, it would multiply
+                    raise UserError(f"{where} is refused: its tensors have endless names")
                 walk(inner, (*names, str(key)))
 
     walk(tree, ())

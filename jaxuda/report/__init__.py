@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jaxuda import files
 from jaxuda.errors import UserError
-from jaxuda.report.comparison import comparison_page
+from jaxuda.report.comparison import check_comparable, comparison_page
 from jaxuda.report.gallery import make_gallery
 from jaxuda.report.page import run_page
 from jaxuda.report.runs import read_run
@@ -30,11 +30,12 @@ def write(workdirs: Sequence[Path], out: Path | None = None) -> Path:
       The file.
 
     Raises:
-      UserError: a folder is no work folder, or there are several and no `out`.
+      UserError: a folder is no work folder, there are several and no `out`, or they cannot be compared.
     """
     if out is None and len(workdirs) > 1:
         raise UserError("several work folders make a comparison: say where with --out comparison.html")
     runs = [read_run(Path(folder)) for folder in workdirs]
+    check_comparable(runs)
     galleries, notes = {}, []
     for index, run in enumerate(runs):
         try:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxuda import comparing
 from jaxuda import table as seeds
 from jaxuda.report import charts, page, tables
 from jaxuda.report.gallery import Gallery
@@ -43,6 +44,23 @@ def comparison_page(runs: Sequence[Run], galleries: Mapping[int, Gallery], notes
     ]
     head = tag("p", f"{len(runs)} runs. Scores are those of last checkpoints, in %.", class_="headline")
     return page.document(f"Comparison of {len(runs)} runs", head, notes, sections)
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Raises a UserError if the runs were scored on other classes, images or evaluation sizes."""
+    comparing.check({name: _facts(run) for name, run in zip(run_names(runs), runs, strict=True)})
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """What the scores of a run depend on, as far as its work folder tells."""
+    size = run.config.get("evaluation", {}).get("size")
+    numbered = run.classes[:1] == ("class 0",)  # their names are not known
+    return {
+        "numbers of classes": len(run.classes) or None,
+        "classes": None if numbered else run.classes or None,
+        "evaluation sizes": tuple(size) if size else None,
+        "evaluated images": run.evaluated or None,
+    }
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:

@@ -78,6 +78,7 @@ class Run(NamedTuple):
     stages: in the order of the pipeline.
     classes: the names of the classes, () if unknown.
     validation: what the scores were measured on, or "".
+    evaluated: a checksum of these images and their labels, or "".
     notes: what is missing, for the reader.
     """
 
@@ -88,6 +89,7 @@ class Run(NamedTuple):
     stages: tuple[StageRun, ...]
     classes: tuple[str, ...]
     validation: str
+    evaluated: str
     notes: tuple[str, ...]
 
     @property
@@ -149,6 +151,7 @@ def read_run(folder: Path) -> Run:
         tuple(stages),
         classes,
         results.get("validation") or f"{target} {split}".strip(),
+        ((results.get("data") or {}).get("evaluation") or {}).get("fingerprint", ""),
         tuple(_notes(saved, stages)),
     )
 

@@ -54,8 +54,8 @@ class ImageFiles(Sequence):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            image = encoding.decode_image(self._paths[index].read_bytes())
-        except ValueError as error:
+            image = encoding.read_image_file(self._paths[index].read_bytes())
+        except (ValueError, OSError) as error:
             raise UserError(f"{self._paths[index]}: {error}; leave it out of --images") from error
         return {"image": image, "id": self._names[index]}
 
@@ -120,5 +120,5 @@ def write_predictions(found: Iterable[tuple[str, np.ndarray]], folder: Path, spa
         (folder / kind).mkdir(parents=True, exist_ok=True)
     for name, ids in found:
         for kind, encode in kinds.items():
-            files.write_bytes(folder / kind / f"{name}.png", encode(ids))
+            files.write_bytes(files.inside(folder / kind, f"{name}.png"), encode(ids))
     return [folder / kind for kind in kinds]

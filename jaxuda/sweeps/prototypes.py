@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxuda import data, files, parallel
+from jaxuda.artefacts import read_npz
 from jaxuda.data.records import Records, Subset
 from jaxuda.data.transforms import fitted_size, resize_nearest
 from jaxuda.errors import UserError
@@ -188,7 +189,8 @@ def _write_progress(path: Path, done: int, total: list[np.ndarray]) -> None:
 
 def _read_progress(path: Path) -> tuple[int, list[np.ndarray]]:
     """How many images are done, and the sums over them."""
-    if not path.exists():
-        return 0, [np.float64(0)] * len(SUMS)
-    with np.load(path, allow_pickle=False) as saved:
+    try:
+        saved = read_npz(path)
         return int(saved["done"]), [saved[name] for name in SUMS]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # there is none, or it is damaged: from the beginning
+        return 0, [np.float64(0)] * len(SUMS)

@@ -246,6 +246,20 @@ def test_comparison(tmp_path) -> None:
     assert [row[0] for row in per_class[1:]] == [*CLASSES, "mIoU (3 classes)"]
 
 
+def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys) -> None:
+    folder, plain = draw_run(tmp_path / "first"), draw_run(tmp_path / "plain", seed=1)
+    results = json.loads((plain / "results.json").read_text())
+    (plain / "results.json").write_text(json.dumps(results | {"classes": ["road", "car", "sky"]}))
+    sized = [draw_run(tmp_path / f"{width}", evaluation={"split": "val", "size": [width, 8]}) for width in (8, 16)]
+    for pair, reason in (
+        ((folder, plain), "classes differ"),
+        (sized, "evaluation sizes differ: (8, 8) against (16, 8)"),
+    ):
+        assert main(["--workdir", *map(str, pair), "--out", str(tmp_path / "both.html")]) == 2
+        message = capsys.readouterr().err
+        assert reason in message and "cannot be compared" in message and not (tmp_path / "both.html").exists()
+
+
 def test_runs_of_one_name_are_told_apart_and_unfinished_ones_compared(tmp_path) -> None:
     folders = [draw_run(tmp_path / place / "run", done=done) for place, done in (("x", 4), ("y", 0), ("z", 1))]
     parsed = assert_harmless(report.write(folders, tmp_path / "both.html").read_text())

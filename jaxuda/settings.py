@@ -1,0 +1,94 @@
+"""Values that a config may have, told before anything runs: all that are wrong in one message.
+
+Names are checked by what they name (benchmarks, methods, label spaces), when it is looked up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxuda.data.transforms import build_transform
+from jaxuda.errors import UserError
+
+_LARGEST = 2**31 - 1
+# The last part of a field's name -> the least it may be. `width` and `size` bound the memory of a mistyped number.
+_LEAST = {
+    **dict.fromkeys(("log_every", "eval_every", "checkpoint_every", "mean_of_last", "batch", "steps", "accumulate"), 1),
+    **dict.fromkeys(("lovasz_shrink", "stem", "block", "shortcut", "width"), 1),
+    **dict.fromkeys(("keep_every", "devices", "num_workers", "seed", "schedule_steps", "lr", "momentum", "power"), 0),
+    **dict.fromkeys(("weight_decay", "head_factor", "norm_eps"), 0),
+}
+_MOST = {"width": 4096, "num_workers": 1024, "momentum": 1}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises a UserError that names every field of a config whose value makes no sense."""
+    plain = config.to_dict()
+    wrong = [f"config.{field}={value!r} {problem}" for field, value, problem in _numbers(plain)]
+    for domain in ("source", "target"):
+        try:
+            build_transform({k: v for k, v in plain[domain].items() if k not in ("name", "path", "split")})
+        except UserError as error:
+            wrong.append(f"config.{domain}: {error}")
+    if not _pair(plain["evaluation"]["size"]):
+        wrong.append(f"config.evaluation.size={plain['evaluation']['size']!r} must be (width, height)")
+    scales, weights = plain["test"]["scales"], plain["test"]["weights"]
+    if not scales or not _all_numbers(scales) or min(scales) <= 0:
+        wrong.append(f"config.test.scales={scales!r} must be factors above 0, such as (1.0,)")
+    if not _all_numbers(weights) or min(weights, default=0) < 0 or (weights and not sum(weights)):
+        wrong.append(f"config.test.weights={weights!r} must be numbers that are not negative, and not all 0")
+    blocks = plain["model"]["blocks"]
+    if blocks is not None and not all(type(n) is int and 0 < n < 1000 for n in blocks):
+        wrong.append(f"config.model.blocks={blocks!r} must be numbers of blocks, one per stage")
+    wrong += _pipeline(plain)
+    if wrong:
+        raise UserError("\n  ".join(["the config cannot be run:", *wrong] if len(wrong) > 1 else wrong))
+
+
+def _numbers(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, str]]:
+    """(field, value, what is wrong) of the numbers in a config."""
+    wrong = []
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            wrong += _numbers(value, f"{prefix}{name}.")
+            continue
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if type(number) not in (int, float):
+                continue
+            if not math.isfinite(number) or (type(number) is int and abs(number) > _LARGEST):
+                wrong.append((f"{prefix}{name}", value, "is no number to compute with"))
+            elif number < _LEAST.get(name, -math.inf):
+                wrong.append((f"{prefix}{name}", value, f"must be at least {_LEAST[name]}"))
+            elif number > _MOST.get(name, math.inf):
+                wrong.append((f"{prefix}{name}", value, f"must be at most {_MOST[name]}"))
+    return wrong
+
+
+def _pipeline(plain: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the list of stages, and with how their batches are cut."""
+    names = plain["pipeline"]
+    sections = [plain[name] for name in names if isinstance(plain.get(name), Mapping)]
+    if len(set(names)) < len(names) or not any("train" in section for section in sections):
+        return [f"config.pipeline={names!r} must name stages, each once, and at least one that trains"]
+    wrong = []
+    for name in names:
+        section = plain.get(name)
+        if isinstance(section, Mapping) and section.get("batch", 0) % max(1, section.get("accumulate", 1)):
+            wrong.append(f"config.{name}.batch={section['batch']} does not divide into {section['accumulate']} parts")
+        if isinstance(section, Mapping) and not {"source", "target"} >= set(section.get("domains", ())):
+            wrong.append(f"config.{name}.domains={section['domains']!r} must be of 'source' and 'target'")
+        if isinstance(section, Mapping) and not section.get("domains", ("source",)):
+            wrong.append(f"config.{name}.domains=() must name at least one of 'source' and 'target'")
+    return wrong
+
+
+def _pair(size: Any) -> bool:
+    return isinstance(size, Sequence) and len(size) == 2 and all(type(n) is int and 0 < n <= 2**15 for n in size)
+
+
+def _all_numbers(values: Sequence[Any]) -> bool:
+    return all(type(value) in (int, float) for value in values)
