@@ -67,6 +67,8 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1, 
             return pointwise(x[:, ::stride, ::stride], kernel[0, 0])
         if x.shape[-1] < 4 and stride == 2 and dilation == 1:
             return _few_channels(x, kernel, padding)
+        if kernel.shape[:2] == (3, 3) and stride == 1 and dilation == padding >= 4:
+            return _tap_by_tap(x, kernel, dilation)
     return _library_conv(x, kernel, stride, dilation, padding)
 
 
@@ -107,6 +109,58 @@ def _few_channels_backward(padding, saved, g):
 
 
 _few_channels.defvjp(_few_channels_forward, _few_channels_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _tap_by_tap(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
+    """3x3 convolution as nine products, each of that part of the map alone which its tap does not see as padding.
+
+    At dilation 4 that is three quarters of the work on a map of 16x32, and nine tenths on one of 33x65.
+    """
+    y = pointwise(x, kernel[1, 1])
+    for tap, offset in _outer_taps(x, dilation):
+        y += _put_at(pointwise(_seen(x, offset), kernel[tap]), offset, -1)
+    return y
+
+
+def _outer_taps(x: jax.Array, dilation: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """(index into the kernel, offset into the map) of all taps but the centre and those wholly outside."""
+    taps = [((i, j), ((i - 1) * dilation, (j - 1) * dilation)) for i, j in np.ndindex(3, 3) if (i, j) != (1, 1)]
+    return [(tap, offset) for tap, offset in taps if abs(offset[0]) < x.shape[1] and abs(offset[1]) < x.shape[2]]
+
+
+def _seen(x: jax.Array, offset: tuple[int, int]) -> jax.Array:
+    """The positions of `x` that stay inside when `offset` is taken off."""
+    rows, columns = (slice(max(o, 0), n + min(o, 0)) for o, n in zip(offset, x.shape[1:3], strict=True))
+    return x[:, rows, columns]
+
+
+def _put_at(part: jax.Array, offset: tuple[int, int], sign: int) -> jax.Array:
+    """A map of the full size with `part` = `_seen(map, sign * offset)` and zeros elsewhere."""
+    shifts = [(max(sign * o, 0), max(-sign * o, 0), 0) for o in offset]
+    return lax.pad(part, jnp.zeros((), part.dtype), ((0, 0, 0), *shifts, (0, 0, 0)))
+
+
+def _tap_by_tap_forward(x, kernel, dilation):
+    return _tap_by_tap(x, kernel, dilation), (x, kernel)
+
+
+def _tap_by_tap_backward(dilation, saved, g):
+    x, kernel = saved
+    flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+    dx, dweight = _matmul_backward((flat(x), kernel[1, 1]), flat(g))
+    dx, dweights = dx.reshape(x.shape), {(1, 1): dweight}
+    for tap, offset in _outer_taps(x, dilation):
+        back = (-offset[0], -offset[1])
+        part, g_part = _seen(x, offset), _seen(g, back)
+        d_part, dweights[tap] = _matmul_backward((flat(part), kernel[tap]), flat(g_part))
+        dx += _put_at(d_part.reshape(part.shape), offset, 1)
+    outside = jnp.zeros_like(dweight)
+    rows = [jnp.stack([dweights.get((i, j), outside) for j in range(3)]) for i in range(3)]
+    return dx, jnp.stack(rows)
+
+
+_tap_by_tap.defvjp(_tap_by_tap_forward, _tap_by_tap_backward)
 
 
 def pointwise(x: jax.Array, weight: jax.Array) -> jax.Array:

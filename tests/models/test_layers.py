@@ -183,6 +183,15 @@ def test_pointwise_convolution_on_cpu_equals_library(monkeypatch, stride):
         check_equal(plain_and_cpu(monkeypatch, lambda x, k: layers.conv2d(x, k, stride), x, kernel))
 
 
+@pytest.mark.parametrize("size", [(11, 6), (4, 9)], ids=str)
+def test_dilated_convolution_on_cpu_equals_library(monkeypatch, size):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x, kernel = rng.normal(size=(2, *size, 5)), rng.normal(size=(3, 3, 5, 4))
+        conv = lambda x, k: layers.conv2d(x, k, dilation=4, padding=4)  # noqa: E731
+        check_equal(plain_and_cpu(monkeypatch, conv, x, kernel))
+
+
 @pytest.mark.parametrize("width", [9, 10])
 @pytest.mark.parametrize(("size", "padding"), [(7, 3), (3, 1), (4, 1), (3, 0)])
 def test_convolution_of_images_on_cpu_equals_library(monkeypatch, size, padding, width):
