@@ -6,10 +6,10 @@
 
 One image pair, value and gradients to both maps, with aggregation, float32. All compute the same numbers, which is
 checked: values to a 10,000th, norms of gradients to a 100th, since where two positions resemble a third one almost
-equally the order of additions decides whose gradient it is. Each runs in a process of its own. Memory is what is needed beside the maps and their gradients: for JAX what
-the compiled code says it needs, for PyTorch the growth of the process's peak. Times are medians of the repeats, after
-one run that compiles: by the clock, and of all processor cores together, which on a busy machine is what to compare.
-Without PyTorch its row is left out.
+equally the order of additions decides whose gradient it is. Each runs in a process of its own. Memory is what is
+needed beside the maps and their gradients: for JAX what the compiled code says it needs, for PyTorch the growth of the
+process's peak. Times are medians of the repeats, after one run that compiles: by the clock, and of all processor cores
+together, which on a busy machine is what to compare. Without PyTorch its row is left out.
 """
 
 import argparse

@@ -5,6 +5,8 @@ The same networks and losses as in jaxuda, under the parameter names of the publ
 either memory layout, gradients set to None.
 """
 
+import itertools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -110,7 +112,7 @@ class DeepLab(nn.Module):
 def discriminator(classes: int, width: int) -> nn.Sequential:
     """Five 4x4 convolutions of stride 2."""
     widths, layers = (classes, width, 2 * width, 4 * width, 8 * width, 1), []
-    for inputs, features in zip(widths, widths[1:], strict=False):
+    for inputs, features in itertools.pairwise(widths):
         layers += [nn.Conv2d(inputs, features, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
     return nn.Sequential(*layers[:-1])
 

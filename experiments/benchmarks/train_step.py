@@ -9,7 +9,8 @@ Both start from the same weights and take the same images; that their losses agr
 Then their steps take turns in one process, on the same number of threads, and the medians are compared. PyTorch runs
 eagerly with whichever memory layout (`--layout`) is faster: on the CPU the plain one, on a GPU channels_last. With
 `--memory` each also runs in a process of its own, and what a step needs beside weights, momentum and batch is
-reported: for JAX what the compiled code asks for, for PyTorch the growth of the peak.
+reported: for JAX what the compiled code asks for, for PyTorch the growth of the peak. Both run with
+`jaxuda.allocation.keep_freed_memory`, unless `--default_allocator`.
 
 On a GPU (needs CUDA builds of both; written for one, not yet run there):
 
@@ -37,14 +38,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipe_cost import operations
 
 from jaxuda import methods
+from jaxuda.allocation import keep_freed_memory
 from jaxuda.interop import torch_checkpoint
 from jaxuda.models import layers
+from jaxuda.models.discriminator import FCDiscriminator
 from jaxuda.optim import make_optimizer
 from jaxuda.stages import Domains, plan
 from jaxuda.train import make_model, make_step
@@ -121,8 +123,7 @@ class Ours:
         players = self.state.params.get("discriminator", {})
         fields = {"params": self.state.params["model"], "batch_stats": self.state.batch_stats}
         return named(fields, self.model), {
-            level: named({"params": player}, importlib.import_module("jaxuda.models.discriminator").FCDiscriminator())
-            for level, player in players.items()
+            level: named({"params": player}, FCDiscriminator()) for level, player in players.items()
         }
 
     def operations(self) -> float:
@@ -150,9 +151,7 @@ class Theirs:
         torch.backends.cudnn.benchmark = True
         self.torch, self.device = torch, "cuda" if torch.cuda.is_available() else "cpu"
         layout = options.layout or {"cpu": "contiguous_format", "cuda": "channels_last"}[self.device]
-        self.trainer = Trainer(
-            options.method, stage_config(options), CLASSES, self.device, getattr(torch, layout)
-        )
+        self.trainer = Trainer(options.method, stage_config(options), CLASSES, self.device, getattr(torch, layout))
         for module, named in zip(
             (self.trainer.model, *self.trainer.discriminators.values()),
             (weights[0], *weights[1].values()) if weights else (),
@@ -225,10 +224,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--layout", choices=("contiguous_format", "channels_last"), help="of PyTorch's maps")
+    parser.add_argument("--default_allocator", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--alone", choices=("ours", "theirs"), help="only print this one's memory")
     options = parser.parse_args()
     options.target = options.target or options.source
+    if not options.default_allocator:
+        keep_freed_memory()
     batch = make_batch(options)
     if options.alone:
         print(json.dumps({"ours": Ours, "theirs": Theirs}[options.alone](options, batch).memory()))
@@ -248,8 +250,8 @@ def main() -> None:
     seconds = np.median(interleaved([ours.step, theirs.step], options.repeats), axis=0)
     work = ours.operations()
     threads = theirs.torch.get_num_threads() if device.platform == "cpu" else 1
-    print(f"{work / 1e9:.0f} GFLOP a step; a matrix product runs at {rate / 1e9:.0f} GFLOP/s; {threads} thread(s); ", end="")
-    print(f"compiled in {ours.compile_seconds:.0f} s")
+    print(f"{work / 1e9:.0f} GFLOP a step; a matrix product runs at {rate / 1e9:.0f} GFLOP/s; ", end="")
+    print(f"{threads} thread(s); compiled in {ours.compile_seconds:.0f} s")
     print(f"{'':10}{'seconds':>10}{'ratio':>8}{'GFLOP/s':>10}{'of product':>12}")
     for name, value in zip(("ours", "PyTorch"), seconds, strict=True):
         share = work / value / rate
