@@ -6,7 +6,9 @@
     python experiments/benchmarks/train_step.py --network resnet101 --width 64 --levels 2 --method sdca --memory
 
 Both start from the same weights and take the same images; that their losses agree over the first steps is checked.
-Then their steps take turns in one process, on the same number of threads, and the medians are compared. PyTorch runs
+Then their steps take turns in one process, on the same number of threads, and the medians are compared. Where other
+programs use the processor, threads that wait for each other suffer most: `--one_core` compares the processor time of
+one thread each. PyTorch runs
 eagerly with whichever memory layout (`--layout`) is faster: on the CPU the plain one, on a GPU channels_last. With
 `--memory` each also runs in a process of its own, and what a step needs beside weights, momentum and batch is
 reported: for JAX what the compiled code asks for, for PyTorch the growth of the peak. Both run with
@@ -29,6 +31,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,6 +88,14 @@ def make_batch(options: argparse.Namespace) -> dict:
     return {"source": {"image": images(options.source), "label": label}, "target": {"image": images(options.target)}}
 
 
+def torch_weights(variables: dict, model) -> dict[str, np.ndarray]:
+    """A torch state dict."""
+    layout = torch_checkpoint.LAYOUTS["two_level" if getattr(model, "aux", False) else "one_level"]
+    flat = flax.traverse_util.flatten_dict(jax.device_get(variables))
+    name = partial(torch_checkpoint.torch_name, model=model, layout=layout)
+    return {name(path): np.array(torch_checkpoint.to_torch(x)) for path, x in flat.items()}
+
+
 class Ours:
     """jaxuda's step, compiled."""
 
@@ -113,17 +124,10 @@ class Ours:
 
     def weights(self) -> tuple[dict, dict]:
         """Torch state dicts of the network and the discriminators."""
-        layout = torch_checkpoint.LAYOUTS["two_level" if self.model.aux else "one_level"]
-
-        def named(variables: dict, model) -> dict:
-            flat = flax.traverse_util.flatten_dict(jax.device_get(variables))
-            name = partial(torch_checkpoint.torch_name, model=model, layout=layout)
-            return {name(path): np.array(torch_checkpoint.to_torch(x)) for path, x in flat.items()}
-
         players = self.state.params.get("discriminator", {})
         fields = {"params": self.state.params["model"], "batch_stats": self.state.batch_stats}
-        return named(fields, self.model), {
-            level: named({"params": player}, FCDiscriminator()) for level, player in players.items()
+        return torch_weights(fields, self.model), {
+            level: torch_weights({"params": player}, FCDiscriminator()) for level, player in players.items()
         }
 
     def operations(self) -> float:
@@ -190,24 +194,20 @@ def matmul_rate(dtype: str, side: int) -> float:
     """Operations per second of a product of two square matrices."""
     x = jnp.ones((side, side), dtype)
     product = jax.jit(lambda x: x @ x)
-    jax.block_until_ready(product(x))
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        jax.block_until_ready(product(x))
-        seconds.append(time.perf_counter() - started)
-    return 2 * side**3 / min(seconds)
+    step = lambda: jax.block_until_ready(product(x))  # noqa: E731
+    step()
+    return 2 * side**3 / interleaved([step], 5).min()
 
 
-def interleaved(steps: list, repeats: int) -> np.ndarray:
+def interleaved(steps: list, repeats: int, clock: Callable[[], float] = time.perf_counter) -> np.ndarray:
     """(repeats, len(steps)) seconds; the steps take turns."""
     seconds = np.zeros((repeats, len(steps)))
     for row in seconds:
         for index, step in enumerate(steps):
             time.sleep(0.02)  # threads of the other one that still spin for work go to sleep
-            started = time.perf_counter()
+            started = clock()
             step()
-            row[index] = time.perf_counter() - started
+            row[index] = clock() - started
     return seconds
 
 
@@ -225,19 +225,27 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--layout", choices=("contiguous_format", "channels_last"), help="of PyTorch's maps")
     parser.add_argument("--default_allocator", action="store_true")
+    parser.add_argument("--one_core", action="store_true", help="one thread each, and its processor time")
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--alone", choices=("ours", "theirs"), help="only print this one's memory")
+    parser.add_argument("--alone", choices=("ours", "theirs", "first"), help="one's memory, or only a step")
     options = parser.parse_args()
     options.target = options.target or options.source
+    if options.one_core:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     if not options.default_allocator:
         keep_freed_memory()
     batch = make_batch(options)
+    if options.alone == "first":
+        Ours(options, batch).step()
+        return
     if options.alone:
         print(json.dumps({"ours": Ours, "theirs": Theirs}[options.alone](options, batch).memory()))
         return
 
     ours = Ours(options, batch)
     theirs = Theirs(options, batch, ours.weights())
+    if options.one_core:
+        theirs.torch.set_num_threads(1)
     device = jax.devices()[0]
     rate = matmul_rate(options.dtype, 2048 if device.platform == "cpu" else 8192)
     size = options.source + (f" + {options.target}" if options.method != "source_only" else "")
@@ -247,7 +255,8 @@ def main() -> None:
     print("losses of the first steps: " + ", ".join(f"{a:.6f} / {b:.6f}" for a, b in losses))
     np.testing.assert_allclose(*losses.T, rtol=1e-3 if options.dtype == "float32" else 3e-2)
 
-    seconds = np.median(interleaved([ours.step, theirs.step], options.repeats), axis=0)
+    clock = time.process_time if options.one_core else time.perf_counter
+    seconds = np.median(interleaved([ours.step, theirs.step], options.repeats, clock), axis=0)
     work = ours.operations()
     threads = theirs.torch.get_num_threads() if device.platform == "cpu" else 1
     print(f"{work / 1e9:.0f} GFLOP a step; a matrix product runs at {rate / 1e9:.0f} GFLOP/s; ", end="")
