@@ -4,11 +4,10 @@
     python experiments/benchmarks/input_pipeline.py --workers 2        # two worker processes each
 
 Both read the same PNG files of 1024x512 (drawn into a temporary folder), resize to 512x256, crop, flip and jitter, and
-make batches. They take turns over as many batches; both are told to start before, so that workers and buffers stand.
+make batches. They take turns; a turn is timed once workers run and buffers are empty.
 """
 
 import argparse
-import itertools
 import os
 import sys
 import tempfile
@@ -19,13 +18,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from jaxuda.data import build_transform, make_input
 
 TRANSFORM = {"resize": (512, 256), "crop": (384, 192), "flip": 0.5, "jitter": (0.3, 0.3, 0.3, 0.1)}
+WARM_UP = 8
 
 
 class Files(Sequence):
@@ -54,7 +54,7 @@ class Transformed(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         record = self.transform(self.files[index], np.random.default_rng(index))
-        return torch.from_numpy(record["image"]), torch.from_numpy(record["label"])
+        return torch.from_numpy(record["image"].copy()), torch.from_numpy(record["label"].copy())
 
 
 def draw(folder: str, count: int) -> Files:
@@ -70,11 +70,33 @@ def draw(folder: str, count: int) -> Files:
 
 
 def seconds(batches: Iterator, count: int) -> float:
-    """For the next `count` batches."""
+    """For `count` batches, after as many others as empty the buffers."""
+    for _ in range(WARM_UP):
+        next(batches)
     start = time.perf_counter()
     for _ in range(count):
         next(batches)
     return time.perf_counter() - start
+
+
+def ours(files: Files, options: argparse.Namespace) -> float:
+    """Of jaxuda.data."""
+    steps, transform = WARM_UP + options.batches, build_transform(TRANSFORM)
+    with make_input(
+        files, batch=options.batch, steps=steps, source_transform=transform, num_workers=options.workers
+    ) as batches:
+        return seconds(batches, options.batches)
+
+
+def theirs(files: Files, options: argparse.Namespace) -> float:
+    """Of a DataLoader, over one long epoch."""
+    loader = DataLoader(
+        ConcatDataset([Transformed(files)] * (1 + (WARM_UP + options.batches) * options.batch // len(files))),
+        options.batch,
+        shuffle=True,
+        num_workers=options.workers,
+    )
+    return seconds(iter(loader), options.batches)
 
 
 def main() -> None:
@@ -82,28 +104,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: threads of this one, DataLoader: none")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--batches", type=int, default=20, help="timed at a time")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=30, help="timed at a time")
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    steps = options.batches * options.repeats + 8
     with tempfile.TemporaryDirectory() as folder:
         files = draw(folder, 64)
-        loader = DataLoader(
-            Transformed(files),
-            options.batch,
-            shuffle=True,
-            num_workers=options.workers,
-            persistent_workers=options.workers > 0,
-        )
-        theirs = itertools.chain.from_iterable(itertools.repeat(loader))
-        transform = build_transform(TRANSFORM)
-        with make_input(
-            files, batch=options.batch, steps=steps, source_transform=transform, num_workers=options.workers
-        ) as ours:
-            for batches in (ours, theirs):
-                seconds(batches, 8)
-            times = [[seconds(batches, options.batches) for batches in (ours, theirs)] for _ in range(options.repeats)]
-    median = np.median(times, axis=0)
+        median = np.median([[run(files, options) for run in (ours, theirs)] for _ in range(options.repeats)], axis=0)
     print(f"{options.workers} worker processes, {os.cpu_count()} cores")
     for name, value in zip(("ours", "DataLoader"), median, strict=True):
         rate = options.batch * options.batches / value
