@@ -102,8 +102,9 @@ class ResNet(nn.Module):
         dilations = (1, 1, 2, 4) if self.dilated else (1, 1, 1, 1)
 
         x = self.conv(self.width, 7, stride=2, name="conv1")(images)
-        x = nn.relu(self.norm(name="bn1")(x, train))
-        x = max_pool(x, 3, 2, padding=1, ceil=self.variant == "caffe")
+        x = self.norm(name="bn1")(x, train)
+        # The ReLU after the pool: the same result for a quarter of the positions.
+        x = nn.relu(max_pool(x, 3, 2, padding=1, ceil=self.variant == "caffe"))
         outputs = []
         for stage in range(4):
             for block in range(blocks[stage]):

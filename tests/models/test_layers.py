@@ -183,6 +183,35 @@ def test_pointwise_convolution_on_cpu_equals_library(monkeypatch, stride):
         check_equal(plain_and_cpu(monkeypatch, lambda x, k: layers.conv2d(x, k, stride), x, kernel))
 
 
+@pytest.mark.parametrize("size", [(11, 6), (4, 9)], ids=str)
+def test_dilated_convolution_on_cpu_equals_library(monkeypatch, size):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x, kernel = rng.normal(size=(2, *size, 5)), rng.normal(size=(3, 3, 5, 4))
+        conv = lambda x, k: layers.conv2d(x, k, dilation=4, padding=4)  # noqa: E731
+        check_equal(plain_and_cpu(monkeypatch, conv, x, kernel))
+
+
+@pytest.mark.parametrize("width", [9, 10])
+@pytest.mark.parametrize(("size", "padding"), [(7, 3), (3, 1), (4, 1), (3, 0)])
+def test_convolution_of_images_on_cpu_equals_library(monkeypatch, size, padding, width):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x, kernel = rng.normal(size=(2, 11, width, 3)), rng.normal(size=(size, size, 3, 5))
+        check_equal(plain_and_cpu(monkeypatch, lambda x, k: layers.conv2d(x, k, 2, padding=padding), x, kernel))
+
+
+@pytest.mark.parametrize("ceil", [False, True])
+@pytest.mark.parametrize(("size", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 0)])
+def test_max_pool_on_cpu_equals_library(monkeypatch, size, stride, padding, ceil):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        # Steps of a half: the first of equal entries must win in both.
+        for x in (rng.normal(size=(2, 8, 11, 3)), np.round(2 * rng.normal(size=(2, 9, 12, 3))) / 2):
+            pool = lambda x: layers.max_pool(x, size, stride, padding, ceil)  # noqa: E731
+            check_equal(plain_and_cpu(monkeypatch, pool, x))
+
+
 @pytest.mark.parametrize("size", [(30, 9), (5, 26)], ids=str)
 def test_sum_of_dilated_convolutions_on_cpu_equals_library(monkeypatch, size):
     with jax.enable_x64(True):

@@ -1,0 +1,291 @@
+"""What the benchmarks compare with: DeepLab-v2 and the train steps of three methods in plain PyTorch.
+
+The same networks and losses as in jaxuda, under the parameter names of the published networks, so that
+`jaxuda.interop` carries weights over. Written to be fast where that costs no readability: fused library operations,
+either memory layout, gradients set to None.
+"""
+
+import itertools
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+DEPTHS = {"resnet18": (False, (2, 2, 2, 2)), "resnet50": (True, (3, 4, 6, 3)), "resnet101": (True, (3, 4, 23, 3))}
+IGNORE = 255
+
+
+def conv(inputs: int, features: int, size: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    """Without bias; keeps the size at stride 1."""
+    return nn.Conv2d(inputs, features, size, stride, dilation * (size // 2), dilation, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """As in torchvision, with dilations."""
+
+    growth = 1
+
+    def __init__(self, inputs: int, features: int, stride: int, dilations: tuple[int, int], caffe: bool):
+        super().__init__()
+        self.conv1, self.bn1 = conv(inputs, features, 3, stride, dilations[0]), nn.BatchNorm2d(features)
+        self.conv2, self.bn2 = conv(features, features, 3, 1, dilations[1]), nn.BatchNorm2d(features)
+        self.downsample = shortcut(inputs, features, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + self.downsample(x), inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1; strides in its first convolution (caffe) or its second (torchvision)."""
+
+    growth = 4
+
+    def __init__(self, inputs: int, features: int, stride: int, dilations: tuple[int, int], caffe: bool):
+        super().__init__()
+        first, second = (stride, 1) if caffe else (1, stride)
+        self.conv1, self.bn1 = conv(inputs, features, 1, first), nn.BatchNorm2d(features)
+        self.conv2, self.bn2 = conv(features, features, 3, second, dilations[0]), nn.BatchNorm2d(features)
+        self.conv3, self.bn3 = conv(features, 4 * features, 1), nn.BatchNorm2d(4 * features)
+        self.downsample = shortcut(inputs, 4 * features, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + self.downsample(x), inplace=True)
+
+
+def shortcut(inputs: int, features: int, stride: int) -> nn.Module:
+    """Identity where the shapes allow it."""
+    if inputs == features and stride == 1:
+        return nn.Identity()
+    return nn.Sequential(conv(inputs, features, 1, stride), nn.BatchNorm2d(features))
+
+
+class Head(nn.Module):
+    """Sum of four dilated 3x3 convolutions."""
+
+    def __init__(self, inputs: int, classes: int):
+        super().__init__()
+        rates = (6, 12, 18, 24)
+        self.conv2d_list = nn.ModuleList(nn.Conv2d(inputs, classes, 3, padding=r, dilation=r) for r in rates)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(layer(x) for layer in self.conv2d_list)
+
+
+class DeepLab(nn.Module):
+    """DeepLab-v2 on a ResNet, output stride 8; with `aux` layer5 is the head on the third stage, else the only one."""
+
+    def __init__(self, classes: int, depth: str, width: int, caffe: bool, aux: bool):
+        super().__init__()
+        bottleneck, blocks = DEPTHS[depth]
+        make = Bottleneck if bottleneck else BasicBlock
+        self.conv1, self.bn1 = conv(3, width, 7, 2), nn.BatchNorm2d(width)
+        self.pool = nn.MaxPool2d(3, 2, 1, ceil_mode=caffe)
+        inputs, before = width, 1
+        for stage, (stride, dilation) in enumerate(zip((1, 2, 1, 1), (1, 1, 2, 4), strict=True)):
+            layers, features = [], width * 2**stage
+            for index in range(blocks[stage]):
+                first = before if index == 0 and not caffe else dilation
+                layers.append(make(inputs, features, 1 if index else stride, (first, dilation), caffe))
+                inputs = features * make.growth
+            before = dilation
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
+        self.aux = aux
+        self.layer5 = Head(inputs // 2 if aux else inputs, classes)
+        if aux:
+            self.layer6 = Head(inputs, classes)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Main logits, those of the second level or None, features."""
+        x = self.pool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        middle = self.layer3(self.layer2(self.layer1(x)))
+        features = self.layer4(middle)
+        if self.aux:
+            return self.layer6(features), self.layer5(middle), features
+        return self.layer5(features), None, features
+
+
+def discriminator(classes: int, width: int) -> nn.Sequential:
+    """Five 4x4 convolutions of stride 2."""
+    widths, layers = (classes, width, 2 * width, 4 * width, 8 * width, 1), []
+    for inputs, features in itertools.pairwise(widths):
+        layers += [nn.Conv2d(inputs, features, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
+    return nn.Sequential(*layers[:-1])
+
+
+# Losses -----------------------------------------------------------------------------------------------------
+
+
+def upsample(logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """To the size of the images."""
+    return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=True)
+
+
+def nearest(labels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Labels at another size."""
+    return F.interpolate(labels[:, None].float(), size, mode="nearest")[:, 0].long()
+
+
+def entropy_map(logits: torch.Tensor) -> torch.Tensor:
+    """-p log2(p) / log2(C)."""
+    probs = torch.softmax(logits, 1)
+    return -probs * torch.log2(probs + 1e-30) / torch.log2(torch.tensor(float(probs.shape[1])))
+
+
+def lovasz_softmax(probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Class after class, over the labelled pixels of the batch."""
+    valid = labels != IGNORE
+    probs, labels, losses = probs.permute(0, 2, 3, 1)[valid], labels[valid], []
+    for index in labels.unique():
+        hits = (labels == index).to(probs.dtype)
+        errors, order = (hits - probs[:, index]).abs().sort(descending=True)
+        hits = hits[order]
+        jaccard = 1 - (hits.sum() - hits.cumsum(0)) / (hits.sum() + (1 - hits).cumsum(0))
+        losses.append(errors @ torch.diff(jaccard, prepend=jaccard.new_zeros(1)))
+    return torch.stack(losses).mean()
+
+
+class Statistics:
+    """Mean, variance and count of the features of each class, over all pixels seen."""
+
+    def __init__(self, classes: int, channels: int, device: str):
+        self.mean, self.var = torch.zeros(2, classes, channels, device=device)
+        self.count = torch.zeros(classes, device=device)
+
+    @torch.no_grad()
+    def update(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        members = F.one_hot(torch.where(labels == IGNORE, 0, labels), len(self.count)).to(features.dtype)
+        members *= (labels != IGNORE)[:, None]
+        count = members.sum(0)
+        divisor = count.clamp(min=1)[:, None]
+        mean = members.T @ features / divisor
+        var = members.T @ (features - members @ mean).square() / divisor
+        new = (count / (count + self.count).clamp(min=1))[:, None]
+        self.var = (1 - new) * self.var + new * var + new * (1 - new) * (self.mean - mean).square()
+        self.mean = (1 - new) * self.mean + new * mean
+        self.count = self.count + count
+
+    def contrast(self, features: torch.Tensor, labels: torch.Tensor, tau: float) -> torch.Tensor:
+        """SDCA's loss in closed form."""
+        features, mean, var = (F.normalize(x, dim=1) for x in (features, self.mean, self.var))
+        spread = features.square() @ var.T / (2 * tau)
+        logits = (features @ mean.T + spread) / tau
+        valid = labels != IGNORE
+        if not valid.any():
+            return 0.0 * logits.sum()
+        own = spread[valid].gather(1, labels[valid][:, None]).mean() / tau
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE) + own
+
+
+def flat(x: torch.Tensor) -> torch.Tensor:
+    """(N, A, h, w) as (P, A), float32."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).float()
+
+
+# Train steps ------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """One step of source-only, AdvEnt or SDCA; `config` is that of the stage in jaxuda."""
+
+    def __init__(self, method: str, config, classes: int, device: str, layout: torch.memory_format):
+        model, optim = config.model, config.optim
+        self.method, self.config, self.device, self.layout = method, config, device, layout
+        caffe = model.variant == "caffe"
+        self.model = DeepLab(classes, model.backbone, model.width, caffe, model.aux)
+        self.model.to(device, memory_format=layout).train()
+        self.bfloat16 = model.dtype == "bfloat16"
+        self.optimizers = [
+            torch.optim.SGD(self.model.parameters(), config.lr, optim.momentum, weight_decay=optim.weight_decay)
+        ]
+        self.discriminators = {}
+        if method == "advent":
+            levels = ("main", "aux") if model.aux else ("main",)
+            for level in levels:
+                player = discriminator(classes, config.discriminator_width).to(device, memory_format=layout)
+                self.discriminators[level] = player
+                self.optimizers.append(torch.optim.Adam(player.parameters(), config.discriminator_lr, (0.9, 0.99)))
+        if method == "sdca":
+            channels = self.model.layer5.conv2d_list[0].in_channels
+            self.statistics = [Statistics(classes, n, device) for n in (channels, classes)]
+
+    def place(self, image: torch.Tensor) -> torch.Tensor:
+        """Images on the device."""
+        return image.to(self.device).contiguous(memory_format=self.layout)
+
+    def step(self, source: torch.Tensor, label: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """One update on source and target images (N, 3, H, W) and labels (N, H, W); returns the loss."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bfloat16):
+            loss = getattr(self, self.method)(source, label, target)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss.detach()
+
+    def supervised(self, outputs: tuple, image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, list]:
+        """The loss on the source, and the logits of each level at image size."""
+        upsampled = [upsample(logits.float(), image) for logits in outputs[:2] if logits is not None]
+        loss = 0.0
+        for logits, weight in zip(upsampled, (1.0, self.config.lambda_aux), strict=False):
+            loss = loss + weight * F.cross_entropy(logits, label, ignore_index=IGNORE)
+        if self.config.lambda_lovasz:
+            size = tuple(side // self.config.lovasz_shrink for side in image.shape[2:])
+            probs = torch.softmax(F.interpolate(outputs[0].float(), size, mode="bilinear", align_corners=True), 1)
+            loss = loss + self.config.lambda_lovasz * lovasz_softmax(probs, nearest(label, size))
+        return loss, upsampled
+
+    def source_only(self, source: torch.Tensor, label: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        loss, _ = self.supervised(self.model(source), source, label)
+        loss.backward()
+        return loss
+
+    def advent(self, source: torch.Tensor, label: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Losses are propagated as soon as they are there, as published: less memory."""
+        config, total = self.config, 0.0
+        for player in self.discriminators.values():
+            player.requires_grad_(False)
+        loss, ours = self.supervised(self.model(source), source, label)
+        loss.backward()
+        total += loss.detach()
+
+        theirs = [upsample(logits.float(), target) for logits in self.model(target)[:2] if logits is not None]
+        maps, weights = [entropy_map(logits) for logits in theirs], (config.lambda_adv, config.lambda_adv_aux)
+        loss = 0.0
+        for player, values, weight in zip(self.discriminators.values(), maps, weights, strict=False):
+            loss = loss + weight * F.softplus(player(values)).mean()
+        loss.backward()
+        total += loss.detach()
+
+        for player in self.discriminators.values():
+            player.requires_grad_(True)
+        with torch.no_grad():
+            ours = [entropy_map(logits) for logits in ours]
+        for player, source_maps, target_maps in zip(self.discriminators.values(), ours, maps, strict=True):
+            for values, domain in ((source_maps, 0), (target_maps.detach(), 1)):
+                logits = player(values)
+                loss = 0.5 * (F.softplus(logits) - domain * logits).mean()
+                loss.backward()
+                total += loss.detach()
+        return total
+
+    def sdca(self, source: torch.Tensor, label: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        outputs = self.model(source)
+        loss, _ = self.supervised(outputs, source, label)
+        theirs = self.model(target)
+        size = outputs[0].shape[2:]
+        label = nearest(label, size).flatten()
+        confidence, pseudo = torch.softmax(flat(theirs[0].detach()), 1).max(1)
+        pseudo = torch.where(confidence >= config.confidence, pseudo, IGNORE)
+        levels = ((2, config.lambda_features), (0, config.lambda_logits))
+        for statistics, (index, weight) in zip(self.statistics, levels, strict=True):
+            statistics.update(flat(outputs[index].detach()), label)
+            for maps, classes in ((outputs, label), (theirs, pseudo)):
+                loss = loss + weight * statistics.contrast(flat(maps[index]), classes, config.tau)
+        loss.backward()
+        return loss
