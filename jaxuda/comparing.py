@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxuda.errors import UserError
 
 
-def check(runs: Mapping[str, Mapping[str, Any]]) -> None:
+def check(runs: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
     """Refuses runs whose scores do not mean the same.
 
     Args:
-      runs: name -> what its scores depend on, such as {"classes": ("road", "sky"), "evaluation size": (256, 128)};
-        None for what is not known of a run.
+      runs: the name of each and what its scores depend on, such as {"classes": ("road", "sky")}; None for what is not
+        known.
 
     Raises:
       UserError: two runs differ; it says in what, with both values.
     """
     first: dict[str, tuple[str, Any]] = {}
-    for name, facts in runs.items():
+    for name, facts in runs:
         for what, value in facts.items():
             if value is None:
                 continue

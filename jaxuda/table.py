@@ -93,13 +93,14 @@ def comparable(results: list[dict[str, Any]]) -> None:
     for benchmark in {result["benchmark"] for result in results}:
         runs = [result for result in results if result["benchmark"] == benchmark]
         comparing.check(
-            {
-                f"{run['config']} with seed {run['seed']} on {benchmark}": {
+            (
+                f"{run['config']} with seed {run['seed']} on {benchmark}",
+                {
                     "classes": tuple(run["classes"]),
                     "evaluated images": run["data"]["evaluation"] and run["data"]["evaluation"]["fingerprint"],
-                }
-                for run in runs
-            }
+                },
+            )
+            for run in runs
         )
 
 
@@ -127,7 +128,7 @@ def run_all(args: argparse.Namespace, overrides: list[str]) -> None:
     planned = []
     for benchmark in args.benchmarks.split(","):
         configs = {file: parse(["table", f"--config={file}:{benchmark}", *overrides]).config for file in args.configs}
-        comparing.check({f"{file}:{benchmark}": facts(config) for file, config in configs.items()})
+        comparing.check((f"{file}:{benchmark}", facts(config)) for file, config in configs.items())
         planned += [(config, seed) for config in configs.values() for seed in args.seeds]
     results = []
     for config, seed in planned:

@@ -48,7 +48,7 @@ def comparison_page(runs: Sequence[Run], galleries: Mapping[int, Gallery], notes
 
 def check_comparable(runs: Sequence[Run]) -> None:
     """Raises a UserError if the runs were scored on other classes, images or evaluation sizes."""
-    comparing.check({name: _facts(run) for name, run in zip(run_names(runs), runs, strict=True)})
+    comparing.check((name, _facts(run)) for name, run in zip(run_names(runs), runs, strict=True))
 
 
 def _facts(run: Run) -> dict[str, Any]:
