@@ -1,15 +1,23 @@
 """What one published step of PLCA needs: ResNet-101, 8 + 8 crops of 730x730, by compiling it, without running it.
 
-    python experiments/benchmarks/plca_memory.py                                     # a minute or two
+    python experiments/benchmarks/plca_memory.py                                     # two or three minutes
     python experiments/benchmarks/plca_memory.py --config.model.remat=False          # without computing blocks twice
 
 Any field of configs/plca.py:gta5 can be set. The convolutions are those that an accelerator is given. On a CPU the
-figures are XLA's plan for the arrays of the step; an accelerator's library may take some working memory more.
+figures are XLA's plan for the arrays of the step; an accelerator's library may take some working memory more. XLA's
+compiler for CPUs undoes `model.remat`, since it drops the barriers between the first and the second computation of a
+block, and orders operations for speed: both are switched off here, as compilers for accelerators do neither.
 """
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
+
+# Before anything imports jax.
+os.environ["XLA_FLAGS"] = (
+    "--xla_disable_hlo_passes=cse_barrier_expander --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+)
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +28,7 @@ from jaxuda import methods
 from jaxuda.main import parse
 from jaxuda.models import layers
 from jaxuda.optim import make_optimizer
+from jaxuda.stages import resolve
 from jaxuda.train import make_model, make_step
 from jaxuda.train_state import TrainState
 
@@ -30,8 +39,7 @@ def main() -> None:
     """Compiles the step and prints its memory."""
     layers.use_cpu_forms = lambda: False
     config = parse(["plca_memory", f"--config={ROOT}/configs/plca.py:gta5", *sys.argv[1:]]).config
-    stage = config.adapt
-    stage.update({name: config[name] for name in ("seed", "preprocess", "model", "optim", "label_space")})
+    stage = resolve("adapt", config)
     model, method, tx = make_model(stage, CLASSES), methods.load("plca"), make_optimizer(stage)
     width, height = config.source.crop
     image = jax.ShapeDtypeStruct((stage.batch, height, width, 3), jnp.uint8)
