@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxuda import checkpoints, data, files, methods, parallel, stages, sweeps
+from jaxuda.allocation import keep_freed_memory
 from jaxuda.data.records import prepare_command, prepared_folder, read_summary, root
 from jaxuda.errors import UserError
 from jaxuda.metrics import iou_table
@@ -59,6 +60,8 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
             _check_finished([stage for stage in recipe if statuses[stage.name] == "done"])
             _write_config(config, workdir)
             log.say(header(config, workdir, domains, statuses))
+            if jax.default_backend() == "cpu":
+                keep_freed_memory()
             for stage in recipe:
                 _run_stage(stage, config, domains, log, statuses[stage.name])
             results = _results(config, recipe, domains)

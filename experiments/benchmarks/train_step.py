@@ -65,6 +65,8 @@ def stage_config(options: argparse.Namespace):
     variant = "torchvision" if options.network == "resnet18" else "caffe"
     config.model.update({"backbone": options.network, "variant": variant, "width": options.width})
     config.model.update({"aux": options.levels == 2, "dtype": options.dtype})
+    for stage in ("source_only", "adapt"):
+        config[stage].lr = 1e-4  # with the recipe's a deep network from scratch would amplify rounding at once
     known = SimpleNamespace(fingerprint="", labelled=True)
     stages = {stage.name: stage for stage in plan(config, Path("runs"), Domains(known, known, known))}
     return stages["source_only" if options.method == "source_only" else "adapt"].config
@@ -106,9 +108,11 @@ class Ours:
             batch = {"source": batch["source"]}
         self.batch, image = jax.device_put(batch), batch["source"]["image"]
 
+        key = partial(jax.random.key, impl="rbg")  # compiles sooner
+
         def start() -> TrainState:
-            variables = model.init(jax.random.key(0), jnp.zeros((1, *image.shape[1:])))
-            extra = method.init(jax.random.key(1), model=model, batch=batch, config=config, artifacts={})
+            variables = model.init(key(0), jnp.zeros((1, *image.shape[1:])))
+            extra = method.init(key(1), model=model, batch=batch, config=config, artifacts={})
             return TrainState.create({"model": variables["params"], **extra[0]}, tx, variables["batch_stats"], extra[1])
 
         self.state = jax.jit(start)()
