@@ -4,7 +4,7 @@ Orbax makes a save atomic but restores a flipped byte silently. A checkpoint cou
 checksums is written; one without is what a killed save left, one that disagrees is damaged. Orbax's manager, which
 reads whatever it finds, is only let at folders that are whole, to write and to clear up. Leaves are stored under their
 path in the state ("params.model.backbone.conv1.kernel"), as host arrays, so that a restore does not depend on the
-number of devices.
+number of devices. Of several processes only the first one saves and restores.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from jaxuda.errors import UserError
 PyTree = Any
 MANIFEST = "manifest.json"
 LAST, BEST = "last", "best"
+# Orbax else waits for all processes of the run.
+_ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
 
 def _names(tree: PyTree) -> tuple[list[str], list[Any], Any]:
@@ -52,7 +54,7 @@ class Checkpoints:
         self._folder, self._report = Path(folder).absolute(), report
         # Orbax warns of its own defaults, which tells a user nothing.
         logging.set_verbosity(logging.ERROR)
-        self._reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        self._reader = ocp.Checkpointer(_handler(), multiprocessing_options=_ALONE)
         self._manager = None if read_only else self._make_manager(keep_every)
 
     def _make_manager(self, keep_every: int) -> ocp.CheckpointManager:
@@ -72,8 +74,11 @@ class Checkpoints:
             preservation_policy=keep,
             best_fn=_miou,
             enable_async_checkpointing=False,
+            create=False,
+            multiprocessing_options=_ALONE,
         )
-        return ocp.CheckpointManager(self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return ocp.CheckpointManager(self._folder, options=options, item_handlers=_handler())
 
     def save(self, step: int, state: PyTree, metrics: dict[str, float] | None = None) -> None:
         """Writes `state` (host arrays) as of `step`, with the mIoU in `metrics` if it was evaluated.
@@ -174,6 +179,10 @@ class Checkpoints:
         self._reader.close()
         if self._manager is not None:
             self._manager.close()
+
+
+def _handler() -> ocp.StandardCheckpointHandler:
+    return ocp.StandardCheckpointHandler(multiprocessing_options=_ALONE)
 
 
 def _miou(metrics: dict[str, float]) -> float:

@@ -9,6 +9,9 @@ Runs a recipe, or continues it: the same command again goes on where it stopped.
   --from_stage NAME           set this stage and all after it aside, and run from there
   --mode run|eval|predict     eval: score --checkpoint; predict: label --images 'GLOB' with --checkpoint
   --checkpoint DIR            a stage's folder, such as runs/minent-streets-seed0/adapt
+  --dry_run                   trains nothing: says what each stage takes (parameters, arithmetic, memory, time)
+  --distributed               one of several processes, as srun or mpirun start them; elsewhere give each
+                              --coordinator HOST:PORT --processes N --process 0..N-1 (HOST is that of process 0)
 
 For a start, without any data of your own:
 
@@ -60,6 +63,11 @@ def parse(argv: list[str]) -> flags.FlagValues:
     for name in ("workdir", "from_stage", "checkpoint", "images"):
         flags.DEFINE_string(name, "", "", flag_values=args)
     flags.DEFINE_list("seeds", [], "", flag_values=args)
+    for name in ("dry_run", "distributed"):
+        flags.DEFINE_bool(name, False, "", flag_values=args)
+    flags.DEFINE_string("coordinator", "", "", flag_values=args)
+    flags.DEFINE_integer("processes", 0, "", flag_values=args)
+    flags.DEFINE_integer("process", None, "", flag_values=args)
     flags.DEFINE_enum("mode", "run", ["run", "eval", "predict"], "", flag_values=args)
     try:
         rest = args(argv)[1:]
@@ -85,20 +93,34 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text} ({place.filename}, line {place.lineno})"
 
 
+def join_processes(args: flags.FlagValues) -> None:
+    """Meets the other processes of the run, if there are any."""
+    if args.distributed or args.coordinator or args.processes or args.process is not None:
+        if args.mode != "run":
+            raise UserError(f"--mode {args.mode} runs in a single process, with all the devices that it sees")
+        from jaxuda import parallel
+
+        parallel.start_processes(args.coordinator, args.processes, args.process)
+
+
+def default_workdir(config: ConfigDict, workdir: str) -> Path:
+    """The work folder that the user names, or one named after the run."""
+    return Path(workdir) if workdir else Path("runs") / f"{config.name}-{config.benchmark}-seed{config.seed}"
+
+
 def run_seeds(config: ConfigDict, seeds: list[int], workdir: str, from_stage: str) -> None:
     """One run per seed, and their mean and spread if there are several."""
-    from jaxuda import pipeline, table
+    from jaxuda import parallel, pipeline, table
 
     results = []
     for seed in seeds:
         seeded = ConfigDict(config)
         seeded.seed = seed
-        default = Path("runs") / f"{config.name}-{config.benchmark}-seed{seed}"
-        folder = Path(workdir) if workdir else default
+        folder = default_workdir(seeded, workdir)
         results.append(
             pipeline.run(seeded, folder / f"seed{seed}" if workdir and len(seeds) > 1 else folder, from_stage)
         )
-    if len(seeds) > 1:
+    if len(seeds) > 1 and parallel.is_first():
         print(table.summary(results))
 
 
@@ -110,11 +132,16 @@ def run_mode(argv: list[str]) -> None:
         print(listing())
         return
     args = parse(argv)
+    join_processes(args)
     from jaxuda import use
 
     overrides = config_flags.get_override_values(args["config"])
 
-    if args.mode == "run":
+    if args.dry_run:
+        from jaxuda import cost
+
+        print(cost.dry_run(args.config, default_workdir(args.config, args.workdir)))
+    elif args.mode == "run":
         if not all(seed.isdecimal() for seed in args.seeds):
             raise UserError(f"--seeds {','.join(args.seeds)}: must be whole numbers with commas between them")
         seeds = [int(seed) for seed in args.seeds] or [args.config.seed]

@@ -1,40 +1,132 @@
-"""Devices: one train step on all of them. The only file that knows about pmap.
+"""Devices and processes: one train step on all of them. The only file that knows about pmap.
 
 A training state lives once per device (leading axis = device), a batch is cut along its first axis. With a
 single device nothing is stacked and the step is plainly jitted.
+
+Several processes each hold their own devices and run the same program in the same order. A list of devices is always
+of this process; the others have as many. Everything on disk is written by the first process (`on_first`) in a folder
+that all can read; what they tell each other beside gradients (`exchange`) goes through the service that brought them
+together, which may wait for hours where a collective of the devices would give up.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # jax offers the service that processes meet at nowhere else
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxuda.errors import UserError
 
 PyTree = Any
 AXIS = "device"
+PATIENCE = 7 * 24 * 3600 * 1000  # milliseconds that processes wait for each other; one that dies ends the others
+_exchanges = itertools.count()  # what processes tell each other is named by its number, the same in all of them
+
+
+def start_processes(coordinator: str = "", count: int = 0, index: int | None = None) -> None:
+    """Brings this process together with the others of the run; to be called before JAX looks for devices.
+
+    Args:
+      coordinator: "host:port" of the first process; "" (and 0, None): as the cluster says (Slurm, Open MPI, TPU).
+      count: of processes.
+      index: of this one, from 0.
+
+    Raises:
+      UserError: there is no such cluster, some of the three are missing, or the others cannot be reached.
+    """
+    given = [bool(coordinator), bool(count), index is not None]
+    if any(given) and not all(given):
+        raise UserError(
+            "--coordinator HOST:PORT, --processes N and --process K belong together: give all three or none"
+        )
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
+    try:
+        if all(given):
+            # The cluster would give each process one device; who names the processes names the devices too.
+            jax.distributed.initialize(coordinator, count, index, cluster_detection_method="deactivate")
+        else:
+            jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the processes of this run could not meet ({error}): start them with srun or mpirun, or give each "
+            "--coordinator HOST:PORT --processes N --process K"
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process writes and talks. Without other processes it is; no device is touched then."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def exchange(value: Any) -> list[Any]:
+    """The `value`s (plain JSON) of all processes, in their order. All processes must call it together."""
+    if jax.process_count() == 1:
+        return [value]
+    client, number, mine = distributed.global_state.client, next(_exchanges), jax.process_index()
+    client.key_value_set(f"jaxuda/{number}/{mine}", json.dumps(value))
+    told = [client.blocking_key_value_get(f"jaxuda/{number}/{k}", PATIENCE) for k in range(jax.process_count())]
+    # All are here, so that all have read what was told before.
+    client.key_value_delete(f"jaxuda/{number - 1}/{mine}")
+    return [json.loads(text) for text in told]
+
+
+def on_first(work: Callable[[], Any]) -> Any:
+    """What `work` (plain JSON) returns in the first process, for all, which wait for it.
+
+    Raises:
+      UserError: in all processes, if `work` raised one in the first.
+    """
+    if jax.process_count() == 1:
+        return work()
+    told = None
+    if jax.process_index() == 0:
+        try:
+            told = {"value": work()}
+        except BaseException as error:
+            exchange({"mistake": str(error)} if isinstance(error, UserError) else {"failure": repr(error)})
+            raise
+    told = exchange(told)[0]
+    if "mistake" in told:
+        raise UserError(told["mistake"])
+    if "failure" in told:
+        raise RuntimeError(f"the first process failed: {told['failure']}")
+    return told["value"]
+
+
+def from_first(tree: PyTree) -> PyTree:
+    """A host pytree as the first process has it; the others bring one with the same shapes and types."""
+    if jax.process_count() == 1:
+        return tree
+    exchange(None)  # the devices would not wait for long
+    return multihost_utils.broadcast_one_to_all(tree)
 
 
 def choose_devices(
     batch: int, requested: int = 0, platform: str = "", field: str = "the stage's field `batch`"
 ) -> list[jax.Device]:
-    """The local devices that a global batch of `batch` is spread over.
+    """The devices of this process that its part of a global batch of `batch` is spread over.
 
     Args:
-      batch: examples per step, all devices together.
-      requested: how many devices the user asked for (`config.devices`); 0 = the largest number that divides.
+      batch: examples per step, all devices of all processes together.
+      requested: how many devices the user asked for (`config.devices`), of each process; 0 = the largest number that
+        divides.
       platform: "gpu" or "cpu" if the user insists (`config.platform`), "" for whatever JAX finds.
-      field: what the message calls the field that `batch` comes from.
+      field: what the messages call the field that `batch` comes from.
 
     Raises:
       UserError: JAX runs on another platform, or `requested` is too many or does not divide the batch.
     """
-    devices = jax.local_devices()
+    # All processes must choose the same number, whatever they have.
+    processes = jax.process_count()
+    devices = jax.local_devices()[: min(len(jax.local_devices(process_index=k)) for k in range(processes))]
     found = devices[0].platform
     if platform and platform not in (found, {"cuda": "gpu", "rocm": "gpu"}.get(found, found)):
         raise UserError(
@@ -43,10 +135,14 @@ def choose_devices(
         )
     if requested > len(devices):
         raise UserError(f"config.devices={requested}, but only {len(devices)} {found} device(s) are here")
+    if batch % processes:
+        raise UserError(f"a batch of {batch} does not divide over {processes} processes: change {field}")
+    batch //= processes
     if requested and batch % requested:
         fitting = [n for n in range(1, len(devices) + 1) if batch % n == 0]
         raise UserError(
-            f"config.devices={requested} does not divide the batch of {batch}: use one of {fitting}, or change {field}"
+            f"config.devices={requested} does not divide the batch of {batch}{' per process' * (processes > 1)}: "
+            f"use one of {fitting}, or change {field}"
         )
     count = requested or max(n for n in range(1, len(devices) + 1) if batch % n == 0)
     return devices[:count]
@@ -58,9 +154,10 @@ def compile_step(step: Callable, devices: list[jax.Device]) -> Callable:
     The compiled function takes and gives states as `replicate` makes them, batches as `shard` makes them, and
     metrics with a leading device axis when there are several devices.
     """
-    if len(devices) == 1:
+    if not _stacked(devices):
         return jax.jit(partial(step, axis_name=None), donate_argnums=0)
-    compiled = jax.pmap(partial(step, axis_name=AXIS), axis_name=AXIS, devices=devices, donate_argnums=0)
+    everyone = [d for k in range(jax.process_count()) for d in jax.local_devices(process_index=k)[: len(devices)]]
+    compiled = jax.pmap(partial(step, axis_name=AXIS), axis_name=AXIS, devices=everyone, donate_argnums=0)
     if devices[0].platform != "cpu":
         return compiled
     # Steps that queue up on fake CPU devices share one thread pool, where their collectives can wait for each
@@ -68,9 +165,14 @@ def compile_step(step: Callable, devices: list[jax.Device]) -> Callable:
     return lambda state, batch: jax.block_until_ready(compiled(state, batch))
 
 
+def _stacked(devices: list[jax.Device]) -> bool:
+    """Whether arrays of a step have a leading device axis."""
+    return len(devices) > 1 or jax.process_count() > 1
+
+
 def replicate(tree: PyTree, devices: list[jax.Device]) -> PyTree:
     """A host pytree on every device, with a leading device axis if there are several."""
-    if len(devices) == 1:
+    if not _stacked(devices):
         return jax.device_put(tree, devices[0])
     stacked = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (len(devices), *np.shape(x))), tree)
     return jax.device_put(stacked, _sharding(devices))
@@ -78,15 +180,16 @@ def replicate(tree: PyTree, devices: list[jax.Device]) -> PyTree:
 
 def first(tree: PyTree, devices: list[jax.Device]) -> PyTree:
     """The inverse of `replicate`, as host arrays: what the first device holds (all hold the same)."""
-    if len(devices) == 1:
+    if not _stacked(devices):
         return jax.device_get(tree)
     # Not x[0]: indexing would be a computation of all devices for every array.
     return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[0], tree)
 
 
 def shard(batch: PyTree, devices: list[jax.Device]) -> PyTree:
-    """A host batch on the devices for `compile_step`: (N, ...) becomes (devices, N / devices, ...) if several."""
-    if len(devices) == 1:
+    """This process's host batch on the devices for `compile_step`: (N, ...) becomes (devices, N / devices, ...) if
+    several."""
+    if not _stacked(devices):
         return jax.device_put(batch, devices[0])
     cut = jax.tree.map(lambda x: x.reshape(len(devices), x.shape[0] // len(devices), *x.shape[1:]), batch)
     return jax.device_put(cut, _sharding(devices))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -48,29 +49,38 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
       UserError: whatever the user can mend.
       Interrupted: asked to stop; the same call continues.
     """
-    with files.lock(workdir):
-        files.remove_temporaries(workdir)
+    with contextlib.ExitStack() as held:
+        parallel.on_first(lambda: held.enter_context(files.lock(workdir)))
         log = RunLog(workdir)
-        try:
-            domains = _open_all(config)
-            recipe = stages.plan(config, workdir, domains)
-            if from_stage and (aside := stages.set_aside(recipe, from_stage)):
-                log.say(f"set aside: {aside}")
-            statuses = {stage.name: stage.status() for stage in recipe}
-            _check_finished([stage for stage in recipe if statuses[stage.name] == "done"])
-            _write_config(config, workdir)
-            log.say(header(config, workdir, domains, statuses))
-            if jax.default_backend() == "cpu":
-                keep_freed_memory()
-            for stage in recipe:
-                _run_stage(stage, config, domains, log, statuses[stage.name])
-            results = _results(config, recipe, domains)
-            files.write_json(workdir / "results.json", results)
-            log.say(final_table(results))
-            _write_report(workdir, log)
-            return results
-        finally:
-            log.close()
+        held.callback(log.close)
+        domains = _open_all(config)
+        recipe = stages.plan(config, workdir, domains)
+        statuses = parallel.on_first(lambda: _begin(config, workdir, recipe, from_stage, log))
+        log.say(header(config, workdir, domains, statuses))
+        if jax.default_backend() == "cpu":
+            keep_freed_memory()
+        for stage in recipe:
+            _run_stage(stage, config, domains, log, statuses[stage.name])
+        return parallel.on_first(lambda: _finish(config, workdir, recipe, domains, log))
+
+
+def _begin(config: ConfigDict, workdir: Path, recipe: list[Stage], from_stage: str, log: RunLog) -> dict[str, str]:
+    """Sets stages aside if asked to, checks the finished ones, writes the config; how far each stage is."""
+    files.remove_temporaries(workdir)
+    if from_stage and (aside := stages.set_aside(recipe, from_stage)):
+        log.say(f"set aside: {aside}")
+    statuses = {stage.name: stage.status() for stage in recipe}
+    _check_finished([stage for stage in recipe if statuses[stage.name] == "done"])
+    _write_config(config, workdir)
+    return statuses
+
+
+def _finish(config: ConfigDict, workdir: Path, recipe: list[Stage], domains: Domains, log: RunLog) -> dict[str, Any]:
+    results = _results(config, recipe, domains)
+    files.write_json(workdir / "results.json", results)
+    log.say(final_table(results))
+    _write_report(workdir, log)
+    return results
 
 
 def _check_finished(finished: list[Stage]) -> None:
@@ -86,18 +96,19 @@ def _check_finished(finished: list[Stage]) -> None:
 def _run_stage(stage: Stage, config: ConfigDict, domains: Domains, log: RunLog, status: str) -> None:
     if status == "done":
         return
-    if status == "missing" and (origin := stage.adopt()):
+    origin = parallel.on_first(lambda: str(stage.adopt() or "") if status == "missing" else "")
+    if origin:
         log.say(f"{stage.name}: already finished with the same settings in {origin}, taken over from there")
         return
-    stage.mark("started")
+    parallel.on_first(lambda: stage.mark("started"))
     began = time.perf_counter()
     if "sweep" in stage.config:
         log.say(f"{stage.name}: begins")
-        sweep(stage, config, domains, log)
+        parallel.on_first(lambda: sweep(stage, config, domains, log))
     else:
         log.say(f"{stage.name}: begins; its first step waits for the compiler, up to a minute or two")
         train(stage, config, domains, log)
-    stage.mark("done")
+    parallel.on_first(lambda: stage.mark("done"))
     log.say(f"{stage.name}: finished in {(time.perf_counter() - began) / 60:.1f} min")
 
 
@@ -173,7 +184,7 @@ def load_domains(config: ConfigDict) -> Domains:
 def draw_if_missing(name: str, config: ConfigDict) -> None:
     """Prepares a domain of `streets`, which needs no files; does nothing for other datasets."""
     if name.startswith("streets/"):
-        prepare(name, data_dir=config.data_dir or None)
+        parallel.on_first(lambda: len(prepare(name, data_dir=config.data_dir or None)))
 
 
 def _check_prepared(config: ConfigDict) -> None:
@@ -220,6 +231,8 @@ def header(config: ConfigDict, workdir: Path, domains: Domains, statuses: dict[s
     batch = next(config[name].batch for name in config.pipeline if "train" in config[name])
     devices = parallel.choose_devices(batch, config.devices, config.platform)
     used = f"{len(devices)} of {jax.local_device_count()} {devices[0].platform} ({devices[0].device_kind})"
+    if jax.process_count() > 1:
+        used += f" in each of {jax.process_count()} processes"
     steps = {name: f" ({config[name].steps} steps)" if "train" in config[name] else "" for name in statuses}
     plan = (
         f"{name}{steps[name]}" if status == "missing" else f"{name} ({status})" for name, status in statuses.items()

@@ -77,8 +77,11 @@ def _pipeline(plain: Mapping[str, Any]) -> list[str]:
     wrong = []
     for name in names:
         section = plain.get(name)
-        if isinstance(section, Mapping) and section.get("batch", 0) % max(1, section.get("accumulate", 1)):
-            wrong.append(f"config.{name}.batch={section['batch']} does not divide into {section['accumulate']} parts")
+        if isinstance(section, Mapping) and "train" in section:
+            parts = max(1, plain.get("accumulate", 1))
+            parts = parts if parts > 1 else max(1, section.get("accumulate", 1))
+            if section["batch"] % parts:
+                wrong.append(f"config.{name}.batch={section['batch']} does not divide into {parts} parts")
         if isinstance(section, Mapping) and not {"source", "target"} >= set(section.get("domains", ())):
             wrong.append(f"config.{name}.domains={section['domains']!r} must be of 'source' and 'target'")
         if isinstance(section, Mapping) and not section.get("domains", ("source",)):

@@ -250,6 +250,11 @@ def resolve(name: str, config: ConfigDict) -> ConfigDict:
     resolved.update(own.to_dict())
     if "train" in own:
         resolved.schedule_steps = own.schedule_steps or own.steps
+        # Only where they are used, since stages are known by their fields.
+        if config.get("accumulate", 1) > 1:
+            resolved.accumulate = config.accumulate
+        if config.get("remat"):
+            resolved.model.remat = True
     return resolved
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from jaxuda import checkpoints, data, files, methods, parallel, weights
+from jaxuda import accumulation, checkpoints, data, files, methods, parallel, weights
 from jaxuda.data import pairing, sampling
 from jaxuda.data.records import EASY, HARD, Subset, read_split
 from jaxuda.errors import Interrupted, UserError
@@ -49,13 +49,14 @@ def abstract_variables(model: DeepLabV2, config: Any) -> PyTree:
 
 
 def make_step(method: Any, model: DeepLabV2, tx: optax.GradientTransformation, config: Any) -> Callable:
-    """`step(state, batch, axis_name=None)`: a method's train step on uint8 batches as the input gives them."""
-    train_step = partial(method.train_step, model=model, tx=tx, config=config)
+    """`step(state, batch, axis_name=None)`: a method's update on uint8 batches as the input gives them."""
+    train_step = partial(method.train_step, model=model, config=config)
+    update = accumulation.in_parts(train_step, tx, config.get("accumulate", 1))
 
     def step(state: TrainState, batch: PyTree, axis_name: str | None = None) -> tuple[TrainState, dict]:
         # Randomness is derived from the step, never carried along.
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        return train_step(state, _to_float(batch, config.preprocess), key, axis_name=axis_name)
+        return update(state, _to_float(batch, config.preprocess), key, axis_name)
 
     return step
 
@@ -124,25 +125,30 @@ def train(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
     labelled, unlabelled = training_records(config, domains, artifacts)
     model = make_model(config, labelled.label_space.num_classes)
     method, tx = methods.load(config.train), make_optimizer(config)
-    saved = checkpoints.Checkpoints(stage.folder / "checkpoints", log.say, keep_every=run_config.keep_every)
+    saved = None
+    if parallel.is_first():
+        saved = checkpoints.Checkpoints(stage.folder / "checkpoints", log.say, keep_every=run_config.keep_every)
     try:
-        start = saved.newest() or 0
+        start = parallel.on_first(lambda: saved.newest() or 0)
         with _input(stage, run_config, labelled, unlabelled, start, artifacts) as batches:
             loop = _Loop(stage, run_config, domains.target_val, log, devices, saved)
             if start < config.steps:
                 first = next(batches)
-                beginning = stage._replace(init=None) if start else stage  # what is restored needs no other start
+                # What is restored, or comes from the first process, needs no other start.
+                beginning = stage._replace(init=None) if start or saved is None else stage
                 state = init_state(method, model, tx, beginning, _arrays(first), artifacts, log.say)
                 if start:
-                    state = saved.restore(start, state)
+                    state = saved.restore(start, state) if saved else state
                     log.say(f"{stage.name}: continues from step {start}")
+                state = parallel.from_first(state)
                 loop.rewind(start)
                 step = parallel.compile_step(make_step(method, model, tx, config), devices)
                 evaluate = make_evaluator(model, method, config, evaluation_devices(config, devices))
                 loop.run(step, evaluate, state, start, itertools.chain([first], batches))
-        files.write_json(stage.folder / "results.json", loop.results())
+        parallel.on_first(lambda: files.write_json(stage.folder / "results.json", loop.results()))
     finally:
-        saved.close()
+        if saved:
+            saved.close()
 
 
 def training_records(config: Any, domains: Domains, artifacts: dict[str, Path]) -> tuple[Any, Any]:
@@ -197,6 +203,8 @@ def _input(
         target_labels=config.get("target_label_figures", False),
         num_workers=run_config.num_workers,
         source_order=order,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
 
 
@@ -210,12 +218,21 @@ def _arrays(batch: PyTree) -> PyTree:
 
 
 class _StopSignals:
-    """While entered, SIGTERM and SIGINT only set `asked`; the loop then stops between two steps."""
+    """While entered, SIGTERM and SIGINT only set `asked`; the loop then stops between two steps.
+
+    Several processes must stop after the same step: they tell each other at every tenth.
+    """
 
     def __enter__(self) -> _StopSignals:
         self.asked = ""
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
+
+    def after(self, step: int) -> str:
+        """The signal that stops the loop after this step, or ""; to be called after each step."""
+        if jax.process_count() > 1 and step % 10:
+            return ""
+        return next(filter(None, parallel.exchange(self.asked)), "")
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
@@ -235,18 +252,19 @@ class _Loop:
         validation: data.Records | None,
         log: RunLog,
         devices: list[jax.Device],
-        saved: checkpoints.Checkpoints,
+        saved: checkpoints.Checkpoints | None,
     ):
         self._stage, self._config, self._validation = stage, run_config, validation
         self._log, self._devices, self._saved = log, devices, saved
         self._history = stage.folder / "evaluations.jsonl"
         self._pending: list[tuple[int, dict, dict]] = []  # steps whose metrics are still on the device
-        self._since, self._waited = time.perf_counter(), 0.0
+        self._since, self._waited, self._told = time.perf_counter(), 0.0, 0.0
 
     def rewind(self, step: int) -> None:
         """Forgets evaluations and metrics of steps that will run again."""
-        rows = [row for row in files.read_json_lines(self._history) if row["step"] <= step]
-        files.write_json_lines(self._history, rows)
+        if self._saved:
+            rows = [row for row in files.read_json_lines(self._history) if row["step"] <= step]
+            files.write_json_lines(self._history, rows)
         self._log.rewind(self._stage.name, step)
 
     def run(self, step: Callable, evaluate: Callable, state: TrainState, start: int, batches: Iterator) -> None:
@@ -254,7 +272,7 @@ class _Loop:
         name, last = self._stage.name, self._stage.config.steps
         state = parallel.replicate(state, self._devices)
         placed = data.prefetch_to_device(batches, partial(parallel.shard, devices=self._devices))
-        self._since, self._waited = time.perf_counter(), 0.0
+        self._since, self._waited, self._told = time.perf_counter(), 0.0, 0.0
         with _StopSignals() as stop, progress_bar(last, name, "step", initial=start) as bar:
             for done in range(start + 1, last + 1):
                 waiting = time.perf_counter()
@@ -265,7 +283,7 @@ class _Loop:
                 self._pending.append((done, metrics, ids))
                 bar.update()
 
-                stopping = stop.asked  # read once: a signal may come at any moment
+                stopping = stop.after(done)  # read once: a signal may come at any moment
                 evaluates = done == last or done % self._config.eval_every == 0
                 saves = bool(stopping) or evaluates or done % self._config.checkpoint_every == 0
                 if saves or done % self._config.log_every == 0:
@@ -274,13 +292,17 @@ class _Loop:
                 if saves:
                     host = parallel.first(state, self._devices)
                     self._check_state(done, host, ids)
-                    self._saved.save(done, host, self._evaluation(evaluate, host, done) if evaluates else None)
-                    self._since, self._waited = time.perf_counter(), 0.0
+                    self._save(done, host, evaluate if evaluates else None)
                 if stopping and done < last:
                     raise Interrupted(
                         f"{stopping}: saved step {done} of {last} of the stage '{name}'; "
                         "the same command continues from there"
                     )
+
+    def _save(self, step: int, state: TrainState, evaluate: Callable | None) -> None:
+        scores = self._evaluation(evaluate, state, step) if evaluate else None
+        parallel.on_first(lambda: self._saved.save(step, state, scores))
+        self._since = time.perf_counter() - self._told
 
     def _write_metrics(self) -> str:
         """Fetches the metrics since the last call, checks them, and logs their mean."""
@@ -291,22 +313,26 @@ class _Loop:
             for metric, value in row.items():
                 if not np.isfinite(value):
                     raise self._not_finite(f"{metric} is {value} at", step, ids)
-        seconds = time.perf_counter() - self._since
+        began = time.perf_counter()
+        seconds = began - self._since
         step, config = self._pending[-1][0], self._stage.config
         values = {metric: float(np.mean([row[metric] for row in rows])) for metric in rows[0]}
         # Figures by class are for the curves.
         text = "  ".join(f"{metric} {value:.4g}" for metric, value in values.items() if "/" not in metric)
         values["images_per_s"] = round(len(rows) * config.batch * len(self._pending[-1][2]) / seconds, 2)
+        # Shares of the time since the last call, which the devices may have spent idle: for data, and for telling.
         values["input_wait"] = round(self._waited / seconds, 4)
+        values["log_wait"] = round(self._told / seconds, 4)
         self._log.scalars(self._stage.name, step, values)
         if not is_interactive():
             left = seconds / len(rows) * (config.steps - step)
             self._log.say(
                 f"{self._stage.name} {step}/{config.steps}  {text}  "
-                f"{values['images_per_s']:.1f} images/s  ETA {left / 60:.1f} min"
+                f"{values['images_per_s']:.1f} images/s  wait {100 * (self._waited + self._told) / seconds:.1f}%  "
+                f"ETA {left / 60:.1f} min"
             )
         self._pending.clear()
-        self._since, self._waited = time.perf_counter(), 0.0
+        self._since, self._waited, self._told = began, 0.0, time.perf_counter() - began
         return text
 
     def _check_state(self, step: int, state: TrainState, ids: dict[str, list[str]]) -> None:
@@ -318,7 +344,7 @@ class _Loop:
                 raise self._not_finite(f"{name} is not finite after", step, ids)
 
     def _not_finite(self, what: str, step: int, ids: dict[str, list[str]]) -> UserError:
-        good, name = self._saved.newest(), self._stage.name
+        good, name = parallel.on_first(lambda: self._saved.newest()), self._stage.name
         kept = f"Step {good} is kept as the last good checkpoint" if good else "There is no checkpoint yet"
         return UserError(
             f"{what} step {step} of the stage '{name}', on the images {ids}. {kept}. A lower learning rate "
@@ -331,7 +357,8 @@ class _Loop:
             return None
         variables = {"params": state.params["model"], "batch_stats": state.batch_stats}
         summary = evaluate(variables, self._validation).summary()
-        files.append_json_line(self._history, {"step": step, **summary})
+        if self._saved:
+            files.append_json_line(self._history, {"step": step, **summary})
         scalars = {f"val/{name}": value for name, value in summary.items() if isinstance(value, float)}
         self._log.scalars(self._stage.name, step, scalars)
         if "miou" not in summary:

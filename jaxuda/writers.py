@@ -12,22 +12,24 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from jaxuda import files
+from jaxuda import files, parallel
 
 
 class RunLog:
-    """Writers of one work folder.
+    """Writers of one work folder. Of several processes only the first one writes and talks.
 
     Args:
       workdir: where `log.txt`, `metrics.jsonl` and `tensorboard/` are kept; each stage is a TensorBoard run.
     """
 
     def __init__(self, workdir: Path):
-        self._workdir = workdir
+        self._workdir, self._silent = workdir, not parallel.is_first()
         self._boards: dict[str, _Curves] = {}
 
     def say(self, text: str) -> None:
         """Prints `text` without breaking a progress bar, and keeps it in log.txt."""
+        if self._silent:
+            return
         tqdm.write(text)
         sys.stdout.flush()
         with open(self._workdir / "log.txt", "a") as file:
@@ -35,6 +37,8 @@ class RunLog:
 
     def scalars(self, stage: str, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, and one point per curve."""
+        if self._silent:
+            return
         row = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
         files.append_json_line(self._workdir / "metrics.jsonl", row)
         if stage not in self._boards:
@@ -44,7 +48,7 @@ class RunLog:
     def rewind(self, stage: str, step: int) -> None:
         """Forgets what a killed run logged for `stage` after `step`, since those steps come again."""
         path = self._workdir / "metrics.jsonl"
-        if path.exists():
+        if path.exists() and not self._silent:
             rows = files.read_json_lines(path)
             files.write_json_lines(path, [row for row in rows if row["stage"] != stage or row["step"] <= step])
 
@@ -86,7 +90,7 @@ class _Curves:
 
 def is_interactive() -> bool:
     """Whether somebody watches the terminal, so that a progress bar makes sense."""
-    return sys.stderr.isatty()
+    return sys.stderr.isatty() and parallel.is_first()
 
 
 def progress_bar(total: int, title: str, unit: str, initial: int = 0) -> tqdm:

@@ -60,16 +60,13 @@ def train_step(
     config: Any,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update on `batch["source"]` ("image", "label") and `batch["target"]` ("image"), in `config.accumulate` parts.
+    """One update on `batch["source"]` ("image", "label") and `batch["target"]` ("image")."""
+    source, target = batch["source"], batch["target"]
 
-    The gradient is the mean of those of the parts, each with its own batch statistics, which move with every part.
-    """
-
-    def objective(params: PyTree, norms: tuple[PyTree, PyTree], part: PyTree) -> tuple[jax.Array, tuple]:
-        source, target = part["source"], part["target"]
-        batch_stats, extra = norms
+    def objective(params: PyTree) -> tuple[jax.Array, tuple]:
+        extra = state.extra
         # The target goes first, as in the published loop.
-        theirs, batch_stats = forward(model, params["model"], batch_stats, target["image"], axis_name)
+        theirs, batch_stats = forward(model, params["model"], state.batch_stats, target["image"], axis_name)
         if config.separate_norm:
             ours, moved = forward(model, params["model"], extra.batch_stats, source["image"], axis_name)
             extra = SourceNorm(moved)
@@ -93,37 +90,9 @@ def train_step(
         metrics |= out_of_class(label, theirs.main, config, axis_name)
         return loss, ((batch_stats, extra), {"loss": loss, **metrics})
 
-    def one_part(norms: tuple[PyTree, PyTree], part: PyTree) -> tuple[PyTree, tuple]:
-        return jax.grad(objective, has_aux=True)(state.params, norms, part)
-
-    norms = state.batch_stats, state.extra
-    if config.accumulate == 1:  # XLA's convolutions on CPU are many times slower inside a loop
-        grads, ((batch_stats, extra), metrics) = one_part(norms, batch)
-    else:
-
-        def add(carry: tuple, part: PyTree) -> tuple[tuple, dict]:
-            grads, (norms, metrics) = one_part(carry[0], part)
-            return (norms, jax.tree.map(jnp.add, carry[1], grads)), metrics
-
-        start = norms, jax.tree.map(jnp.zeros_like, state.params)
-        ((batch_stats, extra), total), metrics = lax.scan(add, start, split(batch, config.accumulate))
-        grads = jax.tree.map(lambda x: x / config.accumulate, total)
-        metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics)
+    grads, (norms, metrics) = jax.grad(objective, has_aux=True)(state.params)
+    batch_stats, extra = norms
     return state.apply_gradients(grads, tx, axis_name=axis_name, batch_stats=batch_stats, extra=extra), metrics
-
-
-def split(batch: PyTree, parts: int) -> PyTree:
-    """Each (N, ...) as (parts, N / parts, ...), image n in part n % parts, so that devices do not matter."""
-
-    def cut(x: jax.Array) -> jax.Array:
-        if len(x) % parts:
-            raise UserError(
-                f"accumulate={parts} does not divide the {len(x)} images per device: change the stage's batch or "
-                "accumulate, or config.devices"
-            )
-        return jnp.moveaxis(x.reshape(len(x) // parts, parts, *x.shape[1:]), 1, 0)
-
-    return jax.tree.map(cut, batch)
 
 
 def out_of_class(label: jax.Array, logits: jax.Array, config: Any, axis_name: str | None) -> dict[str, jax.Array]:

@@ -89,7 +89,8 @@ class DeepLabV2(nn.Module):
     norm: "batch" (statistics of the global batch in training) or "frozen" (running ones always).
     norm_eps: 1e-5; SDCA's frozen layers use 0.
     dtype: compute dtype; parameters, statistics and outputs stay float32 with "bfloat16".
-    remat: trade a second forward pass of a ResNet's blocks for most of the memory of training.
+    remat: trade a second forward pass of a ResNet's blocks for most of the memory of training; of VGG's stages, for
+      some of it.
     axis_name: device axis over which norm="batch" reduces while training.
 
     Variables: params["backbone" | "head" | "aux_head" | "depth"] and batch_stats["backbone"].
@@ -118,7 +119,7 @@ class DeepLabV2(nn.Module):
         conv = functools.partial(Conv, dtype=self.dtype)
         blocks = tuple(self.blocks) if self.blocks else None
         if self.backbone == "vgg16":
-            middle, features = None, VGG(self.width, blocks, conv, name="backbone")(images)
+            middle, features = None, VGG(self.width, blocks, self.remat, conv, name="backbone")(images)
         else:
             norm = functools.partial(
                 BatchNorm, mode=self.norm, eps=self.norm_eps, axis_name=self.axis_name, dtype=self.dtype

@@ -20,7 +20,7 @@ from jaxuda.report.runs import ADAPTED, ORACLE, SOURCE_ONLY, Run, StageRun
 
 JPEG_QUALITY = 85
 SHADES = 32  # of an entropy map in a page: fewer compress better
-NOT_CURVES = ("stage", "step", "time", "images_per_s", "input_wait", "loss")
+NOT_CURVES = ("stage", "step", "time", "images_per_s", "input_wait", "log_wait", "loss")
 Section = tuple[str, str, Markup | None]  # its id, its heading, its content
 
 

@@ -69,17 +69,40 @@ def make_ensemble_evaluator(
     def evaluate(variables: Sequence[PyTree], records: data.Records) -> Evaluation:
         variables = [parallel.everywhere(each, devices) for each in variables]
         total: dict[str, np.ndarray] = {}
-        with progress_bar(len(records), "evaluate", "img") as bar:
+        mine = _Share(records)
+        with progress_bar(len(mine), "evaluate", "img") as bar:
             grid = ensemble.grid(variables)
-            for batch, passes in ensemble.batches(records, variables, of_labels=True):
+            for batch, passes in ensemble.batches(mine, variables, of_labels=True):
                 arrays = {**_labels(batch, passes), "shown": shown_pixels(batch, first.config, grid)}
                 arrays = parallel.spread((arrays, passes), devices)
                 for name, value in jax.device_get(evaluate_batch(variables, *arrays)).items():
                     total[name] = total.get(name, 0) + value.astype(np.int64 if name == "confusion" else np.float64)
                 bar.update(batch["count"])
-        return _finish(total)
+        return _finish(_joined(total))
 
     return evaluate
+
+
+class _Share(Sequence):
+    """Every n-th record: those of this one of n processes."""
+
+    def __init__(self, records: data.Records):
+        self._records, self._rows = records, range(jax.process_index(), len(records), jax.process_count())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._records[self._rows[index]]
+
+
+def _joined(total: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The sums over all processes, of which some may have had no record."""
+    joined: dict[str, np.ndarray] = {}
+    for part in parallel.exchange({name: value.tolist() for name, value in total.items()}):
+        for name, value in part.items():
+            joined[name] = joined.get(name, 0) + np.asarray(value)
+    return joined
 
 
 def _labels(batch: dict[str, Any], passes: Passes) -> dict[str, np.ndarray]:

@@ -53,17 +53,19 @@ def make_batch(seed: int = 0, ignored: bool = False) -> dict:
 
 
 @functools.cache
-def setup(method: str, dtype: str = "float32", norm: str = "batch"):
+def setup(method: str, dtype: str = "float32", norm: str = "batch", accumulate: int = 1):
     """(initial state on the host, uncompiled step) of a method."""
     config = stage_config(method, dtype=dtype, norm=norm)
+    config.accumulate = accumulate
     model, module, tx = make_model(config, CLASSES), methods.load(method), make_optimizer(config)
     batch = make_batch()
     variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 48, 3)))
-    variables = jax.tree.map(lambda x: jnp.asarray(x, dtype), variables)
+    stored = jnp.promote_types(dtype, jnp.float32)
+    variables = jax.tree.map(lambda x: jnp.asarray(x, stored), variables)
     extra_params, extra = module.init(
         jax.random.key(1), model=model, batch=_to_float(batch, "imagenet"), config=config, artifacts={}
     )
-    extra_params = jax.tree.map(lambda x: jnp.asarray(x, dtype), extra_params)
+    extra_params = jax.tree.map(lambda x: jnp.asarray(x, stored), extra_params)
     params = {"model": variables["params"], **extra_params}
     state = TrainState.create(params, tx, variables.get("batch_stats", {}), extra)
     return jax.device_get(state), make_step(module, model, tx, config)
@@ -121,6 +123,18 @@ def test_all_labels_ignored(method: str) -> None:
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_computes_and_float32_keeps(method: str) -> None:
+    """A step in bfloat16 is a rounded step in float32, and nothing that lasts is kept in bfloat16."""
+    (start, low), (_, full) = setup(method, dtype="bfloat16"), setup(method)
+    assert "bf16" in str(jax.make_jaxpr(low)(start, make_batch()))
+    (state, metrics), (_, expected) = (jax.jit(step)(start, make_batch()) for step in (low, full))
+    assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: np.asarray(x).dtype, start)
+    assert not any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves((state, metrics)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state, metrics)))
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=0.02)
+
+
 @pytest.mark.parametrize("norm", ["batch", "frozen"])
 @pytest.mark.parametrize("method", METHODS)
 def test_devices_agree(method: str, norm: str) -> None:
@@ -130,6 +144,15 @@ def test_devices_agree(method: str, norm: str) -> None:
     assert one.params["model"]["head"]["kernel0"].dtype == np.float64
     for other in others:
         assert_close(other, one, 1e-10)
+
+
+def test_parts_of_a_batch_are_the_batch() -> None:
+    """Where every loss is a mean over as many pixels in each part, two players included; on two devices too."""
+    with jax.enable_x64(True):
+        options = {"dtype": "float64", "norm": "frozen"}
+        whole = run("advent", 1, 2, **options)
+        for devices in (1, 2):
+            assert_close(run("advent", devices, 2, accumulate=2, **options), whole, 1e-10)
 
 
 @pytest.mark.parametrize("method", METHODS)

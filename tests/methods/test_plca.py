@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import lfass
 from configs import plca as config_file
+from jaxuda.accumulation import in_parts
 from jaxuda.errors import UserError
 from jaxuda.losses.association import aggregate
 from jaxuda.methods import plca
@@ -46,8 +47,9 @@ def start(config: ConfigDict, model: DeepLabV2 = MODEL) -> TrainState:
 
 def step(config: ConfigDict, data: dict, model: DeepLabV2 = MODEL) -> tuple[TrainState, TrainState, dict]:
     before = start(config, model)
-    run = jax.jit(functools.partial(plca.train_step, model=model, tx=make_optimizer(config), config=config))
-    after, metrics = run(before, data, jax.random.key(0))
+    train_step = functools.partial(plca.train_step, model=model, config=config)
+    run = in_parts(train_step, make_optimizer(config), config.accumulate)
+    after, metrics = jax.jit(functools.partial(run, axis_name=None))(before, data, jax.random.key(0))
     return before, after, metrics
 
 
@@ -85,18 +87,6 @@ def test_parts_are_accumulated() -> None:
     # Both parts see the same images, so one move by 0.1 towards the target's and the source's mean follows another.
     first, second = stem(after_one) - 0.81 * stem(before), stem(after_two) - 0.81 * stem(after_one)
     np.testing.assert_allclose(second, first, rtol=1e-3, atol=1e-6)
-
-
-def test_an_accumulation_that_does_not_divide() -> None:
-    with pytest.raises(UserError, match="accumulate=3 does not divide the 2 images"):
-        plca.split(batch(), 3)
-
-
-def test_devices_share_each_part() -> None:
-    """Cut over devices first or not, part k has the same images."""
-    whole = plca.split(np.arange(8), 2)
-    halves = [plca.split(part, 2) for part in np.split(np.arange(8), 2)]
-    np.testing.assert_array_equal(whole, np.concatenate(halves, axis=1))
 
 
 def test_statistics_of_the_domains_are_kept_apart() -> None:

@@ -1,0 +1,237 @@
+"""What a training stage takes, found without training it: parameters, arithmetic, memory and time of a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from ml_collections import ConfigDict
+
+from jaxuda import methods, parallel, pipeline, stages
+from jaxuda.data.labels import label_space
+from jaxuda.optim import make_optimizer
+from jaxuda.train import make_model, make_step
+from jaxuda.train_state import TrainState
+
+PyTree = Any
+GIB = 2**30
+LONGEST = 10.0  # seconds: a step that matrix products alone would keep busy for longer is not tried
+NOTES = """GiB on each device:
+'compiled' is what its compiler plans for state, images and working memory, 'traced' what is alive if the operations
+run in the order of the program and none are fused. (The compiler for CPUs undoes model.remat, so that for another
+device 'traced' says more.) TFLOP per step: of convolutions and matrix products, two operations per multiply-add.
+s/step: of a step that was run on zeros; with * as long as matrix products of as many operations take here, at least.
+Evaluations, sweeps and decoding come on top."""
+
+
+class Cost(NamedTuple):
+    """Of one training step. bytes are per device, operations of all devices together.
+
+    parameters: of the network and of what the method adds.
+    operations: in convolutions and matrix products.
+    traced, compiled: bytes, see `NOTES`.
+    seconds: per step, or the time that matrix products of as many operations take.
+    measured: which of the two.
+    """
+
+    parameters: int
+    operations: float
+    traced: int
+    compiled: int
+    seconds: float
+    measured: bool
+
+
+def abstract_step(config: Any, classes: int, batch: int) -> tuple[Callable, PyTree, PyTree]:
+    """A stage's step on one device, and the shapes of its state and of a batch of `batch` images of each domain.
+
+    Args:
+      config: a stage's resolved config. Artefacts of earlier stages are not needed.
+      classes: of the label space.
+      batch: see above.
+    """
+    model, method, tx = make_model(config, classes), methods.load(config.train), make_optimizer(config)
+    shapes = {}
+    for domain in ("source", "target"):
+        if domain in config:
+            width, height = _size(config[domain])
+            shapes[domain] = {"image": jax.ShapeDtypeStruct((batch, height, width, 3), jnp.uint8)}
+    image = shapes["source"]["image"]
+    shapes["source"]["label"] = jax.ShapeDtypeStruct(image.shape[:3], jnp.uint8)
+    if config.model.get("depth"):
+        shapes["source"]["depth"] = jax.ShapeDtypeStruct(image.shape[:3], jnp.float32)
+
+    def start() -> TrainState:
+        variables = model.init(jax.random.key(0), jnp.zeros((1, *image.shape[1:])))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        params, extra = method.init(jax.random.key(1), model=model, batch=zeros, config=config, artifacts={})
+        return TrainState.create({"model": variables["params"], **params}, tx, variables.get("batch_stats", {}), extra)
+
+    return partial(make_step(method, model, tx, config), axis_name=None), jax.eval_shape(start), shapes
+
+
+def _size(place: Any) -> tuple[int, int]:
+    """(width, height) of the images of a domain; those of `fit`, which keeps the aspect, at most."""
+    return tuple(place.crop or place.resize or place.get("fit"))
+
+
+def step_cost(config: Any, classes: int, devices: list[jax.Device], rate: float) -> Cost:
+    """The cost of one step of a training stage.
+
+    Args:
+      config: the stage's resolved config.
+      classes: of the label space.
+      devices: those that share the batch; compiled, and tried if it is not too much, is the share of the first.
+      rate: operations per second of its matrix products.
+    """
+    step, state, batch = abstract_step(config, classes, config.batch // len(devices))
+    jaxpr = jax.make_jaxpr(step)(state, batch).jaxpr
+    count = operations(jaxpr)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    plan = compiled.memory_analysis()
+    # The state is donated: what comes out lies where it came in.
+    total = plan.argument_size_in_bytes + plan.temp_size_in_bytes
+    seconds, measured = count / rate, False
+    if seconds < LONGEST and total < _memory(devices[0]):
+        seconds, measured = _try(compiled, state, batch), True
+    return Cost(
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        operations=count * len(devices),
+        traced=traced_bytes(jaxpr),
+        compiled=total,
+        seconds=seconds,
+        measured=measured,
+    )
+
+
+def _memory(device: jax.Device) -> float:
+    """Bytes that can be had on a device; unlimited where it does not say (CPU)."""
+    return (device.memory_stats() or {}).get("bytes_limit", float("inf"))
+
+
+def _try(compiled: Callable, state: PyTree, batch: PyTree) -> float:
+    """Seconds per step: the quicker of two, after one that is not counted."""
+    state, batch = (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree) for tree in (state, batch))
+    taken = []
+    for _ in range(3):
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(compiled(state, batch))
+        taken.append(time.perf_counter() - began)
+    return min(taken[1:])
+
+
+def matmul_rate(device: jax.Device, dtype: str) -> float:
+    """Operations per second of a large matrix product on `device`: the best of five."""
+    size = 1024 if device.platform == "cpu" else 8192
+    matrix = jax.device_put(jnp.ones((size, size), dtype), device)
+    product = jax.jit(jnp.matmul)
+    taken = []
+    for _ in range(6):
+        began = time.perf_counter()
+        product(matrix, matrix).block_until_ready()
+        taken.append(time.perf_counter() - began)
+    return 2.0 * size**3 / min(taken[1:])
+
+
+def operations(jaxpr: Any) -> float:
+    """Of convolutions and matrix products; a loop whose length is not known counts once."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += turns * sum(operations(part) for part in _inner(equation))
+        if equation.primitive.name == "conv_general_dilated":
+            kernel, features = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec[0]
+            total += 2.0 * np.prod(equation.outvars[0].aval.shape) * np.prod(kernel) / kernel[features]
+        elif equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            depth = np.prod([equation.invars[0].aval.shape[axis] for axis in contracted])
+            total += 2.0 * np.prod(equation.outvars[0].aval.shape) * depth
+    return total
+
+
+def traced_bytes(jaxpr: Any) -> int:
+    """Bytes alive at once, inputs included, if operations run in the order of the trace and none are fused."""
+    return _peak(jaxpr) + sum(map(_bytes, jaxpr.invars))
+
+
+def _peak(jaxpr: Any) -> int:
+    last = {v: len(jaxpr.eqns) for v in jaxpr.outvars if isinstance(v, core.Var)}
+    for index, equation in reversed(list(enumerate(jaxpr.eqns))):
+        for variable in _used(equation):
+            last.setdefault(variable, index)
+    alive = most = 0
+    mine = set()
+    for index, equation in enumerate(jaxpr.eqns):
+        results = sum(map(_bytes, equation.outvars))
+        within = max([_peak(part) for part in _inner(equation)], default=0)
+        alive += results
+        mine.update(equation.outvars)
+        most = max(most, alive + max(0, within - results))
+        for variable in {*_used(equation), *equation.outvars} & mine:
+            if last.get(variable, index) <= index:
+                alive -= _bytes(variable)
+                mine.discard(variable)
+    return most
+
+
+def _bytes(variable: Any) -> int:
+    return int(np.prod(variable.aval.shape)) * getattr(variable.aval.dtype, "itemsize", 8)
+
+
+def _inner(equation: Any) -> list:
+    """The jaxprs that an operation runs."""
+    found = []
+    for value in equation.params.values():
+        for part in value if isinstance(value, (tuple, list)) else [value]:
+            part = getattr(part, "jaxpr", part)
+            if hasattr(part, "eqns"):
+                found.append(part)
+    return found
+
+
+def _used(equation: Any) -> list:
+    """The variables that an operation reads."""
+    return [variable for variable in equation.invars if isinstance(variable, core.Var)]
+
+
+def training_stages(config: ConfigDict, workdir: Path) -> tuple[list[stages.Stage], int]:
+    """The training stages of a config and the number of classes; opens no data where the config names the classes."""
+    if config.label_space:
+        unseen = SimpleNamespace(fingerprint="", labelled=True)
+        domains, classes = stages.Domains(unseen, unseen, unseen), label_space(config.label_space).num_classes
+    else:
+        domains = pipeline.load_domains(config)
+        classes = domains.source.label_space.num_classes
+    planned = stages.plan(config, workdir, domains)
+    return [stage for stage in planned if "sweep" not in stage.config], classes
+
+
+def dry_run(config: ConfigDict, workdir: Path) -> str:
+    """A table of what each training stage of a config takes on the devices it would be given."""
+    planned, classes = training_stages(config, workdir)
+    local = jax.local_devices()[0]
+    rates = {dtype: matmul_rate(local, dtype) for dtype in {stage.config.model.dtype for stage in planned}}
+    lines = [
+        f"{'stage':16}{'parameters':>12}{'devices':>9}{'TFLOP':>9}{'traced':>9}{'compiled':>10}{'s/step':>10}"
+        f"{'steps':>9}{'hours':>9}"
+    ]
+    for stage in planned:
+        own = stage.config
+        devices = parallel.choose_devices(own.batch // own.get("accumulate", 1), config.devices, config.platform)
+        cost = step_cost(own, classes, devices, rates[own.model.dtype])
+        seconds = f"{cost.seconds:.3g}" + ("" if cost.measured else "*")
+        lines.append(
+            f"{stage.name:16}{cost.parameters / 1e6:>10.2f} M{len(devices):>9}{cost.operations / 1e12:>9.3g}"
+            f"{cost.traced / GIB:>9.2f}{cost.compiled / GIB:>10.2f}{seconds:>10}{own.steps:>9}"
+            f"{cost.seconds * own.steps / 3600:>9.3g}"
+        )
+    speeds = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in rates.items())
+    return "\n".join([*lines, "", f"On {local.platform} ({local.device_kind}), matrix products at {speeds}. {NOTES}"])

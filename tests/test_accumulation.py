@@ -1,0 +1,20 @@
+"""A batch is cut into the same parts on any number of devices. (That their update is that of the batch:
+tests/methods/test_contract.py.)"""
+
+import numpy as np
+import pytest
+
+from jaxuda.accumulation import split
+from jaxuda.errors import UserError
+
+
+def test_devices_share_each_part() -> None:
+    """Cut over devices first or not, part k has the same images."""
+    whole = split(np.arange(8), 2)
+    halves = [split(part, 2) for part in np.split(np.arange(8), 2)]
+    np.testing.assert_array_equal(whole, np.concatenate(halves, axis=1))
+
+
+def test_a_cut_that_does_not_divide() -> None:
+    with pytest.raises(UserError, match="accumulate=3 does not divide the 2 images"):
+        split({"image": np.zeros((2, 4, 4, 3))}, 3)

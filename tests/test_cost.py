@@ -1,0 +1,85 @@
+"""What is said of a training stage before it runs."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_weights import random_variables
+from jax import lax
+
+from jaxuda import cost
+from jaxuda.main import main, parse
+from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.stages import resolve
+
+ROOT = Path(__file__).parents[1]
+
+
+def trace(function, *shapes):
+    return jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).jaxpr
+
+
+def test_operations_of_products_convolutions_and_loops() -> None:
+    product = lambda a, b: a @ b  # noqa: E731
+    assert cost.operations(trace(product, (3, 4), (4, 5))) == 2 * 3 * 4 * 5
+    conv = lambda x, k: lax.conv_general_dilated(x, k, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))  # noqa: E731
+    assert cost.operations(trace(conv, (2, 9, 7, 4), (3, 3, 4, 8))) == 2 * (2 * 4 * 3 * 8) * (3 * 3 * 4)
+    loop = lambda a, b: lax.scan(lambda carry, row: (carry, row @ b), 0.0, a)[1]  # noqa: E731
+    assert cost.operations(trace(loop, (7, 3, 4), (4, 5))) == 7 * 2 * 3 * 4 * 5
+
+
+def test_bytes_alive_at_once() -> None:
+    """The argument, and of the two arrays that follow each other the one before and the one after."""
+    chain = lambda x: jnp.sum(jnp.exp(jnp.sin(jnp.cos(x))))  # noqa: E731
+    assert cost.traced_bytes(trace(chain, (1000,))) == 3 * 4000
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "vgg16"])
+def test_computing_twice_needs_less_memory_and_changes_nothing(backbone: str) -> None:
+    """Gradients are compared for VGG; those of ResNets are in tests/methods/test_plca.py."""
+    blocks = (2, 2, 2, 2) if backbone != "vgg16" else (2, 2, 1, 1, 1)
+    plain, twice = (DeepLabV2(4, backbone, "torchvision", width=8, blocks=blocks, remat=flag) for flag in (False, True))
+    images = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
+    shapes = jax.eval_shape(plain.init, jax.random.key(1), images)
+
+    def gradient(model: DeepLabV2):
+        def loss(params: dict, images: jax.Array) -> jax.Array:
+            variables = {"params": params, "batch_stats": jax.tree.map(jnp.ones_like, shapes.get("batch_stats", {}))}
+            return jnp.mean(model.apply(variables, images, train=True, mutable=["batch_stats"])[0].main ** 2)
+
+        return jax.grad(loss)
+
+    kept, less = (
+        cost.traced_bytes(jax.make_jaxpr(gradient(m))(shapes["params"], images).jaxpr) for m in (plain, twice)
+    )
+    assert less < 0.85 * kept
+    if backbone == "vgg16":
+        params = random_variables(plain, jnp.zeros((1, 32, 48, 3)))["params"]
+        images = jax.random.normal(jax.random.key(0), (2, 32, 48, 3))
+        ours, theirs = (jax.jit(gradient(model))(params, images) for model in (twice, plain))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), ours, theirs)
+
+
+def test_memory_and_parts_of_all_stages_by_one_field() -> None:
+    """And configs that do not ask for them resolve as if there were no such fields."""
+    config = parse(["jaxuda", f"--config={ROOT}/configs/minent.py"]).config
+    plain = resolve("adapt", config).to_dict()
+    assert "accumulate" not in plain and "remat" not in plain["model"]
+    config = parse(["jaxuda", f"--config={ROOT}/configs/minent.py", "--config.accumulate=2", "--config.remat"]).config
+    asked = resolve("adapt", config).to_dict()
+    assert asked.pop("accumulate") == 2 and asked["model"].pop("remat") is True
+    assert asked == plain
+
+
+def test_dry_run_trains_nothing(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = ["--config=tests/small_recipe.py:camvid", f"--workdir={tmp_path / 'run'}", "--config.devices=2"]
+    words += ["--config.model.dtype=float32", f"--config.data_dir={tmp_path}"]  # where there are no data
+    assert main(["jaxuda", *words, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    row = re.search(r"source_only +([\d.]+) M +(\d+) +([\d.e-]+) +([\d.]+) +([\d.]+) +[\d.e-]+\*? +3 ", printed)
+    assert row and row[2] == "2" and float(row[1]) > 0.05 and float(row[3]) > 0
+    assert "statistics" not in printed and not (tmp_path / "run").exists()
