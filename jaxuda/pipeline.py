@@ -50,7 +50,7 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
       Interrupted: asked to stop; the same call continues.
     """
     with contextlib.ExitStack() as held:
-        parallel.on_first(lambda: held.enter_context(files.lock(workdir)))
+        parallel.on_first(lambda: _take(workdir, held))
         log = RunLog(workdir)
         held.callback(log.close)
         domains = _open_all(config)
@@ -64,9 +64,14 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
         return parallel.on_first(lambda: _finish(config, workdir, recipe, domains, log))
 
 
+def _take(workdir: Path, held: contextlib.ExitStack) -> None:
+    """Locks the work folder for as long as `held` is, and clears up what a killed run left there."""
+    held.enter_context(files.lock(workdir))
+    files.remove_temporaries(workdir)
+
+
 def _begin(config: ConfigDict, workdir: Path, recipe: list[Stage], from_stage: str, log: RunLog) -> dict[str, str]:
     """Sets stages aside if asked to, checks the finished ones, writes the config; how far each stage is."""
-    files.remove_temporaries(workdir)
     if from_stage and (aside := stages.set_aside(recipe, from_stage)):
         log.say(f"set aside: {aside}")
     statuses = {stage.name: stage.status() for stage in recipe}
