@@ -1,4 +1,4 @@
-"""Whatever is read from users ends in a `UserError`, with bounded memory, or is read: mutated files, odd settings.
+"""Whatever is read from users ends in a `UserError`, with bounded memory, or is read: mutated files, hostile names.
 
 `--examples 2000` tries that many of each kind in place of the usual few.
 """
