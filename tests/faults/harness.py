@@ -40,8 +40,9 @@ class Server:
         environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
         command = [sys.executable, str(Path(__file__).with_name("server.py"))]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+        with open(self._folder / "server.err", "w") as errors:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,7 +59,7 @@ class Server:
         pid = int(self._process.stdout.readline())
         during(pid)
         status = self._process.stdout.readline().strip()
-        assert status != "hung", fault
+        assert status.lstrip("-").isdecimal(), (status, fault, (self._folder / "server.err").read_text()[-2000:])
         status = os.waitstatus_to_exitcode(int(status))
         uses = Path(f"{output}.uses")
         out, err = (Path(f"{output}.{kind}").read_text() for kind in ("out", "err"))

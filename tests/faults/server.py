@@ -9,6 +9,7 @@ where: {"do": "kill" | "terminate" | "full" | "readonly", "at": n, "delay": seco
 """
 
 import errno
+import faulthandler
 import json
 import os
 import signal
@@ -58,6 +59,7 @@ def run(order: dict) -> None:
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         file = os.open(f"{order['output']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, stream.fileno())
+    faulthandler.dump_traceback_later(0.9 * order["longest"])  # where it hangs
     hook = Fault(**order["fault"])
     sys.addaudithook(hook)
     code = 1
