@@ -34,7 +34,7 @@ def listing(data_dir: str | None = None) -> str:
     """
     recipes = read_recipes(config_folder())
     benchmarks = {name: config for recipe in recipes for name, config in recipe.configs.items()}
-    absent = {name: _prepare_command(name, data_dir) for dataset in records.DATASETS for name in _names(dataset)}
+    absent = {name: _what_to_do(name, data_dir) for dataset in records.DATASETS for name in _names(dataset)}
     sections = {
         "Recipes (python -m jaxuda.main --config configs/NAME.py:BENCHMARK)": _recipes(recipes, benchmarks),
         "Benchmarks (source -> target)": _benchmarks(benchmarks, absent),
@@ -76,14 +76,17 @@ def _names(dataset: str) -> list[str]:
     return [f"{dataset}/{name}" for name in records.config_names(dataset)] or [dataset]
 
 
-def _prepare_command(name: str, data_dir: str | None) -> str:
-    """What prepares a dataset; "" if it is prepared, or needs nothing of the user."""
+def _what_to_do(name: str, data_dir: str | None) -> str:
+    """What is wrong with a dataset and which command mends it; "" if it is prepared, or needs nothing of the user."""
     if name.startswith("streets/"):
         return ""
     if name == "folder":
-        return records.prepare_command(name, data_dir, "DIR")
-    folder = records.prepared_folder(name, data_dir)
-    return "" if records.read_summary(folder) is not None else records.prepare_command(name, data_dir)
+        return f"yours: {records.prepare_command(name, data_dir, 'DIR')}"
+    folder, command = records.prepared_folder(name, data_dir), records.prepare_command(name, data_dir)
+    try:
+        return "" if records.read_summary(folder) is not None else f"missing: {command}"
+    except UserError:
+        return f"damaged: delete {folder}, then {command}"
 
 
 def _recipes(recipes: Iterable[Recipe], benchmarks: Mapping[str, ConfigDict]) -> list[str]:
@@ -109,14 +112,14 @@ def _benchmarks(benchmarks: Mapping[str, ConfigDict], absent: Mapping[str, str])
 
 def _datasets(absent: Mapping[str, str], data_dir: str | None) -> list[str]:
     lines = []
-    for name, command in absent.items():
-        state = f"missing: {command}" if command else "ready"
+    for name, what_to_do in absent.items():
+        state = what_to_do or "ready"
         if name.startswith("streets/"):
             state = "ready (drawn when it is first needed)"
         if name == "folder":
             found = (records.root(data_dir) / name).glob(f"*/*/{records.SUMMARY}")
             own = sorted(file.parents[1].name for file in found)
-            state = f"yours: {command}" + (f" (prepared: {', '.join(own)})" if own else "")
+            state += f" (prepared: {', '.join(own)})" if own else ""
         lines.append(f"{name:<18}{state}")
     return lines
 

@@ -58,12 +58,17 @@ def test_what_is_missing_comes_with_its_command(sections, tmp_path, capsys):
     for name in ("day", "dusk"):
         folder = tmp_path / "camvid" / name / "1.0.0"
         folder.mkdir(parents=True)
-        (folder / "prepared.json").write_text("{}")
+        (folder / "prepared.json").write_text('{"splits": {}}')
     (own,) = prepare.prepare("folder", path=str(tiny.draw_folder(tmp_path / "mine", "mine", 0)), data_dir=tmp_path)
     capsys.readouterr()
     _, benchmarks, datasets, networks = sections()
     assert datasets["camvid/day"] == networks["resnet18"] == "ready" and benchmarks["camvid"].endswith("ready")
     assert datasets["folder"].endswith(f"(prepared: {own.parent.name})")
+
+    (folder / "prepared.json").write_text("{}")
+    _, benchmarks, datasets, _ = sections()
+    assert datasets["camvid/dusk"].startswith(f"damaged: delete {folder}, then python -m jaxuda.prepare camvid")
+    assert benchmarks["camvid"].endswith("needs camvid/dusk")
 
 
 def test_without_configs(monkeypatch, tmp_path):

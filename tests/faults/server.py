@@ -1,13 +1,15 @@
 """Starts runs of `jaxuda.main` as real processes within a moment: it has imported everything, and forks.
 
-Reads one JSON object per line, {"words": [after "jaxuda"], "output": stem of its files, "fault": {...}}, and answers
-with its process id when it has begun and its wait status when it has ended. No JAX backend is started in this process.
+Reads one JSON object per line: {"words": [after "jaxuda"], "output": stem of its files, "longest": seconds, "fault":
+{...}}. Answers with a process id when the run has begun, and with its wait status when it has ended. No JAX backend is
+started in this process.
 
 A fault strikes at the n-th use of a file below a folder, counted by Python's audit events, so that a seed decides
 where: {"do": "kill" | "terminate" | "full" | "readonly", "at": n, "delay": seconds, "folder": DIR}.
 """
 
 import errno
+import faulthandler
 import json
 import os
 import signal
@@ -57,6 +59,7 @@ def run(order: dict) -> None:
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         file = os.open(f"{order['output']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, stream.fileno())
+    faulthandler.dump_traceback_later(0.9 * order["longest"])  # where it hangs
     hook = Fault(**order["fault"])
     sys.addaudithook(hook)
     code = 1
@@ -73,6 +76,19 @@ def run(order: dict) -> None:
     os._exit(code)
 
 
+def wait(child: int, longest: float) -> int | str:
+    """The wait status of a child; "hung" if it had to be killed after so many seconds."""
+    ends = time.monotonic() + longest
+    while time.monotonic() < ends:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "hung"
+
+
 def serve() -> None:
     """Until the input ends."""
     for line in sys.stdin:
@@ -81,7 +97,7 @@ def serve() -> None:
         if not child:
             run(order)
         print(child, flush=True)
-        print(os.waitpid(child, 0)[1], flush=True)
+        print(wait(child, order["longest"]), flush=True)
 
 
 if __name__ == "__main__":
