@@ -5,9 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from golden_weights import random_variables
 from jax import lax
 
 from jaxuda import cost
@@ -37,17 +35,18 @@ def test_bytes_alive_at_once() -> None:
     assert cost.traced_bytes(trace(chain, (1000,))) == 3 * 4000
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "vgg16"])
-def test_computing_twice_needs_less_memory_and_changes_nothing(backbone: str) -> None:
-    """Gradients are compared for VGG; those of ResNets are in tests/methods/test_plca.py."""
-    blocks = (2, 2, 2, 2) if backbone != "vgg16" else (2, 2, 1, 1, 1)
-    plain, twice = (DeepLabV2(4, backbone, "torchvision", width=8, blocks=blocks, remat=flag) for flag in (False, True))
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+def test_computing_twice_needs_less_memory(backbone: str) -> None:
+    """That it changes no gradient is tested in tests/methods/test_plca.py."""
+    plain, twice = (
+        DeepLabV2(4, backbone, "torchvision", width=8, blocks=(2, 2, 2, 2), remat=flag) for flag in (False, True)
+    )
     images = jax.ShapeDtypeStruct((2, 256, 256, 3), jnp.float32)
     shapes = jax.eval_shape(plain.init, jax.random.key(1), images)
 
     def gradient(model: DeepLabV2):
         def loss(params: dict, images: jax.Array) -> jax.Array:
-            variables = {"params": params, "batch_stats": jax.tree.map(jnp.ones_like, shapes.get("batch_stats", {}))}
+            variables = {"params": params, "batch_stats": jax.tree.map(jnp.ones_like, shapes["batch_stats"])}
             return jnp.mean(model.apply(variables, images, train=True, mutable=["batch_stats"])[0].main ** 2)
 
         return jax.grad(loss)
@@ -56,11 +55,6 @@ def test_computing_twice_needs_less_memory_and_changes_nothing(backbone: str) ->
         cost.traced_bytes(jax.make_jaxpr(gradient(m))(shapes["params"], images).jaxpr) for m in (plain, twice)
     )
     assert less < 0.85 * kept
-    if backbone == "vgg16":
-        params = random_variables(plain, jnp.zeros((1, 32, 48, 3)))["params"]
-        images = jax.random.normal(jax.random.key(0), (2, 32, 48, 3))
-        ours, theirs = (jax.jit(gradient(model))(params, images) for model in (twice, plain))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), ours, theirs)
 
 
 def test_memory_and_parts_of_all_stages_by_one_field() -> None:

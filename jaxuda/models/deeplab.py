@@ -89,8 +89,7 @@ class DeepLabV2(nn.Module):
     norm: "batch" (statistics of the global batch in training) or "frozen" (running ones always).
     norm_eps: 1e-5; SDCA's frozen layers use 0.
     dtype: compute dtype; parameters, statistics and outputs stay float32 with "bfloat16".
-    remat: trade a second forward pass of a ResNet's blocks for most of the memory of training; of VGG's stages, for
-      some of it.
+    remat: trade a second forward pass of a ResNet's blocks for most of the memory of training.
     axis_name: device axis over which norm="batch" reduces while training.
 
     Variables: params["backbone" | "head" | "aux_head" | "depth"] and batch_stats["backbone"].
@@ -119,7 +118,7 @@ class DeepLabV2(nn.Module):
         conv = functools.partial(Conv, dtype=self.dtype)
         blocks = tuple(self.blocks) if self.blocks else None
         if self.backbone == "vgg16":
-            middle, features = None, VGG(self.width, blocks, self.remat, conv, name="backbone")(images)
+            middle, features = None, VGG(self.width, blocks, conv, name="backbone")(images)
         else:
             norm = functools.partial(
                 BatchNorm, mode=self.norm, eps=self.norm_eps, axis_name=self.axis_name, dtype=self.dtype
@@ -148,6 +147,10 @@ class DeepLabV2(nn.Module):
                 raise UserError(f"model.{field} = {value!r} is unknown; choose one of: {', '.join(known)}")
         if self.aux and self.backbone == "vgg16":
             raise UserError("model.aux = True needs a ResNet: there is no second level for vgg16")
+        if self.remat and self.backbone == "vgg16":
+            raise UserError(
+                "model.remat = True needs a ResNet: it would save nothing in vgg16, whose first layers need most"
+            )
 
 
 def feature_shape(model: DeepLabV2, size: tuple[int, int]) -> tuple[int, int, int]:

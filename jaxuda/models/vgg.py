@@ -18,14 +18,10 @@ NEW_LAYERS = ("fc6", "fc7")
 
 
 class VGG(nn.Module):
-    """Five stages of 3x3 convolutions; returns (N, h, w, 16 * width), h and w = floor of an eighth.
-
-    With `remat` only the input of each stage is kept for the gradient and the rest computed again.
-    """
+    """Five stages of 3x3 convolutions; returns (N, h, w, 16 * width), h and w = floor of an eighth."""
 
     width: int
     blocks: tuple[int, ...] | None
-    remat: bool
     conv: Callable[..., nn.Module]
 
     @nn.compact
@@ -34,20 +30,14 @@ class VGG(nn.Module):
         if len(blocks) != 5:
             raise UserError(f"model.blocks = {tuple(blocks)}: vgg16 needs 5 numbers, one per stage")
         x = images
-        run = nn.remat(_stage, static_argnums=(2, 3)) if self.remat else _stage
         for stage, count in enumerate(blocks):
-            x = run(self, x, stage, count)
+            features = self.width * min(2**stage, 8)
+            dilation = 2 if stage == 4 else 1
+            for index in range(count):
+                name = f"conv{stage + 1}_{index + 1}"
+                x = nn.relu(self.conv(features, 3, dilation=dilation, use_bias=True, name=name)(x))
             if stage < 3:
                 x = max_pool(x, 2, 2)
         for name in NEW_LAYERS:
             x = nn.relu(self.conv(16 * self.width, 3, dilation=4, use_bias=True, name=name)(x))
         return x
-
-
-def _stage(vgg: VGG, x: jax.Array, stage: int, count: int) -> jax.Array:
-    features = vgg.width * min(2**stage, 8)
-    dilation = 2 if stage == 4 else 1
-    for index in range(count):
-        name = f"conv{stage + 1}_{index + 1}"
-        x = nn.relu(vgg.conv(features, 3, dilation=dilation, use_bias=True, name=name)(x))
-    return x

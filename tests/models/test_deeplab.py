@@ -141,6 +141,7 @@ def test_forms_chosen_on_cpu_leave_the_network_unchanged(monkeypatch):
         ({"variant": "pytorch"}, "model.variant = 'pytorch'.*caffe, torchvision"),
         ({"norm": "sync"}, "model.norm = 'sync'.*batch, frozen"),
         ({"backbone": "vgg16", "aux": True}, "model.aux"),
+        ({"backbone": "vgg16", "remat": True}, "model.remat"),
         ({"blocks": (1, 1)}, r"model.blocks = \(1, 1\).*4 numbers"),
         ({"backbone": "vgg16", "blocks": (1, 1, 1, 1)}, "5 numbers"),
     ],
