@@ -17,7 +17,7 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from jaxuda import checkpoints, methods, parallel, table, train, use
+from jaxuda import checkpoints, methods, parallel, train, use
 from jaxuda.checkpoints import kept_steps
 from jaxuda.data.records import load
 from jaxuda.errors import UserError
@@ -267,64 +267,6 @@ def test_damaged_checkpoint_is_reported_and_the_one_before_used(finished: Path, 
     assert_same_states(workdir, finished)
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["--config.adapt.lambda_entrpy=1"], "lambda_entropy"),
-        (["--config.devices=3", "--config.source_only.batch=4"], "use one of [1, 2, 4]"),
-        (["--config.platform=gpu"], "JAX only found cpu"),
-        (["--config.adapt.init=nowhere"], "which is no stage before it"),
-        (["--config.adapt.train=nothing"], "train='nothing', which there is not"),
-        (["--from_stage=nothing"], "this recipe's stages are"),
-        (["--mode=predict", "--checkpoint=nowhere", "--images=*.nothing"], "matches no file"),
-        (["--mode=eval", "--checkpoint=nowhere"], "is not the folder of a training stage"),
-        (["--config.source.path="], "--config.source.path=DIR"),
-        (
-            ["--config.class_weights=(1.0, 2.0)"],
-            "number for each of the 3 classes, in their order (ground",
-        ),
-        (["--config.class_weights=(1.0, 2.0, 0.0)"], "one positive number for each of the 3 classes"),
-        (["stray"], "not understood: stray"),
-    ],
-)
-def test_mistakes_are_named(data: dict, tmp_path, capsys, words: list[str], expected: str) -> None:
-    assert main(["jaxuda", *tiny.arguments("minent", workdir=tmp_path / "run", **data), *words]) == MISTAKE
-    message = capsys.readouterr().err
-    assert expected in message and message.startswith("error: ") and "Traceback" not in message
-
-
-def test_missing_dataset_names_the_command(tmp_path, capsys) -> None:
-    words = [
-        "--config=configs/minent.py:camvid",
-        f"--workdir={tmp_path / 'run'}",
-        f"--config.data_dir={tmp_path}",
-    ]
-    assert main(["jaxuda", *words]) == MISTAKE
-    expected = f"python -m jaxuda.prepare camvid --manual_dir DIR --data_dir {tmp_path}"
-    assert expected in capsys.readouterr().err
-
-
-def test_all_missing_datasets_are_named_at_once(tmp_path, capsys) -> None:
-    words = ["--config=configs/sdca.py:gta5", f"--workdir={tmp_path / 'run'}", f"--config.data_dir={tmp_path}"]
-    assert main(["jaxuda", *words]) == MISTAKE
-    message = capsys.readouterr().err
-    assert f"gta5 and cityscapes are not prepared in {tmp_path}; run" in message
-    for name in ("gta5", "cityscapes"):
-        assert f"\n  python -m jaxuda.prepare {name} --manual_dir DIR --data_dir {tmp_path}\n" in message
-    file, network = "resnet101-63fe2227.pth", "resnet101-torchvision"
-    assert f"get {file} from torchvision, then run" in message
-    assert f"\n  python -m jaxuda.convert {file} --imagenet {network} --data_dir {tmp_path}\n" in message
-
-
-def test_unknown_benchmark_and_missing_config(capsys) -> None:
-    assert main(["jaxuda", "--config=configs/minent.py:mars"]) == MISTAKE
-    assert "no benchmark 'mars'" in capsys.readouterr().err
-    assert main(["jaxuda", "--config=configs/missing.py"]) == MISTAKE
-    assert "missing.py" in capsys.readouterr().err
-    assert main(["jaxuda"]) == MISTAKE
-    assert "--config" in capsys.readouterr().err
-
-
 def test_folder_in_use_is_refused(finished: Path, data: dict, capsys) -> None:
     from jaxuda import files
 
@@ -431,40 +373,6 @@ def test_damaged_neighbours_are_not_taken_over(finished: Path, data: dict, tmp_p
     assert main(["jaxuda", *words, "--config.pipeline=('source_only', 'oracle')"]) == 0
     out = capsys.readouterr().out
     assert out.count("already finished with the same settings") == 1 and "oracle 6/6" in out
-
-
-def test_several_seeds_end_with_mean_and_spread(data: dict, tmp_path, capsys) -> None:
-    words = tiny.arguments("minent", workdir=tmp_path / "run", **data)
-    assert main(["jaxuda", *words, "--seeds=0,1"]) == 0
-    assert re.search(r"\| folder \| minent: adapt \| 2 \| [\d.]+ ± [\d.]+", capsys.readouterr().out)
-    assert (tmp_path / "run" / "seed1" / "results.json").exists()
-
-
-def test_table_refuses_what_cannot_be_compared(data: dict, tmp_path, capsys) -> None:
-    words = ["--configs=configs/minent.py,configs/plca.py", "--benchmarks=gta5", f"--runs={tmp_path}"]
-    assert table.main(words) == MISTAKE
-    message = capsys.readouterr().err
-    assert "their evaluation sizes differ: (1024, 512) against (1460, 730)" in message and not list(tmp_path.iterdir())
-    run = {"config": "minent", "benchmark": "folder", "seed": 0, "classes": ["a"], "data": {"evaluation": None}}
-    with pytest.raises(UserError, match="their classes differ"):
-        table.comparable([run, run | {"seed": 1, "classes": ["b"]}])
-    with pytest.raises(UserError, match="their evaluated images differ"):
-        table.comparable([run | {"data": {"evaluation": {"fingerprint": text}}} for text in "xy"])
-    table.comparable([run, run | {"benchmark": "streets", "classes": ["b"]}])
-
-
-def test_table_runs_what_is_missing(data: dict, tmp_path, capsys) -> None:
-    words = [
-        w for w in tiny.arguments("source_only", workdir=tmp_path, **data) if "config=" not in w and "workdir" not in w
-    ]
-    words += ["--configs=configs/source_only.py", "--benchmarks=folder", "--seeds=0,1", f"--runs={tmp_path}"]
-    assert table.main(words) == 0
-    first = capsys.readouterr().out
-    assert re.search(r"\| folder \| source only \| 2 \|.*\n\| folder \| oracle \| 2 \|", first)
-    assert (tmp_path / "table.md").read_text() in first
-    assert table.main(words) == 0
-    assert "source_only (done) -> oracle (done)" in capsys.readouterr().out
-    assert table.main([*words, "--config.nothing=1"]) == MISTAKE
 
 
 @pytest.mark.slow

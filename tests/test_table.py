@@ -1,0 +1,57 @@
+"""Several seeds and several recipes in one command, on tiny data."""
+
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+
+from jaxuda import table
+from jaxuda.errors import UserError
+from jaxuda.main import MISTAKE, main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict:
+    return tiny.prepare_domains(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_several_seeds_end_with_mean_and_spread(data: dict, tmp_path, capsys) -> None:
+    words = tiny.arguments("minent", workdir=tmp_path / "run", **data)
+    assert main(["jaxuda", *words, "--seeds=0,1"]) == 0
+    assert re.search(r"\| folder \| minent: adapt \| 2 \| [\d.]+ ± [\d.]+", capsys.readouterr().out)
+    assert (tmp_path / "run" / "seed1" / "results.json").exists()
+
+
+def test_table_refuses_what_cannot_be_compared(data: dict, tmp_path, capsys) -> None:
+    words = ["--configs=configs/minent.py,configs/plca.py", "--benchmarks=gta5", f"--runs={tmp_path}"]
+    assert table.main(words) == MISTAKE
+    message = capsys.readouterr().err
+    assert "their evaluation sizes differ: (1024, 512) against (1460, 730)" in message and not list(tmp_path.iterdir())
+    run = {"config": "minent", "benchmark": "folder", "seed": 0, "classes": ["a"], "data": {"evaluation": None}}
+    with pytest.raises(UserError, match="their classes differ"):
+        table.comparable([run, run | {"seed": 1, "classes": ["b"]}])
+    with pytest.raises(UserError, match="their evaluated images differ"):
+        table.comparable([run | {"data": {"evaluation": {"fingerprint": text}}} for text in "xy"])
+    table.comparable([run, run | {"benchmark": "streets", "classes": ["b"]}])
+
+
+def test_table_runs_what_is_missing(data: dict, tmp_path, capsys) -> None:
+    words = [
+        w for w in tiny.arguments("source_only", workdir=tmp_path, **data) if "config=" not in w and "workdir" not in w
+    ]
+    words += ["--configs=configs/source_only.py", "--benchmarks=folder", "--seeds=0,1", f"--runs={tmp_path}"]
+    assert table.main(words) == 0
+    first = capsys.readouterr().out
+    assert re.search(r"\| folder \| source only \| 2 \|.*\n\| folder \| oracle \| 2 \|", first)
+    assert (tmp_path / "table.md").read_text() in first
+    assert table.main(words) == 0
+    assert "source_only (done) -> oracle (done)" in capsys.readouterr().out
+    assert table.main([*words, "--config.nothing=1"]) == MISTAKE
