@@ -52,8 +52,8 @@ class Checkpoints:
         self, folder: Path, report: Callable[[str], None] = print, read_only: bool = False, keep_every: int = 0
     ):
         self._folder, self._report = Path(folder).absolute(), report
-        # Orbax warns of its own defaults, which tells a user nothing.
-        logging.set_verbosity(logging.ERROR)
+        # Orbax warns of its own defaults, which tells a user nothing, and logs errors that it raises as well.
+        logging.set_verbosity(logging.FATAL)
         self._reader = ocp.Checkpointer(_handler(), multiprocessing_options=_ALONE)
         self._manager = None if read_only else self._make_manager(keep_every)
 
