@@ -13,7 +13,7 @@ Its report and its code disagree: the report's images have a short side of 760..
 code's are squeezed to 730x730, 8 per step. This follows the report. The code also normalises similarities along the
 wrong axis and lets gradients through their statistics; this computes what the report's equations say. Its optimizer
 moved backbone weights several times per step without meaning to (see `repeat` in jaxuda/optim.py), which is kept.
-A step of `adapt` holds about 7 GiB and takes 5.0 TFLOP, all three stages together 2 hours at 40 TFLOP/s; traced, not
+A step of `adapt` holds about 7 GiB and takes 7.2 TFLOP, all three stages together 3 hours at 40 TFLOP/s; traced, not
 measured (experiments/benchmarks/recipe_cost.py).
 """
 

@@ -15,7 +15,7 @@ accumulated in two parts, normalisation trained; images of both domains with a s
 and 46.9 (16 classes). Their Lovasz weight of 0.75 was multiplied by 2 GPUs x 2 accumulated parts; here a weight means
 what it says, and the recipes say 3.0. Their Lovasz was taken over the 2 images of one GPU, ours over the 4 of a part.
 Blocks of the network are computed twice (`model.remat`), so that a part of 4 + 4 fits an accelerator of 24 GiB: a step
-of gta5 holds about 14 GiB and takes 25 TFLOP, all three stages together 5 hours at 40 TFLOP/s (synthia 2 hours).
+of gta5 holds about 14 GiB and takes 66 TFLOP, all three stages together 8 hours at 40 TFLOP/s (synthia 2 hours).
 Traced, not measured (experiments/benchmarks/recipe_cost.py).
 """
 
