@@ -43,10 +43,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipe_cost import operations
-
 from jaxuda import methods
 from jaxuda.allocation import keep_freed_memory
+from jaxuda.cost import operations
 from jaxuda.interop import torch_checkpoint
 from jaxuda.models import layers
 from jaxuda.models.discriminator import FCDiscriminator
