@@ -19,7 +19,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", type=int, default=20, help="faults that tests/faults tries (default: 20)")
     parser.addoption("--fault_seed", type=int, default=0, help="decides which ones, and when they strike")
-    parser.addoption("--examples", type=int, default=20, help="changed files that tests/test_bad_input.py tries")
+    parser.addoption("--examples", type=int, default=20, help="changed files that test_bad_input.py tries")
 
 
 @pytest.fixture(autouse=True, scope="module")
