@@ -6,22 +6,32 @@ import pytest
 
 from jaxuda.allocation import keep_freed_memory
 
-SCRIPT = """
-import resource, sys
+TOUCHED = 1 << 27
+SCRIPT = f"""
+import ctypes, resource, sys
 from jaxuda.allocation import keep_freed_memory
-kept = keep_freed_memory() if sys.argv[1] == "keep" else True
-bytearray(1 << 27)
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+
+def use(size):
+    block = libc.malloc(ctypes.c_size_t(size))
+    libc.memset(ctypes.c_void_p(block), 1, ctypes.c_size_t({TOUCHED}))
+    libc.free(block)
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+use(int(sys.argv[2]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
-    bytearray(1 << 27)
-print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+use(int(sys.argv[2]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def test_freed_memory_is_used_again():
+@pytest.mark.parametrize("size", [TOUCHED, 5 << 29])  # the memory of small steps; more than 2 GiB
+def test_freed_memory_is_used_again(size: int) -> None:
     if not keep_freed_memory():
         pytest.skip("not with this C library")
-    pages = (1 << 27) // resource.getpagesize()
-    run = [sys.executable, "-c", SCRIPT]
-    kept, faults = map(int, subprocess.check_output([*run, "keep"], text=True).split())
-    assert kept and faults < pages / 100
+    run = lambda how: int(subprocess.check_output([sys.executable, "-c", SCRIPT, how, str(size)], text=True))  # noqa: E731
+    pages = TOUCHED // resource.getpagesize()
+    assert run("keep") < pages / 1000 < run("default")
