@@ -11,8 +11,9 @@ def keep_freed_memory() -> bool:
     """Lets the C library keep what a step frees for the next one; to be called before JAX computes anything.
 
     A compiled step asks for all its temporary memory in one block. By default glibc gets such a block from the kernel
-    and returns it after every step, and the kernel clears each page anew: an eighth to a fifth of the time of a ResNet-101 step.
-    With this the process keeps its largest size until it ends. Nothing happens where the C library is not glibc.
+    and returns it after every step, and the kernel clears each page anew: an eighth to a fifth of the time of a
+    ResNet-101 step. With this the process keeps its largest size until it ends. Nothing happens where the C library is
+    not glibc.
 
     Returns:
       Whether it has been done.
