@@ -8,7 +8,6 @@ kept as crash-... in the present folder. All that libFuzzer takes may follow, as
 """
 
 import contextlib
-import io
 import json
 import sys
 import tempfile
@@ -19,7 +18,6 @@ import atheris
 
 with atheris.instrument_imports(include=["jaxuda", "PIL", "zipfile", "json"]):
     import numpy as np
-    from PIL import Image
 
     from jaxuda.artefacts import read_arrays, write_arrays
     from jaxuda.data import encoding, records
@@ -31,62 +29,55 @@ with atheris.instrument_imports(include=["jaxuda", "PIL", "zipfile", "json"]):
 ARRAYS = {"layer1.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.array([1, -2], np.int64)}
 
 
-def npz_bytes() -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        write_arrays(Path(folder) / "whole.npz", ARRAYS, ["a", "b"])
-        return (Path(folder) / "whole.npz").read_bytes()
+CLASSES = {
+    "name": "town",
+    "classes": [{"name": "road", "ids": [0], "color": [1, 2, 3]}, {"name": "car", "ids": [7, 9], "color": [4, 5, 6]}],
+    "ignore": [255],
+}
 
 
-def png_bytes() -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.arange(42, dtype=np.uint8).reshape(6, 7)).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def classes_bytes() -> bytes:
-    entries = [{"name": "road", "ids": [0], "color": [1, 2, 3]}, {"name": "car", "ids": [7, 9], "color": [4, 5, 6]}]
-    return json.dumps({"name": "town", "classes": entries, "ignore": [255]}).encode()
-
-
-def from_file(read: Callable[[Path], object], suffix: str) -> Callable[[bytes], object]:
-    """`read` on a file of its own, which the next input overwrites."""
-    file = Path(tempfile.mkdtemp()) / f"input{suffix}"
-
-    def read_bytes(content: bytes) -> object:
-        file.write_bytes(content)
-        return read(file)
-
-    return read_bytes
-
-
-def read_image(content: bytes) -> object:
+def read_image(file: Path) -> None:
     try:
-        return encoding.read_image_file(content)
+        encoding.read_image_file(file.read_bytes())
     except ValueError as error:  # which `prepare` tells with the file's name
         raise UserError(str(error)) from error
 
 
-# What reads the bytes, and a whole file to start from.
-READERS: dict[str, tuple[Callable[[bytes], object], Callable[[], bytes]]] = {
-    "pth": (from_file(read_tensors, ".pth"), lambda: pth_bytes(ARRAYS)),
-    "safetensors": (from_file(read_tensors, ".safetensors"), lambda: safetensors_bytes(ARRAYS)),
-    "npz": (from_file(lambda file: read_arrays(file, "statistics", ["bias"], 2), ".npz"), npz_bytes),
-    "image": (read_image, png_bytes),
-    "classes": (from_file(read_classes, ".json"), classes_bytes),
-    "split": (from_file(lambda file: records.read_split(file.parent, file.name), ""), lambda: b"one\ntwo\nthree\n"),
+# The name of the file, what reads it, and what writes a whole one to start from.
+READERS: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object]]] = {
+    "pth": ("weights.pth", read_tensors, lambda file: file.write_bytes(pth_bytes(ARRAYS))),
+    "safetensors": ("weights.safetensors", read_tensors, lambda file: file.write_bytes(safetensors_bytes(ARRAYS))),
+    "npz": (
+        "statistics.npz",
+        lambda file: read_arrays(file, "statistics", ["bias"], 2),
+        lambda file: write_arrays(file, ARRAYS, ["a", "b"]),
+    ),
+    "image": (
+        "image.png",
+        read_image,
+        lambda file: file.write_bytes(encoding.encode_label(np.arange(42, dtype=np.uint8).reshape(6, 7))),
+    ),
+    "classes": ("classes.json", read_classes, lambda file: file.write_text(json.dumps(CLASSES))),
+    "split": (
+        records.EASY,
+        lambda file: records.read_split(file.parent, file.name),
+        lambda file: file.write_text("one\ntwo\nthree\n"),
+    ),
 }
 
 
 def main() -> None:
-    read, whole = READERS[sys.argv[1]]
+    name, read, write_whole = READERS[sys.argv[1]]
     corpus = Path(sys.argv[2])
     corpus.mkdir(parents=True, exist_ok=True)
-    (corpus / "whole").write_bytes(whole())
-    read(whole())
+    write_whole(corpus / name)
+    read(corpus / name)
+    file = Path(tempfile.mkdtemp()) / name
 
     def one_input(content: bytes) -> None:
+        file.write_bytes(content)
         with contextlib.suppress(UserError):
-            read(content)
+            read(file)
 
     atheris.Setup([sys.argv[0], str(corpus), *sys.argv[3:]], one_input)
     atheris.Fuzz()

@@ -64,7 +64,8 @@ def stage_config(options: argparse.Namespace):
     config.model.update({"backbone": options.network, "variant": variant, "width": options.width})
     config.model.update({"aux": options.levels == 2, "dtype": options.dtype})
     for stage in ("source_only", "adapt"):
-        config[stage].lr = 1e-7  # the first steps of a deep network from scratch are huge
+        # Where the first steps are huge, as of a deep network from scratch, they would amplify rounding at once.
+        config[stage].lr = 1e-4 if options.network == "resnet18" else 1e-7
     known = SimpleNamespace(fingerprint="", labelled=True)
     stages = {stage.name: stage for stage in plan(config, Path("runs"), Domains(known, known, known))}
     return stages["source_only" if options.method == "source_only" else "adapt"].config
@@ -255,10 +256,7 @@ def main() -> None:
     print(f"{options.batch} x {size}, {options.dtype}, {device.platform} ({device.device_kind})")
     losses = np.array([[form.step() for form in (ours, theirs)] for _ in range(3)])
     print("losses of the first steps: " + ", ".join(f"{a:.6f} / {b:.6f}" for a, b in losses))
-    exact = options.dtype == "float32"
-    np.testing.assert_allclose(*losses[0], rtol=1e-4 if exact else 3e-2)
-    # A deep network from scratch amplifies rounding a thousandfold in each step.
-    np.testing.assert_allclose(*losses[1:].T, rtol=1e-2 if exact else 1e-1)
+    np.testing.assert_allclose(*losses.T, rtol=1e-3 if options.dtype == "float32" else 3e-2)
 
     clock = time.process_time if options.one_core else time.perf_counter
     seconds = np.median(interleaved([ours.step, theirs.step], options.repeats, clock), axis=0)
