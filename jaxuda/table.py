@@ -1,8 +1,9 @@
 """python -m jaxuda.table --configs configs/source_only.py,configs/minent.py [--benchmarks streets,camvid] [--seeds 0,1]
 
 Runs or resumes every method on every benchmark with every seed, and prints mean and spread of the mIoU.
-Stages that several methods share (source only, oracle) are trained once per benchmark and seed. The table is
-also written to RUNS/table.md and RUNS/table.json. Further words (--config.FIELD=VALUE) go to every run.
+Stages that several methods share (source only, oracle) are trained once per benchmark and seed; where a method has
+its own, they have its name. The table is also written to RUNS/table.md and RUNS/table.json. Further words
+(--config.FIELD=VALUE) go to every run.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 from jaxuda import comparing, files, pipeline
 from jaxuda.main import guarded, parse
 
+BASELINES = ("source_only", "oracle")
 SCORES = {
     "last": lambda result: result["last"]["miou"],
     "mean of last": lambda result: result["mean_of_last"]["miou"],
@@ -32,7 +34,7 @@ def spread(values: list[float]) -> str:
 
 
 class Row(NamedTuple):
-    """One stage of one config on one benchmark: `scores` holds a value per seed for each of `SCORES`."""
+    """One stage of one config on one benchmark: `scores` holds a value per run for each of `SCORES`."""
 
     benchmark: str
     title: str
@@ -43,18 +45,21 @@ def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
     """The rows of a table over seeds.
 
     Args:
-      runs: what `pipeline.run` returns, in any order.
+      runs: what `pipeline.run` returns, those of one config and benchmark in the order of their seeds.
     """
     rows: dict[tuple[str, str], Row] = {}
-    baselines = set()
+    seen: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for run in runs:
         for stage, result in run["stages"].items():
             if "mean_of_last" not in result:
                 continue
-            title = stage.replace("_", " ") if stage in ("source_only", "oracle") else f"{run['config']}: {stage}"
-            if title == stage.replace("_", " ") and (run["benchmark"], run["seed"], stage) in baselines:
-                continue  # the same baseline, seen in an earlier method's run
-            baselines.add((run["benchmark"], run["seed"], stage))
+            title = stage.replace("_", " ")
+            others = seen.setdefault((run["benchmark"], run["seed"], stage), [])
+            if stage in BASELINES and result in others:
+                continue  # shared with an earlier method's run
+            if stage not in BASELINES or others:
+                title = f"{run['config']}: {title}"
+            others.append(result)
             place = (run["benchmark"], title)
             row = rows.setdefault(place, Row(*place, {name: [] for name in SCORES}))
             for name, score in SCORES.items():
@@ -63,15 +68,16 @@ def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
 
 
 def summary(runs: list[dict[str, Any]]) -> str:
-    """A Markdown table: one row per benchmark, method and stage, with the scores over seeds.
+    """A Markdown table: one row per benchmark, method and stage, with the scores of each seed and over all.
 
     Args:
-      runs: what `pipeline.run` returns, in any order.
+      runs: as for `rows_of`.
     """
-    lines = [f"| benchmark | stage | seeds | {' | '.join(SCORES)} |", "|---" * (3 + len(SCORES)) + "|"]
+    lines = [f"| benchmark | stage | seeds | last, by seed | {' | '.join(SCORES)} |", "|---" * (4 + len(SCORES)) + "|"]
     for row in rows_of(runs):
-        cells = " | ".join(spread(values) for values in row.scores.values())
-        lines.append(f"| {row.benchmark} | {row.title} | {len(row.scores['last'])} | {cells} |")
+        last = row.scores["last"]
+        cells = [len(last), " ".join(f"{100 * miou:.1f}" for miou in last), *map(spread, row.scores.values())]
+        lines.append(f"| {' | '.join([row.benchmark, row.title, *map(str, cells)])} |")
     classes = ", ".join(sorted({f"{len(run['classes'])} on {run['benchmark']}" for run in runs}))
     return "\n".join(
         [

@@ -26,7 +26,7 @@ def at_root(monkeypatch) -> None:
 def test_several_seeds_end_with_mean_and_spread(data: dict, tmp_path, capsys) -> None:
     words = tiny.arguments("minent", workdir=tmp_path / "run", **data)
     assert main(["jaxuda", *words, "--seeds=0,1"]) == 0
-    assert re.search(r"\| folder \| minent: adapt \| 2 \| [\d.]+ ± [\d.]+", capsys.readouterr().out)
+    assert re.search(r"\| folder \| minent: adapt \| 2 \| [\d.]+ [\d.]+ \| [\d.]+ ± [\d.]+", capsys.readouterr().out)
     assert (tmp_path / "run" / "seed1" / "results.json").exists()
 
 
@@ -41,6 +41,31 @@ def test_table_refuses_what_cannot_be_compared(data: dict, tmp_path, capsys) -> 
     with pytest.raises(UserError, match="their evaluated images differ"):
         table.comparable([run | {"data": {"evaluation": {"fingerprint": text}}} for text in "xy"])
     table.comparable([run, run | {"benchmark": "streets", "classes": ["b"]}])
+
+
+def test_a_baseline_of_other_settings_has_its_own_row() -> None:
+    def run(config: str, seed: int, **scores: float) -> dict:
+        kinds = ("last", "mean_of_last", "best_on_val_using_target_labels")
+        stages = {stage: {kind: {"miou": miou} for kind in kinds} for stage, miou in scores.items()}
+        return {"config": config, "benchmark": "streets", "seed": seed, "classes": ["a"], "stages": stages}
+
+    runs = [
+        run("minent", 0, source_only=0.10, adapt=0.20),
+        run("minent", 1, source_only=0.12, adapt=0.22),
+        run("plca", 0, source_only=0.11, adapt=0.21),
+        run("plca", 1, source_only=0.13, adapt=0.24),
+        run("lfass", 0, source_only=0.11),
+        run("lfass", 1, source_only=0.13),
+        run("crcda", 0, source_only=0.10),
+    ]
+    lines = table.summary(runs).splitlines()[2:6]
+    assert [line.split(" | ")[1:5] for line in lines] == [
+        ["source only", "2", "10.0 12.0", "11.0 ± 1.4"],
+        ["minent: adapt", "2", "20.0 22.0", "21.0 ± 1.4"],
+        ["plca: source only", "2", "11.0 13.0", "12.0 ± 1.4"],
+        ["plca: adapt", "2", "21.0 24.0", "22.5 ± 2.1"],
+    ]
+    assert table.summary(runs).splitlines()[6] == ""
 
 
 def test_table_runs_what_is_missing(data: dict, tmp_path, capsys) -> None:
