@@ -38,7 +38,6 @@ class Server:
 
     def __enter__(self) -> "Server":
         environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
         command = [sys.executable, str(Path(__file__).with_name("server.py"))]
         with open(self._folder / "server.err", "w") as errors:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
