@@ -135,6 +135,9 @@ def fit(arrays: Mapping[str, np.ndarray], variables: PyTree, where: str) -> tupl
             anew[f"backbone.{layer}"] = name
         else:
             unlike.append(f"{name}: {shape or 'missing'} in the checkpoint, {leaf.shape} in the network")
+    for name in sorted(arrays.keys() - flat.keys()):
+        if name.split(".")[1] == "backbone" and name.split(".")[2] not in NEW_LAYERS:
+            unlike.append(f"{name}: {arrays[name].shape} in the checkpoint, missing in the network")
     if unlike:
         more = [f"... and {len(unlike) - 8} more"] if len(unlike) > 8 else []
         listed = "\n  ".join(unlike[:8] + more)

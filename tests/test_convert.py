@@ -23,8 +23,8 @@ from jaxuda.main import MISTAKE, main
 from jaxuda.models.deeplab import DeepLabV2
 
 ROOT = Path(__file__).parents[1]
-TINY = DeepLabV2(19, backbone="resnet18", variant="torchvision", width=8)  # that of tiny.arguments, for Cityscapes
-TINY_WORDS = ["--config=configs/source_only.py", "--config.model.width=8"]
+TINY = DeepLabV2(19, backbone="resnet18", variant="torchvision", width=8, blocks=(1,) * 4)  # as in tiny.arguments
+TINY_WORDS = ["--config=configs/source_only.py", "--config.model.width=8", "--config.model.blocks=(1, 1, 1, 1)"]
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_order_of_16_plca_classes() -> None:
         (["--imagenet=resnet50-torchvision"], "the torch checkpoint does not fit"),
         (["--imagenet=vgg16-caffe"], "no backbone of the kind vgg16"),
         (["--imagenet=resnet18", "--confg=x"], "not understood: --confg=x"),
-        ([*TINY_WORDS[:1]], "(8,) in the checkpoint, (32,) in the network"),
+        ([TINY_WORDS[0], TINY_WORDS[2]], "(8,) in the checkpoint, (32,) in the network"),
         ([*TINY_WORDS, "--stage=adapt"], "training stages are source_only, oracle"),
         ([*TINY_WORDS, "--config.label_space=synthia16"], "(19, 64, 3, 3) in the checkpoint, (16, 64, 3, 3)"),
         (["--config=configs/missing.py"], "missing.py"),
@@ -284,9 +284,14 @@ def test_start_that_does_not_fit_or_is_not_there(data: dict, tmp_path: Path, cap
     save_torch(variables, TINY, tmp_path / "file.pth")
     assert convert.main([str(tmp_path / "file.pth"), *TINY_WORDS, f"--out={folder}"]) == 0
     arrays, _ = checkpoints.read_variables(folder / "checkpoints")
-    wide = jax.eval_shape(TINY.clone(width=16).init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
-    with pytest.raises(UserError, match=r"start does not fit[\s\S]*: \(8,\) in the checkpoint, \(16,\) in the network"):
-        weights.fit(arrays, wide, str(folder))
+    for other, difference in (
+        ({"width": 16}, r": \(8,\) in the checkpoint, \(16,\) in the network"),
+        ({"blocks": (1, 1, 2, 1)}, r"layer3_1\S*: missing in the checkpoint, \(32,\) in the network"),
+        ({"blocks": (1, 1, 1, 0)}, r"layer4_0\S*: \(64,\) in the checkpoint, missing in the network"),
+    ):
+        network = jax.eval_shape(TINY.clone(**other).init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+        with pytest.raises(UserError, match=rf"start does not fit[\s\S]*{difference}"):
+            weights.fit(arrays, network, str(folder))
 
     words = ["jaxuda", *tiny.arguments("source_only", workdir=tmp_path / "run", **data)]
     for place in ("none", "file.pth"):

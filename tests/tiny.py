@@ -58,6 +58,7 @@ def arguments(config: str, source: Path, target: Path, data_dir: Path, workdir: 
         "--config.target.resize=(48, 32)",
         "--config.evaluation.size=(48, 32)",
         "--config.model.width=8",
+        "--config.model.blocks=(1, 1, 1, 1)",
         "--config.log_every=1",
         "--config.eval_every=3",
         "--config.checkpoint_every=2",
