@@ -61,7 +61,8 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
             keep_freed_memory()
         for stage in recipe:
             _run_stage(stage, config, domains, log, statuses[stage.name])
-        return parallel.on_first(lambda: _finish(config, workdir, recipe, domains, log))
+        news = any(status != "done" for status in statuses.values())
+        return parallel.on_first(lambda: _finish(config, workdir, recipe, domains, log, news))
 
 
 def _take(workdir: Path, held: contextlib.ExitStack) -> None:
@@ -80,11 +81,14 @@ def _begin(config: ConfigDict, workdir: Path, recipe: list[Stage], from_stage: s
     return statuses
 
 
-def _finish(config: ConfigDict, workdir: Path, recipe: list[Stage], domains: Domains, log: RunLog) -> dict[str, Any]:
+def _finish(
+    config: ConfigDict, workdir: Path, recipe: list[Stage], domains: Domains, log: RunLog, news: bool
+) -> dict[str, Any]:
     results = _results(config, recipe, domains)
     files.write_json(workdir / "results.json", results)
     log.say(final_table(results))
-    _write_report(workdir, log)
+    if news or not (workdir / "report.html").exists():
+        _write_report(workdir, log)
     return results
 
 
