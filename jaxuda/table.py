@@ -48,18 +48,19 @@ def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
       runs: what `pipeline.run` returns, those of one config and benchmark in the order of their seeds.
     """
     rows: dict[tuple[str, str], Row] = {}
-    seen: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    seen: dict[tuple[str, int, str], list[str]] = {}
     for run in runs:
         for stage, result in run["stages"].items():
             if "mean_of_last" not in result:
                 continue
             title = stage.replace("_", " ")
+            fingerprint = run["fingerprints"][stage]
             others = seen.setdefault((run["benchmark"], run["seed"], stage), [])
-            if stage in BASELINES and result in others:
-                continue  # shared with an earlier method's run
+            if stage in BASELINES and fingerprint in others:
+                continue  # an earlier method's run has the same
             if stage not in BASELINES or others:
                 title = f"{run['config']}: {title}"
-            others.append(result)
+            others.append(fingerprint)
             place = (run["benchmark"], title)
             row = rows.setdefault(place, Row(*place, {name: [] for name in SCORES}))
             for name, score in SCORES.items():

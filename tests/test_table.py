@@ -44,19 +44,25 @@ def test_table_refuses_what_cannot_be_compared(data: dict, tmp_path, capsys) -> 
 
 
 def test_a_baseline_of_other_settings_has_its_own_row() -> None:
-    def run(config: str, seed: int, **scores: float) -> dict:
+    def run(config: str, seed: int, settings: str, **scores: float) -> dict:
         kinds = ("last", "mean_of_last", "best_on_val_using_target_labels")
-        stages = {stage: {kind: {"miou": miou} for kind in kinds} for stage, miou in scores.items()}
-        return {"config": config, "benchmark": "streets", "seed": seed, "classes": ["a"], "stages": stages}
+        return {
+            "config": config,
+            "benchmark": "streets",
+            "seed": seed,
+            "classes": ["a"],
+            "fingerprints": {stage: f"{stage}, {settings}, {seed}" for stage in scores},
+            "stages": {stage: {kind: {"miou": miou} for kind in kinds} for stage, miou in scores.items()},
+        }
 
     runs = [
-        run("minent", 0, source_only=0.10, adapt=0.20),
-        run("minent", 1, source_only=0.12, adapt=0.22),
-        run("plca", 0, source_only=0.11, adapt=0.21),
-        run("plca", 1, source_only=0.13, adapt=0.24),
-        run("lfass", 0, source_only=0.11),
-        run("lfass", 1, source_only=0.13),
-        run("crcda", 0, source_only=0.10),
+        run("minent", 0, "plain", source_only=0.10, adapt=0.20),
+        run("minent", 1, "plain", source_only=0.12, adapt=0.22),
+        run("plca", 0, "Lovasz", source_only=0.11, adapt=0.21),
+        run("plca", 1, "Lovasz", source_only=0.13, adapt=0.24),
+        run("lfass", 0, "Lovasz", source_only=0.11),
+        run("lfass", 1, "Lovasz", source_only=0.13),
+        run("crcda", 0, "plain", source_only=0.10),
     ]
     lines = table.summary(runs).splitlines()[2:6]
     assert [line.split(" | ")[1:5] for line in lines] == [

@@ -112,6 +112,7 @@ def _over_seeds(runs: Sequence[Run]) -> Markup | None:
                 "config": run.config["name"],
                 "benchmark": run.config["benchmark"],
                 "seed": run.config["seed"],
+                "fingerprints": {stage.name: stage.fingerprint for stage in run.scored},
                 "stages": {stage.name: stage.results for stage in run.scored},
             }
             for run in scored
