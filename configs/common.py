@@ -39,6 +39,7 @@ def quick_model(**fields) -> ConfigDict:
     """A ResNet-18 of half width that trains from scratch within minutes; there is no ImageNet start here."""
     return ConfigDict(
         {
+            "name": "deeplab",  # a file in `jaxuda/models`, or the dotted path of a module of your own
             "backbone": "resnet18",
             "variant": "torchvision",
             "width": 32,
@@ -89,6 +90,7 @@ def base(name: str, benchmark: str, published: tuple[str, ...] = ()) -> ConfigDi
             "preprocess": "imagenet",
             "model": quick_model(),
             "optim": {
+                "name": "sgd",  # a file in `jaxuda/optimizers`, or a dotted path
                 "head_factor": 1.0,
                 "momentum": 0.9,
                 "weight_decay": 5e-4,
@@ -99,7 +101,7 @@ def base(name: str, benchmark: str, published: tuple[str, ...] = ()) -> ConfigDi
             },
         }
     )
-    config.evaluation = ConfigDict({"split": "val", "size": None, "batch": 4})
+    config.evaluation = ConfigDict({"split": "val", "size": None, "batch": 4, "network": "student"})
     # What --mode eval and predict average: mirrored images, factors of the input size, weights of several
     # checkpoints (none: equal ones).
     config.test = ConfigDict({"flip": False, "scales": (1.0,), "weights": ()})
@@ -200,7 +202,7 @@ def train_stage(method: str, **fields) -> ConfigDict:
             "labels": "",  # a stage whose pseudo-labels stand for the labels of the first domain
             "split": "",  # a ranking stage: labelled images are its easy ones, unlabelled ones its hard ones
             "reads": (),  # stages whose artefacts the method starts from
-            "class_balanced": False,  # draw labelled images so that rare classes are seen often
+            "order": "shuffled",  # a file in `jaxuda/data/orders`: in which order labelled images are drawn
             "steps": 300,
             "schedule_steps": 0,  # of the poly schedule; 0: `steps`
             "batch": 4,  # images of each domain per step, all devices together

@@ -94,4 +94,4 @@ def pair(config: ConfigDict, pairing: str) -> None:
     config.name += "_paired"
     config.pipeline = ("source_only", "target_classes", "adapt", "oracle")
     config.target_classes = common.sweep_stage("target_classes", init="source_only")
-    config.adapt.pairing = "target_classes"
+    config.adapt.update({"order": "paired", "pairing": "target_classes"})

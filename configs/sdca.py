@@ -62,14 +62,14 @@ def _published(config: ConfigDict, backbone: str, benchmark: str) -> None:
     config.model.update({"width": 64, "norm": "frozen", "norm_eps": 0.0})
     config.optim.update({"head_factor": 10.0, "train_norm": False})
     long = {"lr": 5e-4, "steps": 20_000, "schedule_steps": 31_250, "batch": 8, "init": "imagenet"}
-    config.source_only = common.source_only(**long, class_balanced=True, lambda_lovasz=0.75)
+    config.source_only = common.source_only(**long, order="class_balanced", lambda_lovasz=0.75)
     config.adapt = common.train_stage(
         "sdca",
         init="source_only",
         lr=2.5e-4,
         steps=40_000,
         schedule_steps=62_500,
-        class_balanced=True,
+        order="class_balanced",
         lambda_lovasz=0.75,
         source=PHOTOMETRIC,
         **_contrast(tau=100.0),

@@ -22,14 +22,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jaxuda import files, pipeline, use
+from jaxuda import files
+from jaxuda.cli import parse
 from jaxuda.data import encoding
 from jaxuda.data.labels import IGNORE, LabelSpace
 from jaxuda.data.transforms import resize_image
 from jaxuda.errors import UserError
+from jaxuda.inference.restore import restore
 from jaxuda.losses.association import METRICS, cycle, positive
-from jaxuda.main import parse
 from jaxuda.models.layers import normalise, resize_labels
+from jaxuda.pipeline import domains
 
 GAP = 12
 
@@ -127,15 +129,15 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder to write to")
     args, overrides = parser.parse_known_args()
     config = parse(["association_pictures", f"--config={args.config}", *overrides]).config
-    domains = pipeline.load_domains(config)
-    space = domains.source.label_space
+    opened = domains.load_domains(config)
+    space = opened.source.label_space
     if args.name not in space.classes:
         raise UserError(f"--class {args.name}: the classes are {', '.join(space.classes)}")
     args.out.mkdir(parents=True, exist_ok=True)
-    model, variables, trained = use.restore(args.stage, space.num_classes)
+    model, variables, trained = restore(args.stage, space.num_classes)
     for number in range(args.pairs):
         source, target = (
-            records[number * len(records) // args.pairs] for records in (domains.source, domains.target.images_only())
+            records[number * len(records) // args.pairs] for records in (opened.source, opened.target.images_only())
         )
         pair = make_pair(source, target, variables, model=model, config=trained, metric=args.metric)
         for kind, chosen in choices(pair, space.classes.index(args.name)).items():

@@ -21,8 +21,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from jaxuda.data.datasets.streets import draw_scene
 from jaxuda.data.labels import label_space
-from jaxuda.data.streets import draw_scene
 
 DOMAINS = ("game", "camera")
 THIN = ("pole", "light", "sign")

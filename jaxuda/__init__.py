@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxuda.predictor import Predictor
+    from jaxuda.inference.predictor import Predictor
 
 __version__ = "0.1.0"
 __all__ = ["load"]
@@ -23,6 +23,6 @@ def load(checkpoint: str) -> Predictor:
     Raises:
       jaxuda.errors.UserError: there is no such stage, or it has no whole checkpoint.
     """
-    from jaxuda import predictor  # here: `import jaxuda` and the command line's help must not wait for JAX
+    from jaxuda.inference import predictor  # here: `import jaxuda` and the command line's help must not wait for JAX
 
     return predictor.load(checkpoint)

@@ -25,7 +25,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxuda import checkpoints, data, files, pipeline, stages, weights
+from jaxuda import data, files
+from jaxuda.cli import MISTAKE, parse
 from jaxuda.errors import UserError
 from jaxuda.interop import read_tensors, save_torch
 from jaxuda.interop.torch_checkpoint import (
@@ -41,9 +42,10 @@ from jaxuda.interop.torch_checkpoint import (
     published_layout,
     raise_problems,
 )
-from jaxuda.main import MISTAKE, parse
+from jaxuda.models import abstract_variables, make_model
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.train import abstract_variables, make_model
+from jaxuda.pipeline import domains, stages
+from jaxuda.training import checkpoints, weights
 
 PyTree = Any
 Say = Callable[[str], None]
@@ -115,7 +117,7 @@ def import_checkpoint(path: Path, config: ConfigDict, stage: str, folder: Path, 
         known = ", ".join(n for n in config.pipeline if "train" in config[n])
         raise UserError(f"--stage {name}: this recipe's training stages are {known}")
     resolved = stages.resolve(name, config)
-    model = make_model(resolved, _num_classes(config))
+    model = make_model(resolved.model, _num_classes(config))
     source, state = _read(path, say)
     match, layout = match_network(state, model)
     raise_problems(match._replace(unused=[]), model)
@@ -152,8 +154,8 @@ def export(folder: Path, path: Path, layout: str = "", say: Say = print) -> None
         raise UserError(f"{folder} is not the folder of a training stage, which is what can be exported")
     config = FrozenConfigDict(record["identity"])
     arrays, step = checkpoints.read_variables(folder / "checkpoints")
-    model = make_model(config, arrays["params.head.kernel0"].shape[-1])
-    variables = checkpoints.unflatten(arrays, abstract_variables(model, config), str(folder))
+    model = make_model(config.model, arrays["params.head.kernel0"].shape[-1])
+    variables = checkpoints.unflatten(arrays, abstract_variables(model, config.evaluation.size), str(folder))
     layout = layout or published_layout(model)
     if layout == "plca" and model.num_classes in (16, 19):
         variables = _reordered(variables, _plca_order(model.num_classes))
@@ -251,7 +253,7 @@ def _adapted_stage(config: ConfigDict) -> str:
 def _num_classes(config: ConfigDict) -> int:
     if config.label_space:
         return data.labels.label_space(config.label_space).num_classes
-    return pipeline.open_records(config, "source", config.source.split).label_space.num_classes
+    return domains.open_records(config, "source", config.source.split).label_space.num_classes
 
 
 def _plca_order(num_classes: int) -> np.ndarray:

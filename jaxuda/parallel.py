@@ -149,20 +149,23 @@ def choose_devices(
 
 
 def compile_step(step: Callable, devices: list[jax.Device]) -> Callable:
-    """`step(state, batch, axis_name=...) -> (state, metrics)` compiled for `devices`; the state is donated.
+    """`step(state, constants, seed, batch, axis_name=...) -> (state, metrics)` compiled for `devices`.
 
-    The compiled function takes and gives states as `replicate` makes them, batches as `shard` makes them, and
-    metrics with a leading device axis when there are several devices.
+    The state is donated. The compiled function takes and gives states as `replicate` makes them, takes constants
+    likewise and batches as `shard` makes them, and gives metrics with a leading device axis when there are several
+    devices. The seed is a plain number, an argument, so that runs of several seeds share a program.
     """
     if not _stacked(devices):
         return jax.jit(partial(step, axis_name=None), donate_argnums=0)
     everyone = [d for k in range(jax.process_count()) for d in jax.local_devices(process_index=k)[: len(devices)]]
-    compiled = jax.pmap(partial(step, axis_name=AXIS), axis_name=AXIS, devices=everyone, donate_argnums=0)
+    compiled = jax.pmap(
+        partial(step, axis_name=AXIS), axis_name=AXIS, devices=everyone, in_axes=(0, 0, None, 0), donate_argnums=0
+    )
     if devices[0].platform != "cpu":
         return compiled
     # Steps that queue up on fake CPU devices share one thread pool, where their collectives can wait for each
     # other for ever.
-    return lambda state, batch: jax.block_until_ready(compiled(state, batch))
+    return lambda *arguments: jax.block_until_ready(compiled(*arguments))
 
 
 def _stacked(devices: list[jax.Device]) -> bool:
@@ -207,3 +210,8 @@ def spread(batch: PyTree, devices: list[jax.Device]) -> PyTree:
 def everywhere(tree: PyTree, devices: list[jax.Device]) -> PyTree:
     """A host pytree whole on each of `devices`, to be used beside `spread` batches."""
     return jax.device_put(tree, NamedSharding(Mesh(np.asarray(devices), (AXIS,)), PartitionSpec()))
+
+
+def evaluation_devices(config: Any, devices: list[jax.Device]) -> list[jax.Device]:
+    """As many of `devices` as divide the evaluation batch."""
+    return devices[: max(n for n in range(1, len(devices) + 1) if config.evaluation.batch % n == 0)]

@@ -19,9 +19,9 @@ import atheris
 with atheris.instrument_imports(include=["jaxuda", "PIL", "zipfile", "json"]):
     import numpy as np
 
-    from jaxuda.artefacts import read_arrays, write_arrays
+    from jaxuda.artifacts.arrays import read_arrays, write_arrays
     from jaxuda.data import encoding, records
-    from jaxuda.data.folder import read_classes
+    from jaxuda.data.datasets.folder import read_classes
     from jaxuda.errors import UserError
     from jaxuda.interop import read_tensors
     from jaxuda.interop.tensor_files import pth_bytes, safetensors_bytes

@@ -4,8 +4,8 @@ tests/methods/test_contract.py.)"""
 import numpy as np
 import pytest
 
-from jaxuda.accumulation import split
 from jaxuda.errors import UserError
+from jaxuda.training.accumulation import split
 
 
 def test_devices_share_each_part() -> None:

@@ -4,12 +4,12 @@ import sys
 
 import pytest
 
-from jaxuda.allocation import keep_freed_memory
+from jaxuda.training.allocation import keep_freed_memory
 
 TOUCHED = 1 << 27
 SCRIPT = f"""
 import ctypes, resource, sys
-from jaxuda.allocation import keep_freed_memory
+from jaxuda.training.allocation import keep_freed_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.free.argtypes = [ctypes.c_void_p]

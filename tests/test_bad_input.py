@@ -20,14 +20,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jaxuda import artefacts, files, prepare, stages
+from jaxuda import files, prepare
+from jaxuda.artifacts import arrays
+from jaxuda.cli import MISTAKE
 from jaxuda.data import encoding, labels, records
-from jaxuda.data.folder import Folder, read_classes
+from jaxuda.data.datasets.folder import Folder, read_classes
 from jaxuda.data.pseudo import PseudoLabelled, write_pseudo_label
 from jaxuda.errors import UserError
 from jaxuda.interop import read_tensors
 from jaxuda.interop.tensor_files import pth_bytes, safetensors_bytes
-from jaxuda.main import MISTAKE
+from jaxuda.pipeline import stages
 from jaxuda.sweeps.predict import ImageFiles, write_predictions
 
 MEGABYTES = 2**20
@@ -370,19 +372,19 @@ def test_arrays_that_are_too_large_or_objects_are_refused(tmp_path: Path) -> Non
         for content in contents:
             file.write_bytes(content)
             with pytest.raises(UserError, match=r"statistics\.npz is damaged"):
-                artefacts.read_arrays(file, "statistics", ["mean"], 1)
+                arrays.read_arrays(file, "statistics", ["mean"], 1)
 
 
 def test_changed_arrays_are_refused_or_read(tmp_path: Path, examples: int) -> None:
     file, rng = tmp_path / "statistics.npz", np.random.default_rng(0)
-    artefacts.write_arrays(file, {"mean": rng.normal(size=(2, 3)), "count": np.arange(2)}, ["a", "b"])
+    arrays.write_arrays(file, {"mean": rng.normal(size=(2, 3)), "count": np.arange(2)}, ["a", "b"])
     whole = file.read_bytes()
-    assert artefacts.read_arrays(file, "statistics", ["mean"], 2)["mean"].shape == (2, 3)
+    assert arrays.read_arrays(file, "statistics", ["mean"], 2)["mean"].shape == (2, 3)
     with at_most(4 * MEGABYTES):
         for _ in range(4 * examples):
             file.write_bytes(mutated(whole, rng))
             try:
-                artefacts.read_arrays(file, "statistics", ["mean", "count"], 2)
+                arrays.read_arrays(file, "statistics", ["mean", "count"], 2)
             except UserError as error:
                 assert "statistics.npz" in str(error)
 

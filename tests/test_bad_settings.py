@@ -11,11 +11,13 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from ml_collections import FrozenConfigDict
 
-from jaxuda import stages
+from jaxuda.cli import MISTAKE, parse
+from jaxuda.data.records import Domains
 from jaxuda.errors import UserError
-from jaxuda.main import MISTAKE, main, parse
-from jaxuda.optim import make_optimizer
-from jaxuda.train import make_model
+from jaxuda.main import main
+from jaxuda.models import make_model
+from jaxuda.optimizers.sgd import make_optimizer
+from jaxuda.pipeline import stages
 
 VALUES = ["-1", "0", "1", "3", "2147483648", "1e300", "nan", "inf", "-0.5", "", "x", "../x", "None", "True", "()"]
 VALUES += [
@@ -59,7 +61,7 @@ class Anything:
 def test_any_setting_is_refused_or_makes_a_plan(name: str, data) -> None:
     fields = data.draw(st.lists(st.sampled_from(recipe_fields(name)), min_size=1, max_size=2, unique=True))
     words = [f"--config.{field}={data.draw(st.sampled_from(VALUES))}" for field in fields]
-    domains = stages.Domains(Anything(), Anything(), Anything())
+    domains = Domains(Anything(), Anything(), (Anything(),))
     try:
         config = parse(["x", f"--config=configs/{name}.py:streets", *words]).config
         recipe = stages.plan(config, Path("nowhere"), domains)

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxuda.checkpoints import MANIFEST, Checkpoints, read_variables, unflatten
 from jaxuda.errors import UserError
-from jaxuda.train_state import TrainState
+from jaxuda.training.checkpoints import MANIFEST, Checkpoints, read_variables, unflatten
+from jaxuda.training.state import TrainState
 
 
 @pytest.fixture

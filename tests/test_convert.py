@@ -14,13 +14,17 @@ import tiny
 from golden_weights import random_variables
 
 from configs import minent, sdca
-from jaxuda import checkpoints, convert, stages, use, weights
+from jaxuda import convert
+from jaxuda.cli import MISTAKE
 from jaxuda.errors import UserError
+from jaxuda.inference.restore import restore
 from jaxuda.interop import load_torch, read_tensors, save_torch
 from jaxuda.interop.tensor_files import pth_bytes
 from jaxuda.interop.torch_checkpoint import PLCA_ORDER
-from jaxuda.main import MISTAKE, main
+from jaxuda.main import main
 from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.pipeline import stages
+from jaxuda.training import checkpoints, weights
 
 ROOT = Path(__file__).parents[1]
 TINY = DeepLabV2(19, backbone="resnet18", variant="torchvision", width=8, blocks=(1,) * 4)  # as in tiny.arguments
@@ -93,7 +97,7 @@ def test_checkpoint_in_and_out_again(data: dict, tmp_path: Path, capsys) -> None
     save_torch(variables, TINY, file)
     assert sorted({name.split(".")[0] for name in read_tensors(file)}) == ["classifier", "feature_extractor"]
     assert convert.main([str(file), *TINY_WORDS, f"--out={folder}"]) == 0
-    _, restored, _ = use.restore(str(folder), 19)
+    _, restored, _ = restore(str(folder), 19)
     assert_same(restored, variables)
     assert convert.main([str(file), *TINY_WORDS, f"--out={folder}"]) == 0
     assert f"already converted: {folder}" in capsys.readouterr().out
@@ -105,7 +109,7 @@ def test_checkpoint_in_and_out_again(data: dict, tmp_path: Path, capsys) -> None
     assert main([*words, f"--checkpoint={trained}", "--mode=eval"]) == 0
     assert re.search(r"mIoU \(3\)\s+[\d.]+", capsys.readouterr().out)
 
-    model, variables, _ = use.restore(str(trained), 3)
+    model, variables, _ = restore(str(trained), 3)
     images = np.random.default_rng(0).normal(size=(1, 32, 48, 3)).astype(np.float32)
     expected = model.apply(variables, images).main
     for name in ("out.pth", "out.safetensors"):

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jaxuda import cost
-from jaxuda.main import main, parse
+from jaxuda.cli import parse
+from jaxuda.main import main
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.stages import resolve
+from jaxuda.pipeline import cost
+from jaxuda.pipeline.stages import resolve
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,9 +6,11 @@ import pytest
 import tiny
 
 from configs import common
-from jaxuda import listing, prepare
+from jaxuda import prepare
+from jaxuda.cli import MISTAKE
 from jaxuda.errors import UserError
-from jaxuda.main import MISTAKE, main
+from jaxuda.main import main
+from jaxuda.pipeline import listing
 
 ROOT = Path(__file__).parents[1]
 

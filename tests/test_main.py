@@ -17,14 +17,17 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from jaxuda import checkpoints, methods, parallel, train, use
-from jaxuda.checkpoints import kept_steps
+from jaxuda import methods, parallel
+from jaxuda.cli import INTERRUPTED, MISTAKE
 from jaxuda.data.records import load
 from jaxuda.errors import UserError
 from jaxuda.files import read_json_lines
-from jaxuda.main import INTERRUPTED, MISTAKE, main
+from jaxuda.inference.restore import restore
+from jaxuda.main import main
 from jaxuda.metrics import mean_iou
 from jaxuda.sweeps.evaluate import make_evaluator
+from jaxuda.training import checkpoints, loop
+from jaxuda.training.checkpoints import kept_steps
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,7 +140,7 @@ def test_eval_and_predict(finished: Path, data: dict, tmp_path, capsys) -> None:
     larger = ["--config.evaluation.size=(96, 64)", "--config.evaluation.batch=2", "--config.devices=2"]
     assert main([*words, "--mode=eval", *larger]) == 0
     text = capsys.readouterr().out
-    model, variables, trained = use.restore(str(finished / "adapt"), 3)
+    model, variables, trained = restore(str(finished / "adapt"), 3)
     trained = ConfigDict(trained)
     trained.evaluation.size = (96, 64)
     evaluate = make_evaluator(model, methods.load("minent"), trained, jax.local_devices()[:1])
@@ -308,7 +311,7 @@ def test_the_last_good_state_survives_what_is_not_finite(
     finished: Path, data: dict, tmp_path, capsys, monkeypatch, where: str
 ) -> None:
     """A gradient may be infinite where the loss is not: what has come of it is not saved either."""
-    make_step = train.make_step
+    make_step = loop.make_step
 
     def failing(*arguments):
         step = make_step(*arguments)
@@ -322,7 +325,7 @@ def test_the_last_good_state_survives_what_is_not_finite(
 
         return failing_step
 
-    monkeypatch.setattr(train, "make_step", failing)
+    monkeypatch.setattr(loop, "make_step", failing)
     # Beside nothing that it could be taken over from.
     words = [
         "jaxuda",
@@ -334,7 +337,7 @@ def test_the_last_good_state_survives_what_is_not_finite(
     what = "ce is nan at step 5" if where == "loss" else r"params\.\S+ is not finite after step 4"
     assert re.search(rf"{what} of the stage 'oracle', on the images {{'source': \['\d", message), message
     assert f"Step {4 if where == 'loss' else 3} is kept as the last good checkpoint" in message
-    monkeypatch.setattr(train, "make_step", make_step)
+    monkeypatch.setattr(loop, "make_step", make_step)
     assert main(words) == 0
     np.testing.assert_equal(final_state(tmp_path / "run", "oracle"), final_state(finished, "oracle"))
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from jaxuda.main import MISTAKE, main
+from jaxuda.cli import MISTAKE
+from jaxuda.main import main
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxuda.optim import parameter_group, poly_schedule, sgd
+from jaxuda.optimizers.sgd import parameter_group, poly_schedule, sgd
 
 
 def test_poly_schedule() -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import tiny
 
+from jaxuda.cli import MISTAKE
 from jaxuda.data import encoding
-from jaxuda.main import MISTAKE, main
+from jaxuda.main import main
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {

@@ -17,8 +17,9 @@ import pytest
 import tiny
 
 from jaxuda import files
-from jaxuda.checkpoints import Checkpoints
-from jaxuda.main import INTERRUPTED, MISTAKE, main
+from jaxuda.cli import INTERRUPTED, MISTAKE
+from jaxuda.main import main
+from jaxuda.training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,9 +14,10 @@ from golden_weights import random_variables
 from PIL import Image
 
 from jaxuda import convert
+from jaxuda.cli import MISTAKE
 from jaxuda.data.labels import MAPILLARY, label_space, lookup_table
 from jaxuda.interop import save_torch
-from jaxuda.main import MISTAKE, main
+from jaxuda.main import main
 from jaxuda.metrics import iou
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.prepare import prepare

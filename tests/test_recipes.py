@@ -10,10 +10,11 @@ from test_stages import DOMAINS
 from configs import advent, cfcontra, common, crcda, dada, fada, intrada, lfass, minent, plca, sdca
 from jaxuda import methods
 from jaxuda.data.labels import label_space, lookup_table
-from jaxuda.optim import make_optimizer
-from jaxuda.stages import plan
-from jaxuda.train import make_model, make_step
-from jaxuda.train_state import TrainState
+from jaxuda.models import make_model
+from jaxuda.optimizers.sgd import make_optimizer
+from jaxuda.pipeline.stages import plan
+from jaxuda.training.loop import make_step
+from jaxuda.training.state import TrainState
 
 CLASSES = {"gta5": 19, "synthia": 16, "crosscity-rome": 13, "mapillary": 7}
 TO_CITYSCAPES = pytest.mark.parametrize("benchmark", ["gta5", "synthia"])

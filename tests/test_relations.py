@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxuda.errors import UserError
-from jaxuda.relations import (
+from jaxuda.artifacts.relations import (
     FILE,
     Relations,
     class_relations,
@@ -18,6 +17,7 @@ from jaxuda.relations import (
     read_relations,
     write_relations,
 )
+from jaxuda.errors import UserError
 
 CLASSES = 3
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from configs import minent, sdca, source_only
+from jaxuda.cli import parse
+from jaxuda.data.records import Domains
 from jaxuda.errors import UserError
-from jaxuda.main import parse
-from jaxuda.stages import Domains, changed_fields, plan
+from jaxuda.pipeline.stages import changed_fields, plan
 
 
 class FakeRecords:
@@ -15,7 +16,7 @@ class FakeRecords:
         self.fingerprint, self.labelled = fingerprint, labelled
 
 
-DOMAINS = Domains(FakeRecords("source"), FakeRecords("target"), FakeRecords("val"))
+DOMAINS = Domains(FakeRecords("source"), FakeRecords("target"), (FakeRecords("val"),))
 
 
 def fingerprints(config, domains: Domains = DOMAINS) -> dict[str, str]:

@@ -7,8 +7,9 @@ import pytest
 import tiny
 
 from jaxuda import table
+from jaxuda.cli import MISTAKE
 from jaxuda.errors import UserError
-from jaxuda.main import MISTAKE, main
+from jaxuda.main import main
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from jaxuda import methods
 from jaxuda.interop.torch_checkpoint import LAYOUTS, load_torch, to_torch, torch_name
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.optim import make_optimizer
-from jaxuda.train_state import TrainState
+from jaxuda.optimizers.sgd import make_optimizer
+from jaxuda.training.state import TrainState
 
 
 @functools.cache

@@ -19,10 +19,10 @@ from torch_networks import DeepLab
 from train_step import CLASSES, interleaved, stage_config, torch_weights
 
 from jaxuda import methods
-from jaxuda.allocation import keep_freed_memory
+from jaxuda.models import make_model
 from jaxuda.models.layers import normalise
 from jaxuda.sweeps.evaluate import make_evaluator
-from jaxuda.train import make_model
+from jaxuda.training.allocation import keep_freed_memory
 
 INPUT, OUTPUT = (1024, 512), (2048, 1024)
 

@@ -25,12 +25,12 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from jaxuda import methods
-from jaxuda.main import parse
-from jaxuda.models import layers
-from jaxuda.optim import make_optimizer
-from jaxuda.stages import resolve
-from jaxuda.train import make_model, make_step
-from jaxuda.train_state import TrainState
+from jaxuda.cli import parse
+from jaxuda.models import layers, make_model
+from jaxuda.optimizers.sgd import make_optimizer
+from jaxuda.pipeline.stages import resolve
+from jaxuda.training.loop import make_step
+from jaxuda.training.state import TrainState
 
 ROOT, CLASSES = Path(__file__).resolve().parents[2], 19
 

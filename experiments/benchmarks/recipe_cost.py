@@ -15,9 +15,9 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from jaxuda import cost
-from jaxuda.main import parse
+from jaxuda.cli import parse
 from jaxuda.models import layers
+from jaxuda.pipeline import cost
 
 ROOT, SUSTAINED = Path(__file__).resolve().parents[2], 40e12
 
@@ -29,8 +29,8 @@ def main() -> None:
         config = parse(["recipe_cost", f"--config={ROOT / word}"]).config
         stages, classes = cost.training_stages(config, Path("runs"))
         for stage in stages:
-            step, state, batch = cost.abstract_step(stage.config, classes, stage.config.batch)
-            jaxpr = jax.make_jaxpr(step)(state, batch).jaxpr
+            step, arguments = cost.abstract_step(stage.config, classes, stage.config.batch)
+            jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
             tera = cost.operations(jaxpr) / 1e12
             print(
                 f"{word} {stage.name}: {cost.traced_bytes(jaxpr) / cost.GIB:.0f} GiB, {tera:.1f} TFLOP a step, "

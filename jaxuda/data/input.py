@@ -60,7 +60,7 @@ def make_input(
         target_labels: puts the target's labels, where it has any, into the batches after all, for figures that are
             marked as using them.
         source_order: indices of the source records to draw, steps * batch of them (see
-            `sampling.class_balanced_order`); None: shuffled anew every epoch.
+            `jaxuda.data.orders`); None: shuffled anew every epoch.
         num_workers: processes that decode and transform; 0 uses threads of this one.
         process_index, process_count: this process gets rows process_index * b .. (process_index + 1) * b - 1
             of each global batch, b = B / process_count.

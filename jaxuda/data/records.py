@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -253,7 +253,7 @@ def builder_class(dataset: str) -> type[tfds.core.GeneratorBasedBuilder]:
     """
     if dataset not in DATASETS:
         raise UserError(f"unknown dataset {dataset!r}; known: {', '.join(DATASETS)}")
-    return getattr(importlib.import_module(f"jaxuda.data.{dataset}"), dataset.capitalize())
+    return getattr(importlib.import_module(f"jaxuda.data.datasets.{dataset}"), dataset.capitalize())
 
 
 def config_names(dataset: str) -> list[str]:
@@ -312,3 +312,16 @@ def open_split(folder: Path, split: str):
     builder = tfds.builder_from_directory(folder)
     skip = {key: tfds.decode.SkipDecoding() for key in builder.info.features if key != "id"}
     return builder.as_data_source(split, decoders=skip)
+
+
+class Domains(NamedTuple):
+    """The datasets of a run.
+
+    source, target: what stages train on; None where no stage reads the domain.
+    validation: what networks are scored on. The first decides which checkpoint is "best"; none where the target has
+      no such split.
+    """
+
+    source: Records | None
+    target: Records | None
+    validation: tuple[Records, ...] = ()

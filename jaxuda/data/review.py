@@ -204,7 +204,7 @@ def _classes(pixels: Mapping[str, np.ndarray], classes: Mapping[str, Any]) -> li
         found.append(
             f"{', '.join(rare)}: less than a {RARE}th of the pixels of {names[first.argmax()]}; such classes are "
             f'learned late or not at all. Weigh them, --config.class_weights="({weights},)", or show images that have '
-            "them more often, --config.source_only.class_balanced=True (and in other stages)"
+            "them more often, --config.source_only.order=class_balanced (and in other stages)"
         )
     return found
 

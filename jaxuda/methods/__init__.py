@@ -1,26 +1,130 @@
 """One file per adaptation method, found by its name.
 
-A method is a module with two pure functions:
+A method says what is computed in one update, as a few passes; `jaxuda.training.step` takes their gradients, averages
+them over devices, accumulates and applies them. A method is a module with the function
 
-    init(key, *, model, batch, config, artifacts) -> (extra_params, extra)
-    train_step(state, batch, key, *, model, tx, config, axis_name=None) -> (state, metrics)
+    passes(config, step) -> tuple of functions
 
-and optionally `predict(variables, images, *, model, config) -> probabilities`. `batch` holds normalised float
-images and int32 labels; `metrics` are scalars that are already equal on all devices.
+whose functions run one after another in every update, each with a gradient of its own with respect to `params`; the
+gradients are added. Each has the form
+
+    pass_(params, carry, batch, *, step, model, config, constants, keys, axis_name) -> (scalar, carry)
+
+params: {"model": the network's parameters, and what `init` added}.
+carry: a `Carry`: batch statistics, the method's own state, values and metrics, as the pass before has left them.
+batch: {"source": {"image" (N, H, W, 3) float, normalised; "label" (N, H, W) int32, 255 = ignore; "depth" (N, H, W)
+  float where the data have it}, "target": {"image"}}, of the domains that the stage has; N is this device's part.
+step: int32 scalar, the number of updates done before this one.
+model: the network, a Flax module; see `jaxuda.models`.
+config: the stage's settings.
+constants: what `init` made of them.
+keys: `Keys`; take `keys.use("a name")` for each purpose.
+axis_name: the device axis, or None on one device.
+
+A pass returns GLOBAL values: losses and metrics reduce sums and counts over `axis_name` before they divide. The
+library then takes the mean of the gradients over the devices, once. Metrics are scalars; `loss`, the sum of the
+scalars that the passes return, is added to them.
+
+Optional functions:
+
+    starts(config) -> steps
+        The steps at which the tuple of passes changes. `passes` is called with 0 and with each of them.
+    init(key, *, model, variables, batch, config, artifacts, weights) -> Start
+        Further parameters, state and constants. variables: {"params", "batch_stats"} of the network before the first
+        step, also when a checkpoint is restored. batch: of zeros, with the right shapes. artifacts: stage -> folder of
+        the files that the stages named in `reads` wrote; {} while a recipe is checked. weights(name): the network's
+        variables with the backbone of other converted weights, named in the stage's field `weights`.
+    before_passes(params, carry, batch, *, step, model, ...) -> carry
+        Before the passes of each part, without a gradient: a teacher's pseudo-labels, mixed images.
+    after_update(state, *, config) -> state
+        Once per update, however many parts the batch is cut into: an EMA teacher. `state` is a `TrainState`.
+    evaluated(state, *, config) -> {"student": variables, "teacher": variables}
+        The networks in a state, made of parts of the state as they are. Default: the student alone.
+    predict(variables, images, *, model, config) -> probabilities (N, h, w, C)
+        Where evaluation is more than the softmax of the network's main output.
+
+Before anything trains, each stage's step is traced on abstract values, so that a field that the config lacks, a value
+that no pass left, a changed structure or a metric written twice is an error by name at once.
 """
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
 
 from jaxuda import plugins
+from jaxuda.errors import UserError
+
+PyTree = Any
+
+
+class Start(NamedTuple):
+    """What a method adds before the first step.
+
+    params: further modules that learn, by name ({"discriminator": ...}).
+    extra: the method's own state, a pytree that training moves and checkpoints keep.
+    constants: a pytree that passes read; neither trained nor saved (a frozen network).
+    """
+
+    params: Mapping[str, PyTree] = {}
+    extra: PyTree = ()
+    constants: PyTree = ()
+
+
+class Keys(NamedTuple):
+    """Randomness that depends on neither the devices nor how a batch is cut.
+
+    batch: one key for the whole batch and update, the same on every device and in every accumulated part.
+    index: (N,) int32, the place of each example of this part in the global batch.
+    """
+
+    batch: jax.Array
+    index: jax.Array
+
+    def use(self, name: str) -> Keys:
+        """Keys for one purpose; those of different names are independent."""
+        return self._replace(batch=jax.random.fold_in(self.batch, zlib.crc32(name.encode())))
+
+    @property
+    def examples(self) -> jax.Array:
+        """(N,) keys, one per example."""
+        return jax.vmap(jax.random.fold_in, (None, 0))(self.batch, self.index)
+
+
+class Carry(NamedTuple):
+    """What one pass hands to the next. Nothing in it is differentiated.
+
+    batch_stats, extra: as in `TrainState`. They keep their structure, shapes and dtypes, and go on to the next part of
+      the batch and to the next update.
+    values: what later passes of the same part need, by name.
+    metrics: scalars to log, by name, equal on all devices.
+    """
+
+    batch_stats: PyTree
+    extra: PyTree
+    values: Mapping[str, PyTree]
+    metrics: Mapping[str, jax.Array]
+
+    def log(self, **metrics: jax.Array) -> Carry:
+        """The carry with more metrics; raises UserError if one of them has been written before."""
+        if twice := sorted(self.metrics.keys() & metrics.keys()):
+            raise UserError(f"the metric '{twice[0]}' is written twice in one step: give each its own name")
+        return self._replace(metrics={**self.metrics, **metrics})
+
+    def keep(self, **values: PyTree) -> Carry:
+        """The carry with more values for the passes that follow."""
+        return self._replace(values={**self.values, **values})
 
 
 def names() -> list[str]:
-    """The methods that exist: every module here that has a train step."""
-    return plugins.names(__name__, "train_step")
+    """The methods that jaxuda has: every module here that has passes."""
+    return plugins.names(__name__, "passes")
 
 
-def load(name: str) -> ModuleType:
-    """The method called `name`; raises UserError with the known names if there is none."""
-    return plugins.load(__name__, "train_step", name, "train")
+def load(name: str, *, imported: bool = False) -> ModuleType:
+    """The method called `name`, of jaxuda or (a dotted path) of the user's; see `plugins.load`."""
+    return plugins.load(__name__, "passes", name, "train", imported=imported)

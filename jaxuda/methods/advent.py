@@ -6,110 +6,101 @@ section 3.2. With I = entropy map of the upsampled predictions and one discrimin
   segmenter      L_seg(source) + lambda_adv * BCE(D(I_t), source) + lambda_adv_aux * BCE(D_aux(I_aux,t), source)
   discriminator  1/2 BCE(D(sg I_s), source) + 1/2 BCE(D(sg I_t), target)
 
-Both players stand in one scalar: the segmenter's terms see stopped discriminator parameters, the discriminator's
-terms see stopped predictions, so that one gradient gives each player exactly its own.
+Each pass is one scalar for both: the segmenter's term sees stopped discriminator parameters, the discriminator's terms
+see stopped predictions, so that one gradient gives each network exactly its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.lax import stop_gradient
 
 from jaxuda.losses.adversarial import SOURCE, TARGET, domain_bce
 from jaxuda.losses.entropy import entropy_map
+from jaxuda.methods import Carry, Keys, Start
 from jaxuda.methods.supervised import forward, supervised_loss, upsample
-from jaxuda.models.deeplab import DeepLabV2, Outputs
+from jaxuda.models import output_shapes
+from jaxuda.models.deeplab import Outputs
 from jaxuda.models.discriminator import FCDiscriminator
-from jaxuda.train_state import TrainState
 
 PyTree = Any
 
 
-def init(key: jax.Array, *, model: DeepLabV2, batch: PyTree, config: Any, artifacts: PyTree) -> tuple[dict, tuple]:
+def init(key: jax.Array, *, model: Any, batch: PyTree, config: Any, **_: Any) -> Start:
     """The discriminators: "main", and "aux" where the network has a second level."""
-    maps = jnp.zeros((1, *batch["target"]["image"].shape[1:3], model.num_classes))
-    levels = ("main", "aux") if model.aux else ("main",)
+    size = batch["target"]["image"].shape[1:3]
+    maps = jnp.zeros((1, *size, model.num_classes))
+    levels = ("main",) if output_shapes(model, size).aux is None else ("main", "aux")
     keys = jax.random.split(key, len(levels))
     discriminator = make_discriminator(model, config)
-    players = {level: discriminator.init(k, maps)["params"] for level, k in zip(levels, keys, strict=True)}
-    return {"discriminator": players}, ()
+    params = {level: discriminator.init(k, maps)["params"] for level, k in zip(levels, keys, strict=True)}
+    return Start({"discriminator": params})
 
 
-def train_step(
-    state: TrainState,
-    batch: PyTree,
-    key: jax.Array,
-    *,
-    model: DeepLabV2,
-    tx: optax.GradientTransformation,
-    config: Any,
-    axis_name: str | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of both players on `batch["source"]` ("image", "label") and `batch["target"]` ("image")."""
-    source, target = batch["source"], batch["target"]
-    discriminator = make_discriminator(model, config)
-
-    def objective(params: PyTree) -> tuple[jax.Array, tuple]:
-        ours, batch_stats = forward(model, params["model"], state.batch_stats, source["image"], axis_name)
-        loss, metrics = supervised_loss(ours, source, config, axis_name)
-        theirs, batch_stats = forward(model, params["model"], batch_stats, target["image"], axis_name)
-
-        source_maps, target_maps = entropy_maps(ours, source, config), entropy_maps(theirs, target, config)
-        weights = {"main": config.lambda_adv, "aux": config.lambda_adv_aux}
-        for level, player in params["discriminator"].items():
-            terms = adversarial_terms(discriminator, player, source_maps[level], target_maps[level], axis_name)
-            loss += weights[level] * terms["adv"] + 0.5 * terms["d_source"] + 0.5 * terms["d_target"]
-            metrics |= {f"{name}_{level}": value for name, value in terms.items()}
-        return loss, (batch_stats, {"loss": loss, **metrics})
-
-    grads, (batch_stats, metrics) = jax.grad(objective, has_aux=True)(state.params)
-    return state.apply_gradients(grads, tx, axis_name=axis_name, batch_stats=batch_stats), metrics
+def passes(config: Any, step: int) -> tuple[Callable, ...]:
+    """The source pass, then the target pass."""
+    return source_pass, target_pass
 
 
-def make_discriminator(model: DeepLabV2, config: Any) -> FCDiscriminator:
+def source_pass(
+    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
+) -> tuple[jax.Array, Carry]:
+    """The supervised loss, and the discriminators' term on source predictions."""
+    source = batch["source"]
+    outputs, carry = forward(
+        model, params["model"], carry, source["image"], keys=keys, use="source", axis_name=axis_name
+    )
+    loss, metrics = supervised_loss(outputs, source, config, axis_name)
+    for level, maps in entropy_maps(outputs, source["image"], config).items():
+        term = discriminate(model, config, params["discriminator"][level], stop_gradient(maps), SOURCE, axis_name)
+        loss += 0.5 * term
+        metrics[f"d_source_{level}"] = term
+    return loss, carry.log(**metrics)
+
+
+def target_pass(
+    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
+) -> tuple[jax.Array, Carry]:
+    """The adversarial loss of the segmenter, and the discriminators' term on target predictions."""
+    images = batch["target"]["image"]
+    outputs, carry = forward(model, params["model"], carry, images, keys=keys, use="target", axis_name=axis_name)
+    loss, weights = 0.0, {"main": config.lambda_adv, "aux": config.lambda_adv_aux}
+    for level, maps in entropy_maps(outputs, images, config).items():
+        adv, d_target = target_terms(model, config, params["discriminator"][level], maps, axis_name)
+        loss += weights[level] * adv + 0.5 * d_target
+        carry = carry.log(**{f"adv_{level}": adv, f"d_target_{level}": d_target})
+    return loss, carry
+
+
+def make_discriminator(model: Any, config: Any) -> FCDiscriminator:
     """One discriminator, of the same precision as the network."""
     return FCDiscriminator(config.discriminator_width, model.dtype)
 
 
-def entropy_maps(outputs: Outputs, batch: dict[str, jax.Array], config: Any) -> dict[str, jax.Array]:
-    """(N, H, W, C) at the image's size for "main" and, where there is one, "aux"."""
+def entropy_maps(outputs: Outputs, images: jax.Array, config: Any) -> dict[str, jax.Array]:
+    """(N, H, W, C) at the size of `images` (N, H, W, 3) for "main" and, where there is one, "aux"."""
     levels = {"main": outputs.main, "aux": outputs.aux}
     return {
-        level: entropy_map(jax.nn.softmax(upsample(logits, batch["image"], config)))
+        level: entropy_map(jax.nn.softmax(upsample(logits, images, config)))
         for level, logits in levels.items()
         if logits is not None
     }
 
 
-def adversarial_terms(
-    discriminator: FCDiscriminator,
-    player: PyTree,
-    source_maps: jax.Array,
-    target_maps: jax.Array,
-    axis_name: str | None,
-) -> dict[str, jax.Array]:
-    """The three losses of one discriminator.
+def discriminate(
+    model: Any, config: Any, params: PyTree, maps: jax.Array, domain: int, axis_name: str | None
+) -> jax.Array:
+    """BCE of what the discriminator with these parameters says of `maps` (N, H, W, C), against a domain."""
+    return domain_bce(make_discriminator(model, config).apply({"params": params}, maps), domain, axis_name=axis_name)
 
-    Args:
-      discriminator: the network of one level.
-      player: its parameters.
-      source_maps: (N, H, W, C).
-      target_maps: likewise.
-      axis_name: the device axis, or None.
 
-    Returns:
-      adv, which moves the segmenter alone; d_source and d_target, which move the discriminator alone.
-    """
-
-    def bce(player: PyTree, maps: jax.Array, domain: int) -> jax.Array:
-        return domain_bce(discriminator.apply({"params": player}, maps), domain, axis_name=axis_name)
-
-    return {
-        "adv": bce(stop_gradient(player), target_maps, SOURCE),
-        "d_source": bce(player, stop_gradient(source_maps), SOURCE),
-        "d_target": bce(player, stop_gradient(target_maps), TARGET),
-    }
+def target_terms(
+    model: Any, config: Any, params: PyTree, maps: jax.Array, axis_name: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """The term that moves the segmenter alone, and the one that moves the discriminator alone, of target `maps`."""
+    adv = discriminate(model, config, stop_gradient(params), maps, SOURCE, axis_name)
+    return adv, discriminate(model, config, params, stop_gradient(maps), TARGET, axis_name)

@@ -14,31 +14,31 @@ gets the head's parameters; here it does, unless `train_head` is False.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+from jax.lax import stop_gradient
 
+from jaxuda.artifacts.prototypes import FILE, Memories, init_projection, read_prototypes
 from jaxuda.data import labels as label_spaces
 from jaxuda.losses.contrastive import class_centres, nearest_prototype_labels, prototype_contrast, update_memory
 from jaxuda.losses.reduction import masked_mean
 from jaxuda.losses.segmentation import IGNORE
+from jaxuda.methods import Carry, Keys, Start
 from jaxuda.methods.minent import target_entropy
 from jaxuda.methods.supervised import forward, supervised_loss
-from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.models import output_shapes
 from jaxuda.models.heads import ProjectionHead
 from jaxuda.models.layers import resize_labels
-from jaxuda.optim import poly_schedule
-from jaxuda.prototypes import FILE, Memories, init_projection, read_prototypes
-from jaxuda.train_state import TrainState
+from jaxuda.optimizers.schedules import poly_schedule
 
 PyTree = Any
-__all__ = ["init", "train_step"]
 
 
-def init(key: jax.Array, *, model: DeepLabV2, batch: PyTree, config: Any, artifacts: PyTree) -> tuple[dict, Memories]:
-    """The projection head as a player of its own, since only training needs it; `extra` holds the two memories.
+def init(key: jax.Array, *, model: Any, batch: PyTree, config: Any, artifacts: PyTree, **_: Any) -> Start:
+    """The projection head as a module of its own, since only training needs it; `extra` holds the two memories.
 
     Both are what an earlier stage left in one of the folders of `artifacts` (stage name -> folder); or a new head,
     and empty memories that the first batches fill.
@@ -46,9 +46,8 @@ def init(key: jax.Array, *, model: DeepLabV2, batch: PyTree, config: Any, artifa
     Raises:
       UserError: the prototypes belong to another network, head or label space, or there is no such head.
     """
-    image = jax.ShapeDtypeStruct((1, *batch["source"]["image"].shape[1:]), jnp.float32)
-    outputs = jax.eval_shape(lambda image: model.init_with_output(key, image)[0], image)
-    channels, dtype = outputs.features.shape[-1], outputs.features.dtype
+    features = output_shapes(model, batch["source"]["image"].shape[1:3]).features
+    channels, dtype = features.shape[-1], features.dtype
     projection = init_projection(key, config.projection, channels)
     empty = jnp.zeros((model.num_classes, channels), dtype)
     memories = Memories(empty, empty)
@@ -58,68 +57,93 @@ def init(key: jax.Array, *, model: DeepLabV2, batch: PyTree, config: Any, artifa
             classes = label_spaces.label_space(space).classes if space else None
             saved = read_prototypes(folder, config.projection, model, channels, classes)
             memories, projection = jax.tree.map(lambda x: jnp.asarray(x, dtype), saved)
-    return {"projection": projection} if projection else {}, memories
+    return Start({"projection": projection} if projection else {}, memories)
 
 
-def train_step(
-    state: TrainState,
+def passes(config: Any, step: int) -> tuple[Callable, ...]:
+    """The source pass, then the target pass, which moves both memories."""
+    return source_pass, target_pass
+
+
+def source_pass(
+    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
+) -> tuple[jax.Array, Carry]:
+    """The supervised loss, and the contrast of source pixels with both memories; leaves their class centres."""
+    source, memories = batch["source"], carry.extra
+    outputs, carry = forward(
+        model, params["model"], carry, source["image"], keys=keys, use="source", axis_name=axis_name
+    )
+    loss, metrics = supervised_loss(outputs, source, config, axis_name)
+    projected = project(params, outputs.features, model, config)
+    label = resize_labels(source["label"], outputs.main.shape[1:3])
+    for term, memory in (("source", memories.source), ("source_to_target", memories.target)):
+        value = prototype_contrast(projected, label, memory, config.temperature, axis_name)
+        metrics[f"contrast_{term}"] = value
+        loss += config[f"lambda_{term}"] * value
+    centres = class_centres(stop_gradient(projected), label, model.num_classes, axis_name)
+    return loss, carry.log(**metrics).keep(source_centres=centres)
+
+
+def target_pass(
+    params: PyTree,
+    carry: Carry,
     batch: PyTree,
-    key: jax.Array,
     *,
-    model: DeepLabV2,
-    tx: optax.GradientTransformation,
+    step: jax.Array,
+    model: Any,
     config: Any,
-    axis_name: str | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update on `batch["source"]` ("image", "label") and `batch["target"]` ("image").
+    keys: Keys,
+    axis_name: str | None,
+    **_: Any,
+) -> tuple[jax.Array, Carry]:
+    """MinEnt's entropy, and the contrast of target pixels with both memories, which move at the end.
 
     A "label" of the target would only be used for the figure `pseudo_accuracy_using_target_labels`.
     """
-    source, target = batch["source"], batch["target"]
-    head, memories = ProjectionHead(config.projection, model.dtype), state.extra
+    target, memories = batch["target"], carry.extra
+    outputs, carry = forward(
+        model, params["model"], carry, target["image"], keys=keys, use="target", axis_name=axis_name
+    )
+    loss, metrics = target_entropy(outputs, target["image"], config, axis_name)
+    projected = project(params, outputs.features, model, config)
     margin = config.margin
     if config.margin_decay:
-        margin = poly_schedule(margin, config.schedule_steps, config.optim.power)(state.step)
+        margin = poly_schedule(margin, config.schedule_steps, config.optim.power)(step)
+    pseudo = nearest_prototype_labels(projected, memories.source, margin, config.normalise_for_labels)
+    for term, memory in (("target", memories.target), ("target_to_source", memories.source)):
+        value = prototype_contrast(projected, pseudo, memory, config.temperature, axis_name)
+        metrics[f"contrast_{term}"] = value
+        loss += config[f"lambda_{term}"] * value
 
-    def objective(params: PyTree) -> tuple[jax.Array, tuple]:
-        ours, batch_stats = forward(model, params["model"], state.batch_stats, source["image"], axis_name)
-        loss, metrics = supervised_loss(ours, source, config, axis_name)
-        theirs, batch_stats = forward(model, params["model"], batch_stats, target["image"], axis_name)
-        entropy, more = target_entropy(theirs, target["image"], config, axis_name)
-        loss, metrics = loss + entropy, metrics | more
-
-        projected, labels = {}, {"source": resize_labels(source["label"], ours.main.shape[1:3])}
-        for domain, outputs in (("source", ours), ("target", theirs)):
-            projected[domain] = head.apply({"params": params.get("projection", {})}, outputs.features)
-        labels["target"] = nearest_prototype_labels(
-            projected["target"], memories.source, margin, config.normalise_for_labels
-        )
-        for term, pixels, memory in (
-            ("source", "source", memories.source),
-            ("target", "target", memories.target),
-            ("target_to_source", "target", memories.source),
-            ("source_to_target", "source", memories.target),
-        ):
-            value = prototype_contrast(projected[pixels], labels[pixels], memory, config.temperature, axis_name)
-            metrics[f"contrast_{term}"] = value
-            loss += config[f"lambda_{term}"] * value
-        return loss, (batch_stats, projected, labels, {"loss": loss, **metrics})
-
-    grads, (batch_stats, projected, labels, metrics) = jax.grad(objective, has_aux=True)(state.params)
-
-    centres = {name: class_centres(projected[name], labels[name], model.num_classes, axis_name) for name in projected}
-    moved = {}
-    for name, order in (("source", ("target", "source")), ("target", ("source", "target"))):
-        moved[name] = getattr(memories, name)
-        for domain in order:
-            moved[name] = update_memory(moved[name], *centres[domain], config.momentum)
-    extra = Memories(**moved)
-
-    metrics |= _pseudo_label_figures(labels["target"], target, axis_name)
+    centres = class_centres(stop_gradient(projected), pseudo, model.num_classes, axis_name)
+    moved = move_memories(memories, carry.values["source_centres"], centres, config.momentum)
+    metrics |= _pseudo_label_figures(pseudo, target, axis_name)
     for name in Memories._fields:
-        metrics |= _memory_figures(name, getattr(memories, name), getattr(extra, name))
-    state = state.apply_gradients(grads, tx, axis_name=axis_name, batch_stats=batch_stats, extra=extra)
-    return state, metrics
+        metrics |= _memory_figures(name, getattr(memories, name), getattr(moved, name))
+    return loss, carry.log(**metrics)._replace(extra=moved)
+
+
+def project(params: PyTree, features: jax.Array, model: Any, config: Any) -> jax.Array:
+    """Features (N, h, w, A) through the projection head."""
+    head = ProjectionHead(config.projection, model.dtype)
+    return head.apply({"params": params.get("projection", {})}, features)
+
+
+def move_memories(memories: Memories, source: tuple, target: tuple, momentum: float) -> Memories:
+    """Each memory moves towards the centres of the other domain, then towards those of its own.
+
+    Args:
+      memories: before.
+      source, target: what `class_centres` gives of each domain.
+      momentum: see `update_memory`.
+    """
+    orders = {"source": (target, source), "target": (source, target)}
+    moved = {}
+    for name, order in orders.items():
+        moved[name] = getattr(memories, name)
+        for centres in order:
+            moved[name] = update_memory(moved[name], *centres, momentum)
+    return Memories(**moved)
 
 
 def _pseudo_label_figures(

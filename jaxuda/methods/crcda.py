@@ -15,29 +15,34 @@ climb what the extractor descends, exactly as if it stood between features and c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from jaxuda.artifacts.relations import (
+    Relations,
+    class_relations,
+    cut_regions,
+    label_regions,
+    read_relations,
+    region_grid,
+)
 from jaxuda.data import labels as label_spaces
 from jaxuda.losses.entropy import adaptive_entropy
 from jaxuda.losses.reduction import masked_mean
 from jaxuda.losses.segmentation import IGNORE, cross_entropy
+from jaxuda.methods import Carry, Keys, Start
 from jaxuda.methods.supervised import forward, supervised_loss, upsample
-from jaxuda.models.deeplab import DeepLabV2, Head, feature_shape
+from jaxuda.models import output_shapes
 from jaxuda.models.layers import gradient_reversal
-from jaxuda.optim import poly_schedule
-from jaxuda.relations import Relations, class_relations, cut_regions, label_regions, read_relations, region_grid
-from jaxuda.train_state import TrainState
+from jaxuda.optimizers.schedules import poly_schedule
 
 PyTree = Any
 
 
-def init(
-    key: jax.Array, *, model: DeepLabV2, batch: PyTree, config: Any, artifacts: PyTree
-) -> tuple[dict, dict[str, Relations]]:
+def init(key: jax.Array, *, model: Any, batch: PyTree, config: Any, artifacts: PyTree, **_: Any) -> Start:
     """A region classifier and the relations it tells apart for each of `config.region_sizes`; none: pixels alone.
 
     The relations are those that an earlier stage left in a folder of `artifacts` (stage name -> folder). Where no
@@ -47,7 +52,7 @@ def init(
       UserError: the images are smaller than a region, or the relations missing or of another label space.
     """
     sizes, space = tuple(config.region_sizes), config.label_space
-    *grid, channels = feature_shape(model, batch["source"]["image"].shape[1:3])
+    *grid, channels = output_shapes(model, batch["source"]["image"].shape[1:3]).features.shape[1:]
     classes = label_spaces.label_space(space).classes if space else None
     relations = {size: class_relations(model.num_classes) for size in sizes}
     for folder in artifacts.values() if sizes else ():
@@ -56,69 +61,83 @@ def init(
     heads = {}
     for size, own_key in zip(sizes, jax.random.split(key, max(len(sizes), 1)), strict=False):
         region_grid(tuple(grid), size)  # complains if none fits
-        head = region_head(model, relations[size])
+        head = model.classifier(len(relations[size].radii))
         heads[name_of(size)] = head.init(own_key, jnp.zeros((1, *grid, channels)))["params"]
     extra = {name_of(size): jax.tree.map(jnp.asarray, kind) for size, kind in relations.items()}
-    return ({"regions": heads} if heads else {}), extra
+    return Start({"regions": heads} if heads else {}, extra)
 
 
-def train_step(
-    state: TrainState,
+def passes(config: Any, step: int) -> tuple[Callable, ...]:
+    """The source pass, then the target pass."""
+    return source_pass, target_pass
+
+
+def source_pass(
+    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
+) -> tuple[jax.Array, Carry]:
+    """The supervised loss of pixels, and of the regions whose relation is known."""
+    source = batch["source"]
+    outputs, carry = forward(
+        model, params["model"], carry, source["image"], keys=keys, use="source", axis_name=axis_name
+    )
+    loss, metrics = supervised_loss(outputs, source, config, axis_name)
+    for size in config.region_sizes:
+        name, relations = name_of(size), carry.extra[name_of(size)]
+        regions = cut_regions(source["label"], outputs.main.shape[1:3], size)
+        label = label_regions(regions, relations, model.num_classes)
+        logits = region_logits(model, params["regions"][name], outputs.features, relations, size)
+        ce = cross_entropy(logits, label, axis_name=axis_name)
+        loss += config.lambda_region_ce * ce
+        known = masked_mean((label != IGNORE).astype(loss.dtype), axis_name=axis_name)
+        metrics |= {f"ce_{name}": ce, f"known_{name}": known}
+    return loss, carry.log(**metrics)
+
+
+def target_pass(
+    params: PyTree,
+    carry: Carry,
     batch: PyTree,
-    key: jax.Array,
     *,
-    model: DeepLabV2,
-    tx: optax.GradientTransformation,
+    step: jax.Array,
+    model: Any,
     config: Any,
-    axis_name: str | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of classifiers and extractor on `batch["source"]` ("image", "label") and `batch["target"]` ("image").
+    keys: Keys,
+    axis_name: str | None,
+    **_: Any,
+) -> tuple[jax.Array, Carry]:
+    """The entropy of pixels and regions, which the extractor lowers and the classifiers raise.
 
-    `state.step` of `config.schedule_steps` decides how far the margins have closed; `config.adaptive` = False: wholly.
+    `step` of `config.schedule_steps` decides how far the margins have closed; `config.adaptive` = False: wholly.
     """
-    source, target = batch["source"], batch["target"]
-    opening = poly_schedule(1.0, config.schedule_steps)(state.step) if config.adaptive else 0.0
-
-    def objective(params: PyTree) -> tuple[jax.Array, tuple]:
-        ours, batch_stats = forward(model, params["model"], state.batch_stats, source["image"], axis_name)
-        loss, metrics = supervised_loss(ours, source, config, axis_name)
-
-        opponents = reverse_classifiers(params)
-        theirs, batch_stats = forward(model, opponents["model"], batch_stats, target["image"], axis_name)
-        for level, logits, weight in (
-            ("entropy", theirs.main, config.lambda_pixels),
-            ("entropy_aux", theirs.aux, config.lambda_pixels_aux),
-        ):
-            if logits is not None:
-                probs = jax.nn.softmax(upsample(logits, target["image"], config))
-                metrics[level] = adaptive_entropy(probs, opening, axis_name=axis_name)
-                loss += weight * metrics[level]
-
-        for size in config.region_sizes:
-            name, relations = name_of(size), state.extra[name_of(size)]
-            regions = cut_regions(source["label"], ours.main.shape[1:3], size)
-            label = label_regions(regions, relations, model.num_classes)
-            logits = region_logits(model, params["regions"][name], ours.features, relations, size)
-            ce = cross_entropy(logits, label, axis_name=axis_name)
-            logits = region_logits(model, opponents["regions"][name], theirs.features, relations, size)
-            entropy = adaptive_entropy(jax.nn.softmax(logits), opening, axis_name=axis_name)
-            loss += config.lambda_region_ce * ce + config.lambda_regions * entropy
-            known = masked_mean((label != IGNORE).astype(loss.dtype), axis_name=axis_name)
-            metrics |= {f"ce_{name}": ce, f"entropy_{name}": entropy, f"known_{name}": known}
-        return loss, (batch_stats, {"loss": loss, **metrics})
-
-    grads, (batch_stats, metrics) = jax.grad(objective, has_aux=True)(state.params)
-    return state.apply_gradients(grads, tx, axis_name=axis_name, batch_stats=batch_stats), metrics
+    images = batch["target"]["image"]
+    opening = poly_schedule(1.0, config.schedule_steps)(step) if config.adaptive else 0.0
+    opponents = reverse_classifiers(model, params)
+    outputs, carry = forward(model, opponents["model"], carry, images, keys=keys, use="target", axis_name=axis_name)
+    loss, metrics = 0.0, {}
+    for level, logits, weight in (
+        ("entropy", outputs.main, config.lambda_pixels),
+        ("entropy_aux", outputs.aux, config.lambda_pixels_aux),
+    ):
+        if logits is not None:
+            probs = jax.nn.softmax(upsample(logits, images, config))
+            metrics[level] = adaptive_entropy(probs, opening, axis_name=axis_name)
+            loss += weight * metrics[level]
+    for size in config.region_sizes:
+        name, relations = name_of(size), carry.extra[name_of(size)]
+        logits = region_logits(model, opponents["regions"][name], outputs.features, relations, size)
+        metrics[f"entropy_{name}"] = adaptive_entropy(jax.nn.softmax(logits), opening, axis_name=axis_name)
+        loss += config.lambda_regions * metrics[f"entropy_{name}"]
+    return loss, carry.log(**metrics)
 
 
-def reverse_classifiers(params: PyTree) -> PyTree:
+def reverse_classifiers(model: Any, params: PyTree) -> PyTree:
     """The same parameters, with the gradients of all pixel and region classifiers turned round."""
 
     def turn(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda weight: gradient_reversal(weight, 1.0), tree)
 
-    model = {part: turn(tree) if part in ("head", "aux_head") else tree for part, tree in params["model"].items()}
-    return {player: model if player == "model" else turn(tree) for player, tree in params.items()}
+    network = {part: turn(tree) if part in model.CLASSIFIERS else tree for part, tree in params["model"].items()}
+    return {module: network if module == "model" else turn(tree) for module, tree in params.items()}
 
 
 def name_of(size: int) -> str:
@@ -126,14 +145,9 @@ def name_of(size: int) -> str:
     return f"regions{size}"
 
 
-def region_head(model: DeepLabV2, relations: Relations) -> Head:
-    """A region classifier, of the same form and precision as the network's own head."""
-    return Head(len(relations.radii), model.head_bias, model.dtype)
-
-
-def region_logits(model: DeepLabV2, params: PyTree, features: jax.Array, relations: Relations, size: int) -> jax.Array:
+def region_logits(model: Any, params: PyTree, features: jax.Array, relations: Relations, size: int) -> jax.Array:
     """Scores of the relations in each region: features (N, h, w, A) -> (N, R, Q, M), the mean over a region's cells."""
-    logits = region_head(model, relations).apply({"params": params}, features).astype(features.dtype)
+    logits = model.classifier(len(relations.radii)).apply({"params": params}, features).astype(features.dtype)
     rows, columns = region_grid(logits.shape[1:3], size)
     logits = logits[:, : rows * size, : columns * size].reshape(len(logits), rows, size, columns, size, -1)
     return jnp.mean(logits, axis=(2, 4))

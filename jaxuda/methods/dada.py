@@ -12,22 +12,24 @@ The discriminator's terms are not halved, unlike AdvEnt's. There is one level.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
+from jax.lax import stop_gradient
 
 from jaxuda.errors import UserError
+from jaxuda.losses.adversarial import SOURCE
 from jaxuda.losses.depth import berhu
-from jaxuda.methods import advent
+from jaxuda.methods import Carry, Keys, Start, advent
 from jaxuda.methods.supervised import forward, supervised_loss, upsample
-from jaxuda.models.deeplab import DeepLabV2, Outputs
-from jaxuda.train_state import TrainState
+from jaxuda.models import output_shapes
+from jaxuda.models.deeplab import Outputs
 
 PyTree = Any
 
 
-def init(key: jax.Array, *, model: DeepLabV2, batch: PyTree, config: Any, artifacts: PyTree) -> tuple[dict, tuple]:
+def init(key: jax.Array, *, model: Any, batch: PyTree, config: Any, **given: Any) -> Start:
     """The discriminator, params["discriminator"]["main"].
 
     Raises:
@@ -38,46 +40,47 @@ def init(key: jax.Array, *, model: DeepLabV2, batch: PyTree, config: Any, artifa
             "DADA learns from the depth of the source, and this source has none: take one that has it "
             "(streets/game, synthia), or adapt with configs/advent.py, which needs no depth"
         )
-    if not model.depth or model.aux:
+    outputs = output_shapes(model, batch["source"]["image"].shape[1:3])
+    if outputs.depth is None or outputs.aux is not None:
         raise UserError("DADA needs a network of one level with a depth branch: set model.depth=True, model.aux=False")
-    return advent.init(key, model=model, batch=batch, config=config, artifacts=artifacts)
+    return advent.init(key, model=model, batch=batch, config=config, **given)
 
 
-def train_step(
-    state: TrainState,
-    batch: PyTree,
-    key: jax.Array,
-    *,
-    model: DeepLabV2,
-    tx: optax.GradientTransformation,
-    config: Any,
-    axis_name: str | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of both players.
+def passes(config: Any, step: int) -> tuple[Callable, ...]:
+    """The source pass, then the target pass."""
+    return source_pass, target_pass
 
-    `batch["source"]` has "image", "label" and "depth" (N, H, W) float inverse depth, `batch["target"]` "image".
-    """
-    source, target = batch["source"], batch["target"]
-    discriminator = advent.make_discriminator(model, config)
 
-    def weighted_maps(outputs: Outputs, domain: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        depth = upsample(outputs.depth, domain["image"], config)
-        return depth, advent.entropy_maps(outputs, domain, config)["main"] * depth
+def source_pass(
+    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
+) -> tuple[jax.Array, Carry]:
+    """The supervised loss, that of the depth, "depth" (N, H, W) inverse, and the discriminator's source term."""
+    source = batch["source"]
+    outputs, carry = forward(
+        model, params["model"], carry, source["image"], keys=keys, use="source", axis_name=axis_name
+    )
+    loss, metrics = supervised_loss(outputs, source, config, axis_name)
+    depth, maps = weighted_maps(outputs, source["image"], config)
+    metrics["depth"] = berhu(depth, source["depth"], axis_name=axis_name)
+    d_source = advent.discriminate(
+        model, config, params["discriminator"]["main"], stop_gradient(maps), SOURCE, axis_name
+    )
+    loss += config.lambda_depth * metrics["depth"] + d_source
+    return loss, carry.log(**metrics, d_source_main=d_source)
 
-    def objective(params: PyTree) -> tuple[jax.Array, tuple]:
-        ours, batch_stats = forward(model, params["model"], state.batch_stats, source["image"], axis_name)
-        loss, metrics = supervised_loss(ours, source, config, axis_name)
-        theirs, batch_stats = forward(model, params["model"], batch_stats, target["image"], axis_name)
 
-        depth, source_maps = weighted_maps(ours, source)
-        _, target_maps = weighted_maps(theirs, target)
-        metrics["depth"] = berhu(depth, source["depth"], axis_name=axis_name)
-        player = params["discriminator"]["main"]
-        terms = advent.adversarial_terms(discriminator, player, source_maps, target_maps, axis_name)
-        loss += config.lambda_depth * metrics["depth"] + config.lambda_adv * terms["adv"]
-        loss += terms["d_source"] + terms["d_target"]
-        metrics |= {f"{name}_main": value for name, value in terms.items()}
-        return loss, (batch_stats, {"loss": loss, **metrics})
+def target_pass(
+    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
+) -> tuple[jax.Array, Carry]:
+    """The adversarial loss of the segmenter, and the discriminator's target term."""
+    images = batch["target"]["image"]
+    outputs, carry = forward(model, params["model"], carry, images, keys=keys, use="target", axis_name=axis_name)
+    _, maps = weighted_maps(outputs, images, config)
+    adv, d_target = advent.target_terms(model, config, params["discriminator"]["main"], maps, axis_name)
+    return config.lambda_adv * adv + d_target, carry.log(adv_main=adv, d_target_main=d_target)
 
-    grads, (batch_stats, metrics) = jax.grad(objective, has_aux=True)(state.params)
-    return state.apply_gradients(grads, tx, axis_name=axis_name, batch_stats=batch_stats), metrics
+
+def weighted_maps(outputs: Outputs, images: jax.Array, config: Any) -> tuple[jax.Array, jax.Array]:
+    """Predicted depth (N, H, W, 1) and J (N, H, W, C), at the size of `images`."""
+    depth = upsample(outputs.depth, images, config)
+    return depth, advent.entropy_maps(outputs, images, config)["main"] * depth

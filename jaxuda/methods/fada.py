@@ -8,63 +8,70 @@ cross-entropy against the soft labels of one domain, 0 in the other:
   segmenter      CE(logits_s / T, labels) + lambda_adv * CE(D(f_t), [q_t, 0])
   discriminator  1/2 CE(D(sg f_s), [q_s, 0]) + 1/2 CE(D(sg f_t), [0, q_t])
 
-Both players stand in one scalar, as in AdvEnt.
+Each pass is one scalar for both, as in AdvEnt.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.lax import stop_gradient
 
 from jaxuda.losses.adversarial import SOURCE, TARGET, class_domain_ce
+from jaxuda.methods import Carry, Keys, Start
 from jaxuda.methods.supervised import forward, supervised_loss, upsample
-from jaxuda.models.deeplab import DeepLabV2, Outputs
+from jaxuda.models import output_shapes
+from jaxuda.models.deeplab import Outputs
 from jaxuda.models.discriminator import ClassDiscriminator
-from jaxuda.train_state import TrainState
 
 PyTree = Any
 LARGEST = 0.9  # of a soft label
 
 
-def init(key: jax.Array, *, model: DeepLabV2, batch: PyTree, config: Any, artifacts: PyTree) -> tuple[dict, tuple]:
+def init(key: jax.Array, *, model: Any, batch: PyTree, config: Any, **_: Any) -> Start:
     """The discriminator, params["discriminator"]["main"]."""
-    features = jax.eval_shape(model.init_with_output, key, batch["source"]["image"][:1])[0].features
+    features = output_shapes(model, batch["source"]["image"].shape[1:3]).features
     maps = jnp.zeros((1, 8, 8, features.shape[-1]))
-    return {"discriminator": {"main": make_discriminator(model, config).init(key, maps)["params"]}}, ()
+    return Start({"discriminator": {"main": make_discriminator(model, config).init(key, maps)["params"]}})
 
 
-def train_step(
-    state: TrainState,
-    batch: PyTree,
-    key: jax.Array,
-    *,
-    model: DeepLabV2,
-    tx: optax.GradientTransformation,
-    config: Any,
-    axis_name: str | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of both players on `batch["source"]` ("image", "label") and `batch["target"]` ("image")."""
-    source, target = batch["source"], batch["target"]
-
-    def objective(params: PyTree) -> tuple[jax.Array, tuple]:
-        ours, batch_stats = forward(model, params["model"], state.batch_stats, source["image"], axis_name)
-        theirs, batch_stats = forward(model, params["model"], batch_stats, target["image"], axis_name)
-        ours, theirs = (soften(outputs, config.temperature) for outputs in (ours, theirs))
-        loss, metrics = supervised_loss(ours, source, config, axis_name)
-        player = params["discriminator"]["main"]
-        terms = adversarial_terms(player, (ours, source), (theirs, target), model, config, axis_name)
-        loss += config.lambda_adv * terms["adv"] + 0.5 * terms["d_source"] + 0.5 * terms["d_target"]
-        return loss, (batch_stats, {"loss": loss, **metrics, **terms})
-
-    grads, (batch_stats, metrics) = jax.grad(objective, has_aux=True)(state.params)
-    return state.apply_gradients(grads, tx, axis_name=axis_name, batch_stats=batch_stats), metrics
+def passes(config: Any, step: int) -> tuple[Callable, ...]:
+    """The source pass, then the target pass."""
+    return source_pass, target_pass
 
 
-def make_discriminator(model: DeepLabV2, config: Any) -> ClassDiscriminator:
+def source_pass(
+    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
+) -> tuple[jax.Array, Carry]:
+    """The supervised loss on softened logits, and the discriminator's source term."""
+    source, player = batch["source"], params["discriminator"]["main"]
+    outputs, carry = forward(
+        model, params["model"], carry, source["image"], keys=keys, use="source", axis_name=axis_name
+    )
+    outputs = soften(outputs, config.temperature)
+    loss, metrics = supervised_loss(outputs, source, config, axis_name)
+    stopped = stop_gradient(outputs.features)
+    d_source = discriminate(player, stopped, outputs, source["image"], SOURCE, model, config, axis_name)
+    return loss + 0.5 * d_source, carry.log(**metrics, d_source=d_source)
+
+
+def target_pass(
+    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
+) -> tuple[jax.Array, Carry]:
+    """The adversarial loss of the segmenter, and the discriminator's target term."""
+    images, player = batch["target"]["image"], params["discriminator"]["main"]
+    outputs, carry = forward(model, params["model"], carry, images, keys=keys, use="target", axis_name=axis_name)
+    outputs = soften(outputs, config.temperature)
+    features = outputs.features
+    adv = discriminate(stop_gradient(player), features, outputs, images, SOURCE, model, config, axis_name)
+    d_target = discriminate(player, stop_gradient(features), outputs, images, TARGET, model, config, axis_name)
+    return config.lambda_adv * adv + 0.5 * d_target, carry.log(adv=adv, d_target=d_target)
+
+
+def make_discriminator(model: Any, config: Any) -> ClassDiscriminator:
     """One discriminator, of the same precision as the network."""
     return ClassDiscriminator(model.num_classes, config.discriminator_width, model.dtype)
 
@@ -74,37 +81,26 @@ def soften(outputs: Outputs, temperature: float) -> Outputs:
     return outputs._replace(main=outputs.main / temperature)
 
 
-def adversarial_terms(
-    player: PyTree,
-    ours: tuple[Outputs, dict[str, jax.Array]],
-    theirs: tuple[Outputs, dict[str, jax.Array]],
-    model: DeepLabV2,
+def discriminate(
+    params: PyTree,
+    features: jax.Array,
+    outputs: Outputs,
+    images: jax.Array,
+    domain: int,
+    model: Any,
     config: Any,
     axis_name: str | None,
-) -> dict[str, jax.Array]:
-    """The three losses of the discriminator.
+) -> jax.Array:
+    """CE of what the discriminator says of `features`, against the soft labels of a domain.
 
     Args:
-      player: its parameters.
-      ours: softened outputs of the source images, and the source's part of the batch.
-      theirs: likewise of the target.
-      model: the network.
-      config: the stage's.
-      axis_name: the device axis, or None.
-
-    Returns:
-      adv, which moves the segmenter alone; d_source and d_target, which move the discriminator alone.
+      params: of the discriminator.
+      features: (N, h, w, A), of `outputs`, stopped or not.
+      outputs: softened, of `images`; their probabilities are the labels.
+      images: (N, H, W, 3), whose size counts.
+      domain: `SOURCE` or `TARGET`.
+      model, config, axis_name: as a pass has them.
     """
-    discriminator = make_discriminator(model, config)
-
-    def term(player: PyTree, features: jax.Array, side: tuple[Outputs, dict], domain: int) -> jax.Array:
-        outputs, images = side[0], side[1]["image"]
-        labels = jnp.minimum(jax.nn.softmax(upsample(outputs.main, images, config)), LARGEST)
-        logits = upsample(discriminator.apply({"params": player}, features), images, config)
-        return class_domain_ce(logits, stop_gradient(labels), domain, axis_name=axis_name)
-
-    return {
-        "adv": term(stop_gradient(player), theirs[0].features, theirs, SOURCE),
-        "d_source": term(player, stop_gradient(ours[0].features), ours, SOURCE),
-        "d_target": term(player, stop_gradient(theirs[0].features), theirs, TARGET),
-    }
+    labels = jnp.minimum(jax.nn.softmax(upsample(outputs.main, images, config)), LARGEST)
+    logits = upsample(make_discriminator(model, config).apply({"params": params}, features), images, config)
+    return class_domain_ce(logits, stop_gradient(labels), domain, axis_name=axis_name)

@@ -6,45 +6,32 @@ section 3.1:  L = L_seg(source) + lambda_entropy * L_ent(main, target) + lambda_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 
 from jaxuda.losses.entropy import entropy_loss
-from jaxuda.methods.supervised import forward, init, supervised_loss, upsample
-from jaxuda.models.deeplab import DeepLabV2, Outputs
-from jaxuda.train_state import TrainState
+from jaxuda.methods import Carry, Keys
+from jaxuda.methods.supervised import forward, source_pass, upsample
+from jaxuda.models.deeplab import Outputs
 
 PyTree = Any
-__all__ = ["init", "target_entropy", "train_step"]
 
 
-def train_step(
-    state: TrainState,
-    batch: PyTree,
-    key: jax.Array,
-    *,
-    model: DeepLabV2,
-    tx: optax.GradientTransformation,
-    config: Any,
-    axis_name: str | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update on `batch["source"]` ("image", "label") and `batch["target"]` ("image")."""
-    source, target = batch["source"], batch["target"]
+def passes(config: Any, step: int) -> tuple[Callable, ...]:
+    """The source pass moves the running statistics first, then the target pass, as in the published loop."""
+    return source_pass, target_pass
 
-    def objective(params: PyTree) -> tuple[jax.Array, tuple]:
-        # The source pass moves the running statistics first, then the target pass, as in the published loop.
-        outputs, batch_stats = forward(model, params["model"], state.batch_stats, source["image"], axis_name)
-        loss, metrics = supervised_loss(outputs, source, config, axis_name)
 
-        outputs, batch_stats = forward(model, params["model"], batch_stats, target["image"], axis_name)
-        entropy, more = target_entropy(outputs, target["image"], config, axis_name)
-        loss, metrics = loss + entropy, metrics | more
-        return loss, (batch_stats, {"loss": loss, **metrics})
-
-    grads, (batch_stats, metrics) = jax.grad(objective, has_aux=True)(state.params)
-    return state.apply_gradients(grads, tx, axis_name=axis_name, batch_stats=batch_stats), metrics
+def target_pass(
+    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
+) -> tuple[jax.Array, Carry]:
+    """The entropy of the predictions on the target."""
+    images = batch["target"]["image"]
+    outputs, carry = forward(model, params["model"], carry, images, keys=keys, use="target", axis_name=axis_name)
+    loss, metrics = target_entropy(outputs, images, config, axis_name)
+    return loss, carry.log(**metrics)
 
 
 def target_entropy(

@@ -9,20 +9,19 @@ with features alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from jaxuda.data.labels import label_space
 from jaxuda.errors import UserError
 from jaxuda.losses.association import aggregate, cycle_association, smoothness
+from jaxuda.methods import Carry, Keys, Start
 from jaxuda.methods.supervised import forward, supervised_loss
-from jaxuda.models.deeplab import DeepLabV2, Head
 from jaxuda.models.layers import resize_labels
-from jaxuda.train_state import TrainState
 
 PyTree = Any
 
@@ -34,65 +33,53 @@ class SourceNorm(NamedTuple):
     batch_stats: PyTree
 
 
-def init(key: jax.Array, *, model: DeepLabV2, batch: PyTree, config: Any, artifacts: PyTree) -> tuple[dict, PyTree]:
+def init(key: jax.Array, *, variables: PyTree, config: Any, **_: Any) -> Start:
     """No parameters of its own; `extra` is `SourceNorm` with `separate_norm`, else nothing.
 
     Raises:
       UserError: frozen normalisation is to be kept per domain.
     """
     if not config.separate_norm:
-        return {}, ()
-    if model.norm == "frozen":
+        return Start()
+    if config.model.get("norm") == "frozen":
         raise UserError("separate_norm keeps statistics that training moves: it needs model.norm=batch, not frozen")
-    image = jnp.zeros((1, *batch["source"]["image"].shape[1:]))
-    shapes = jax.eval_shape(model.init, key, image)["batch_stats"]
     fresh = lambda path, leaf: jnp.full(leaf.shape, float(path[-1].key == "var"), leaf.dtype)  # noqa: E731
-    return {}, SourceNorm(jax.tree_util.tree_map_with_path(fresh, shapes))
+    return Start(extra=SourceNorm(jax.tree_util.tree_map_with_path(fresh, variables["batch_stats"])))
 
 
-def train_step(
-    state: TrainState,
-    batch: PyTree,
-    key: jax.Array,
-    *,
-    model: DeepLabV2,
-    tx: optax.GradientTransformation,
-    config: Any,
-    axis_name: str | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update on `batch["source"]` ("image", "label") and `batch["target"]` ("image")."""
-    source, target = batch["source"], batch["target"]
+def passes(config: Any, step: int) -> tuple[Callable, ...]:
+    """One pass, since the association joins both domains in one term."""
+    return (joint_pass,)
 
-    def objective(params: PyTree) -> tuple[jax.Array, tuple]:
-        extra = state.extra
-        # The target goes first, as in the published loop.
-        theirs, batch_stats = forward(model, params["model"], state.batch_stats, target["image"], axis_name)
-        if config.separate_norm:
-            ours, moved = forward(model, params["model"], extra.batch_stats, source["image"], axis_name)
-            extra = SourceNorm(moved)
-        else:
-            ours, batch_stats = forward(model, params["model"], batch_stats, source["image"], axis_name)
 
-        loss, metrics = supervised_loss(ours, source, config, axis_name)
-        label = resize_labels(source["label"], ours.main.shape[1:3])
-        if config.lambda_features:
-            term = cycle_association(
-                ours.features, theirs.features, label, "cosine", config.aggregation, axis_name=axis_name
-            )
-            loss, metrics["features"] = loss + config.lambda_features * term, term
-        if config.lambda_probs:
-            probs = jax.nn.softmax(ours.main), jax.nn.softmax(theirs.main)
-            term = cycle_association(*probs, label, "kl", config.aggregation, axis_name=axis_name)
-            loss, metrics["probs"] = loss + config.lambda_probs * term, term
-        if config.lambda_smooth:
-            term = smoothness(ours.main, axis_name=axis_name) + smoothness(theirs.main, axis_name=axis_name)
-            loss, metrics["smooth"] = loss + config.lambda_smooth * term, term
-        metrics |= out_of_class(label, theirs.main, config, axis_name)
-        return loss, ((batch_stats, extra), {"loss": loss, **metrics})
+def joint_pass(
+    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
+) -> tuple[jax.Array, Carry]:
+    """All terms; the target goes first, as in the published loop."""
+    source, run = batch["source"], {"keys": keys, "axis_name": axis_name}
+    theirs, carry = forward(model, params["model"], carry, batch["target"]["image"], use="target", **run)
+    if config.separate_norm:
+        own = carry._replace(batch_stats=carry.extra.batch_stats)
+        ours, moved = forward(model, params["model"], own, source["image"], use="source", **run)
+        carry = carry._replace(extra=SourceNorm(moved.batch_stats))
+    else:
+        ours, carry = forward(model, params["model"], carry, source["image"], use="source", **run)
 
-    grads, (norms, metrics) = jax.grad(objective, has_aux=True)(state.params)
-    batch_stats, extra = norms
-    return state.apply_gradients(grads, tx, axis_name=axis_name, batch_stats=batch_stats, extra=extra), metrics
+    loss, metrics = supervised_loss(ours, source, config, axis_name)
+    label = resize_labels(source["label"], ours.main.shape[1:3])
+    if config.lambda_features:
+        term = cycle_association(
+            ours.features, theirs.features, label, "cosine", config.aggregation, axis_name=axis_name
+        )
+        loss, metrics["features"] = loss + config.lambda_features * term, term
+    if config.lambda_probs:
+        probs = jax.nn.softmax(ours.main), jax.nn.softmax(theirs.main)
+        term = cycle_association(*probs, label, "kl", config.aggregation, axis_name=axis_name)
+        loss, metrics["probs"] = loss + config.lambda_probs * term, term
+    if config.lambda_smooth:
+        term = smoothness(ours.main, axis_name=axis_name) + smoothness(theirs.main, axis_name=axis_name)
+        loss, metrics["smooth"] = loss + config.lambda_smooth * term, term
+    return loss, carry.log(**metrics, **out_of_class(label, theirs.main, config, axis_name))
 
 
 def out_of_class(label: jax.Array, logits: jax.Array, config: Any, axis_name: str | None) -> dict[str, jax.Array]:
@@ -118,7 +105,7 @@ def out_of_class(label: jax.Array, logits: jax.Array, config: Any, axis_name: st
     return {"out_of_class": jnp.sum(shares[0]) / jnp.sum(shares[1]), **by_class}
 
 
-def predict(variables: PyTree, images: jax.Array, *, model: DeepLabV2, config: Any) -> jax.Array:
+def predict(variables: PyTree, images: jax.Array, *, model: Any, config: Any) -> jax.Array:
     """Class probabilities (N, h, w, C) of normalised images (N, H, W, 3), at network resolution.
 
     With `config.test_aggregation` above 0 features are aggregated before the head, probabilities after it, as the
@@ -127,7 +114,7 @@ def predict(variables: PyTree, images: jax.Array, *, model: DeepLabV2, config: A
     outputs, share = model.apply(variables, images, train=False), config.test_aggregation
     if not share:
         return jax.nn.softmax(outputs.main)
-    head = Head(model.num_classes, model.head_bias, model.dtype)
+    head = model.classifier(model.num_classes)
     features = aggregate(outputs.features, "cosine", share)
     logits = head.apply({"params": variables["params"]["head"]}, features).astype(outputs.main.dtype)
     return aggregate(jax.nn.softmax(logits), "kl", share)

@@ -8,29 +8,27 @@ with q_t = argmax p_t where max p_t >= confidence, else ignored, all at the reso
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from jaxuda.artifacts.statistics import FILE, LevelStatistics, read_statistics
 from jaxuda.data import labels as label_spaces
 from jaxuda.losses.contrastive import distribution_contrast, empty_statistics, update_statistics
 from jaxuda.losses.reduction import masked_mean
 from jaxuda.losses.segmentation import IGNORE
+from jaxuda.methods import Carry, Keys, Start
 from jaxuda.methods.supervised import forward, supervised_loss
-from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.models import output_shapes
+from jaxuda.models.deeplab import Outputs
 from jaxuda.models.layers import resize_labels
-from jaxuda.statistics import FILE, LevelStatistics, read_statistics
-from jaxuda.train_state import TrainState
 
 PyTree = Any
-__all__ = ["init", "train_step"]
 
 
-def init(
-    key: jax.Array, *, model: DeepLabV2, batch: PyTree, config: Any, artifacts: PyTree
-) -> tuple[dict, LevelStatistics]:
+def init(key: jax.Array, *, model: Any, batch: PyTree, config: Any, artifacts: PyTree, **_: Any) -> Start:
     """No parameters of its own; `extra` holds the class statistics of the source.
 
     They are those that an earlier stage left in one of the folders of `artifacts` (stage name -> folder), or
@@ -39,59 +37,69 @@ def init(
     Raises:
       UserError: the statistics belong to another network or label space.
     """
-    image = jax.ShapeDtypeStruct((1, *batch["source"]["image"].shape[1:]), jnp.float32)
-    outputs = jax.eval_shape(lambda image: model.init_with_output(key, image)[0], image)
-    channels, dtype = outputs.features.shape[-1], outputs.features.dtype
+    features = output_shapes(model, batch["source"]["image"].shape[1:3]).features
+    channels, dtype = features.shape[-1], features.dtype
     for folder in artifacts.values():
         if (folder / FILE).exists():
             space = config.label_space
             classes = label_spaces.label_space(space).classes if space else None
             saved = read_statistics(folder, model, channels, classes)
-            return {}, jax.tree.map(lambda x: jnp.asarray(x, dtype), saved)
+            return Start(extra=jax.tree.map(lambda x: jnp.asarray(x, dtype), saved))
     empty = (empty_statistics(model.num_classes, width, dtype) for width in (channels, model.num_classes))
-    return {}, LevelStatistics(*empty)
+    return Start(extra=LevelStatistics(*empty))
 
 
-def train_step(
-    state: TrainState,
-    batch: PyTree,
-    key: jax.Array,
-    *,
-    model: DeepLabV2,
-    tx: optax.GradientTransformation,
-    config: Any,
-    axis_name: str | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update on `batch["source"]` ("image", "label") and `batch["target"]` ("image")."""
-    source, target = batch["source"], batch["target"]
+def passes(config: Any, step: int) -> tuple[Callable, ...]:
+    """The source pass, then the target pass."""
+    return source_pass, target_pass
 
-    def objective(params: PyTree) -> tuple[jax.Array, tuple]:
-        ours, batch_stats = forward(model, params["model"], state.batch_stats, source["image"], axis_name)
-        loss, metrics = supervised_loss(ours, source, config, axis_name)
-        theirs, batch_stats = forward(model, params["model"], batch_stats, target["image"], axis_name)
 
-        label = resize_labels(source["label"], ours.main.shape[1:3])
-        pseudo = confident_labels(theirs.main, config.confidence)
-        metrics["confident"] = masked_mean((pseudo != IGNORE).astype(loss.dtype), axis_name=axis_name)
+def source_pass(
+    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
+) -> tuple[jax.Array, Carry]:
+    """The supervised loss, and the contrast of source pixels with statistics that count them already."""
+    source = batch["source"]
+    outputs, carry = forward(
+        model, params["model"], carry, source["image"], keys=keys, use="source", axis_name=axis_name
+    )
+    loss, metrics = supervised_loss(outputs, source, config, axis_name)
+    label = resize_labels(source["label"], outputs.main.shape[1:3])
+    moved = {
+        level: update_statistics(getattr(carry.extra, level), maps, label, axis_name)
+        for level, maps in levels(outputs).items()
+    }
+    carry = carry._replace(extra=LevelStatistics(**moved))
+    contrast, terms = contrasts(outputs, label, carry.extra, "source", config, axis_name)
+    return loss + contrast, carry.log(**metrics, **terms)
 
-        # This batch's source pixels count already when it is compared with the statistics.
-        levels = {"features": (ours.features, theirs.features), "logits": (ours.main, theirs.main)}
-        extra = LevelStatistics(
-            **{
-                level: update_statistics(getattr(state.extra, level), maps[0], label, axis_name)
-                for level, maps in levels.items()
-            }
-        )
-        for level, maps in levels.items():
-            for domain, values, classes in zip(("source", "target"), maps, (label, pseudo), strict=True):
-                term = distribution_contrast(values, classes, getattr(extra, level), config.tau, axis_name)
-                metrics[f"{level}_{domain}"] = term
-                loss += config[f"lambda_{level}"] * term
-        return loss, (batch_stats, extra, {"loss": loss, **metrics})
 
-    grads, (batch_stats, extra, metrics) = jax.grad(objective, has_aux=True)(state.params)
-    state = state.apply_gradients(grads, tx, axis_name=axis_name, batch_stats=batch_stats, extra=extra)
-    return state, metrics
+def target_pass(
+    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
+) -> tuple[jax.Array, Carry]:
+    """The contrast of target pixels that have a confident prediction."""
+    images = batch["target"]["image"]
+    outputs, carry = forward(model, params["model"], carry, images, keys=keys, use="target", axis_name=axis_name)
+    pseudo = confident_labels(outputs.main, config.confidence)
+    confident = masked_mean((pseudo != IGNORE).astype(outputs.main.dtype), axis_name=axis_name)
+    contrast, terms = contrasts(outputs, pseudo, carry.extra, "target", config, axis_name)
+    return contrast, carry.log(confident=confident, **terms)
+
+
+def levels(outputs: Outputs) -> dict[str, jax.Array]:
+    """The maps that are contrasted, (N, h, w, A) and (N, h, w, C)."""
+    return {"features": outputs.features, "logits": outputs.main}
+
+
+def contrasts(
+    outputs: Outputs, labels: jax.Array, statistics: LevelStatistics, domain: str, config: Any, axis_name: str | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The weighted sum of PCL at both levels, labels (N, h, w) int32, and its terms."""
+    loss, terms = 0.0, {}
+    for level, maps in levels(outputs).items():
+        term = distribution_contrast(maps, labels, getattr(statistics, level), config.tau, axis_name)
+        terms[f"{level}_{domain}"] = term
+        loss += config[f"lambda_{level}"] * term
+    return loss, terms
 
 
 def confident_labels(logits: jax.Array, confidence: float) -> jax.Array:

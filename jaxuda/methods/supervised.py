@@ -8,35 +8,52 @@ from typing import Any
 import jax
 
 from jaxuda.losses.segmentation import cross_entropy, lovasz_softmax
-from jaxuda.models.deeplab import DeepLabV2, Outputs
+from jaxuda.methods import Carry, Keys
+from jaxuda.models.deeplab import Outputs
 from jaxuda.models.layers import resize_bilinear, resize_labels
 
 PyTree = Any
 
 
-def init(key: jax.Array, *, model: DeepLabV2, batch: PyTree, config: Any, artifacts: PyTree) -> tuple[dict, tuple]:
-    """For methods that add neither parameters nor state to the model's."""
-    return {}, ()
-
-
 def forward(
-    model: DeepLabV2, params: PyTree, batch_stats: PyTree, images: jax.Array, axis_name: str | None
-) -> tuple[Outputs, PyTree]:
-    """A training forward pass.
+    model: Any, params: PyTree, carry: Carry, images: jax.Array, *, keys: Keys, use: str, axis_name: str | None
+) -> tuple[Outputs, Carry]:
+    """A training forward pass of the network.
 
     Args:
       model: the network.
       params: its parameters.
-      batch_stats: its running statistics.
+      carry: its running statistics are read and moved.
       images: (N, H, W, 3) normalised float images.
+      keys: of the step.
+      use: what the forward pass is for; dropout draws independently for each use.
       axis_name: the device axis over which batch statistics are taken, or None.
 
     Returns:
-      The outputs at network resolution and the moved running statistics.
+      The outputs at network resolution, and the carry with the moved running statistics.
     """
-    variables = {"params": params, "batch_stats": batch_stats}
-    outputs, updated = model.clone(axis_name=axis_name).apply(variables, images, train=True, mutable=["batch_stats"])
-    return outputs, updated.get("batch_stats", batch_stats)
+    keys = keys.use(use)
+    outputs, updated = model.clone(axis_name=axis_name).apply(
+        {"params": params, "batch_stats": carry.batch_stats},
+        images,
+        train=True,
+        index=keys.index,
+        rngs={"dropout": keys.batch},
+        mutable=["batch_stats"],
+    )
+    return outputs, carry._replace(batch_stats=updated.get("batch_stats", carry.batch_stats))
+
+
+def source_pass(
+    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
+) -> tuple[jax.Array, Carry]:
+    """The supervised loss on the source, the first pass of many methods."""
+    source = batch["source"]
+    outputs, carry = forward(
+        model, params["model"], carry, source["image"], keys=keys, use="source", axis_name=axis_name
+    )
+    loss, metrics = supervised_loss(outputs, source, config, axis_name)
+    return loss, carry.log(**metrics)
 
 
 def upsample(logits: jax.Array, images: jax.Array, config: Any) -> jax.Array:

@@ -1,7 +1,8 @@
 """DeepLab-v2 (Chen et al., TPAMI 2018) as the adaptation literature uses it: one class for every method."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -111,9 +112,15 @@ class DeepLabV2(nn.Module):
     remat: bool = False
     axis_name: str | None = None
 
+    # The parts of the parameters that end in classes: "head" of `Outputs.main`, "aux_head" of `Outputs.aux`.
+    CLASSIFIERS = ("head", "aux_head")
+
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
-        """Maps normalised images (N, H, W, 3) to `Outputs`; training with norm="batch" moves batch_stats."""
+    def __call__(self, images: jax.Array, train: bool = False, index: jax.Array | None = None) -> Outputs:
+        """Maps normalised images (N, H, W, 3) to `Outputs`; training with norm="batch" moves batch_stats.
+
+        `index`, the examples' places in the global batch, is for networks that draw at random.
+        """
         self._check_fields()
         conv = functools.partial(Conv, dtype=self.dtype)
         blocks = tuple(self.blocks) if self.blocks else None
@@ -137,6 +144,21 @@ class DeepLabV2(nn.Module):
         wide = jnp.promote_types(self.dtype, jnp.float32)
         return jax.tree.map(lambda x: x.astype(wide), Outputs(main, aux, features, depth))
 
+    def classifier(self, num_classes: int) -> Head:
+        """A head like the network's own, which maps `Outputs.features` to logits of `num_classes` classes."""
+        return Head(num_classes, self.head_bias, self.dtype)
+
+    def parameter_group(self, path: tuple[str, ...]) -> str:
+        """The optimizer group of a parameter, from its path in the network's parameters; see `jaxuda.optimizers`."""
+        if path[0] != "backbone":
+            return "head"
+        layer = path[-2]
+        if layer.startswith("bn") or layer.endswith("_bn"):
+            return "norm"
+        if layer.startswith("downsample"):
+            return "shortcut"
+        return "block" if path[1].startswith("layer") else "stem"
+
     def _check_fields(self) -> None:
         for field, value, known in (
             ("backbone", self.backbone, BACKBONES),
@@ -153,8 +175,7 @@ class DeepLabV2(nn.Module):
             )
 
 
-def feature_shape(model: DeepLabV2, size: tuple[int, int]) -> tuple[int, int, int]:
-    """(h, w, A) of the features of an image of `size` (height, width), found without computing them."""
-    image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-    outputs, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
-    return outputs.features.shape[1:]
+def make(fields: Mapping[str, Any], num_classes: int) -> DeepLabV2:
+    """The network of `config.model`, whose fields are those of `DeepLabV2`."""
+    blocks = fields.get("blocks")
+    return DeepLabV2(num_classes=num_classes, **{**fields, "blocks": None if blocks is None else tuple(blocks)})

@@ -14,9 +14,26 @@ from jaxuda.report.comparison import check_comparable, comparison_page
 from jaxuda.report.gallery import make_gallery
 from jaxuda.report.page import run_page
 from jaxuda.report.runs import read_run
+from jaxuda.training.logs import RunLog
 
 FILE = "report.html"
 IMAGES = 4  # in a gallery
+
+
+def refresh(workdir: Path) -> None:
+    """Writes the page of a run that is done, unless it has one that is newer than all of its stages.
+
+    Whatever goes wrong with it, the run is done and its results are written.
+    """
+    page, log = workdir / FILE, RunLog(workdir)
+    finished = max((record.stat().st_mtime_ns for record in workdir.glob("*/stage.json")), default=0)
+    if page.exists() and page.stat().st_mtime_ns >= finished:
+        return
+    try:
+        log.say(f"report in {write([workdir])}")
+    except Exception as error:
+        again = f"python -m jaxuda.report --workdir {workdir}"
+        log.say(f"the report could not be written ({type(error).__name__}: {error}); to try again: {again}")
 
 
 def write(workdirs: Sequence[Path], out: Path | None = None) -> Path:

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from jaxuda import report
+from jaxuda.cli import MISTAKE
 from jaxuda.errors import UserError
-from jaxuda.main import MISTAKE
 
 
 def main(argv: list[str] | None = None) -> int:

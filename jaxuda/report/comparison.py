@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxuda import comparing
-from jaxuda import table as seeds
+from jaxuda.pipeline import results
+from jaxuda.pipeline import tables as seeds
 from jaxuda.report import charts, page, tables
 from jaxuda.report.gallery import Gallery
 from jaxuda.report.markup import Markup, join, tag
@@ -48,7 +48,7 @@ def comparison_page(runs: Sequence[Run], galleries: Mapping[int, Gallery], notes
 
 def check_comparable(runs: Sequence[Run]) -> None:
     """Raises a UserError if the runs were scored on other classes, images or evaluation sizes."""
-    comparing.check((name, _facts(run)) for name, run in zip(run_names(runs), runs, strict=True))
+    results.check_comparable((name, _facts(run)) for name, run in zip(run_names(runs), runs, strict=True))
 
 
 def _facts(run: Run) -> dict[str, Any]:

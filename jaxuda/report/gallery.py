@@ -15,11 +15,12 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from jaxuda import data, files, predictor
+from jaxuda import data, files
 from jaxuda.data import encoding
 from jaxuda.data.labels import LabelSpace
 from jaxuda.data.transforms import resize_nearest
 from jaxuda.errors import UserError
+from jaxuda.inference import predictor
 from jaxuda.losses.entropy import entropy_map
 from jaxuda.report.runs import Run, StageRun, label_space, open_split
 

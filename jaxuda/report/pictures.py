@@ -23,12 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxuda import data, files, use
-from jaxuda.artefacts import load_arrays
+from jaxuda import data, files
+from jaxuda.artifacts.arrays import load_arrays
+from jaxuda.cli import MISTAKE
 from jaxuda.data import encoding
 from jaxuda.data.labels import LabelSpace, colourise
 from jaxuda.errors import UserError
-from jaxuda.main import MISTAKE
+from jaxuda.inference.restore import restore
 from jaxuda.models.layers import normalise, resize_labels
 from jaxuda.report import charts
 from jaxuda.report.gallery import Gallery, Picture, make_gallery, open_target
@@ -124,7 +125,7 @@ def stage_features(
 
     Classes are those of the labels, or where the records have none, the predicted ones.
     """
-    model, variables, config = use.restore(str(run.folder / stage.name), space.num_classes)
+    model, variables, config = restore(str(run.folder / stage.name), space.num_classes)
     transform = input_transform(config)
 
     @jax.jit

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jaxuda import data, files, pipeline
+from jaxuda import data, files
 from jaxuda.data.labels import LabelSpace
 from jaxuda.errors import UserError
+from jaxuda.pipeline import domains
 
 SOURCE_ONLY, ADAPTED, ORACLE, SWEEP = "source only", "adapted", "oracle", "sweep"
 
@@ -166,7 +167,7 @@ def open_split(config: Mapping[str, Any], domain: str, split: str | None = None)
     if not {"name", "split", "path"} <= place.keys():
         raise UserError(f"config.json does not tell which data the {domain} has")
     wanted = {domain: place, "label_space": config.get("label_space", ""), "data_dir": config.get("data_dir", "")}
-    return pipeline.open_records(ConfigDict(wanted), domain, split or place["split"])
+    return domains.open_records(ConfigDict(wanted), domain, split or place["split"])
 
 
 def label_space(config: Mapping[str, Any]) -> LabelSpace | None:

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxuda import data, parallel
+from jaxuda.artifacts.statistics import LevelStatistics, write_statistics
+from jaxuda.data.records import Domains
 from jaxuda.data.transforms import resize_nearest
 from jaxuda.losses.contrastive import empty_statistics, update_statistics
 from jaxuda.losses.segmentation import IGNORE
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import normalise, resize_labels
-from jaxuda.stages import Domains
-from jaxuda.statistics import LevelStatistics, write_statistics
-from jaxuda.writers import progress_bar
+from jaxuda.training.logs import progress_bar
 
 PyTree = Any
 

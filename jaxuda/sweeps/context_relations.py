@@ -18,16 +18,17 @@ import numpy as np
 from sklearn.cluster import DBSCAN
 
 from jaxuda import data, files
+from jaxuda.artifacts.relations import Relations, cut_regions, describe, mostly_labelled, write_relations
 from jaxuda.data import encoding
 from jaxuda.data.labels import LabelSpace
+from jaxuda.data.records import Domains
 from jaxuda.data.threads import map_ahead
 from jaxuda.data.transforms import resize_nearest
 from jaxuda.errors import UserError
-from jaxuda.models.deeplab import DeepLabV2, feature_shape
-from jaxuda.relations import Relations, cut_regions, describe, mostly_labelled, write_relations
-from jaxuda.stages import Domains
+from jaxuda.models import output_shapes
+from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.sweeps.relation_sheet import draw_sheet, is_single
-from jaxuda.writers import progress_bar
+from jaxuda.training.logs import progress_bar
 
 PyTree = Any
 MOST_RELATIONS = 255  # labels are 0..254, 255 is ignored
@@ -68,7 +69,7 @@ def run(
     _check(config)
     source, space = domains.source, domains.source.label_space
     size = tuple(config.source.resize or config.evaluation.size)
-    samples = collect(source.labels_only(), size, feature_shape(model, size[::-1])[:2], config)
+    samples = collect(source.labels_only(), size, output_shapes(model, size[::-1]).features.shape[1:3], config)
     found = {}
     for region, (regions, weights) in samples.items():
         result = find_relations(regions, weights, space.num_classes, config)

@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxuda import files, parallel
-from jaxuda.data.records import EASY, HARD, write_split
+from jaxuda.data.records import EASY, HARD, Domains, write_split
 from jaxuda.errors import UserError
 from jaxuda.losses.entropy import entropy_map
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import resize_bilinear
-from jaxuda.stages import Domains
 from jaxuda.sweeps.scores import make_scores, probabilities, shown_pixels, sweep
-from jaxuda.writers import progress_bar
+from jaxuda.training.logs import progress_bar
 
 PyTree = Any
 SCORES = "scores.csv"

@@ -15,7 +15,7 @@ from jaxuda.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.sweeps.ensemble import Ensemble, Member, Passes
 from jaxuda.sweeps.scores import probabilities, shown_pixels
-from jaxuda.writers import progress_bar
+from jaxuda.training.logs import progress_bar
 
 PyTree = Any
 

@@ -17,7 +17,7 @@ from jaxuda.data import encoding, labels
 from jaxuda.errors import UserError
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.sweeps.ensemble import Ensemble, Member, Passes
-from jaxuda.writers import progress_bar
+from jaxuda.training.logs import progress_bar
 
 PyTree = Any
 SUFFIXES = (".jpg", ".jpeg", ".png")

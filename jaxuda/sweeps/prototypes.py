@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxuda import data, files, parallel
-from jaxuda.artefacts import read_npz
-from jaxuda.data.records import Records, Subset
+from jaxuda.artifacts.arrays import read_npz
+from jaxuda.artifacts.prototypes import Memories, init_projection, write_prototypes
+from jaxuda.data.records import Domains, Records, Subset
 from jaxuda.data.transforms import fitted_size, resize_nearest
 from jaxuda.errors import UserError
 from jaxuda.losses.contrastive import image_means, nearest_prototype_labels
@@ -29,10 +30,8 @@ from jaxuda.losses.segmentation import IGNORE
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.heads import ProjectionHead
 from jaxuda.models.layers import normalise, resize_labels
-from jaxuda.prototypes import Memories, init_projection, write_prototypes
-from jaxuda.stages import Domains
 from jaxuda.sweeps.scores import image_masks
-from jaxuda.writers import progress_bar
+from jaxuda.training.logs import progress_bar
 
 PyTree = Any
 PROGRESS = "{}_progress.npz"

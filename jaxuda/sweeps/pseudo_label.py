@@ -18,10 +18,9 @@ import numpy as np
 from jaxuda import files, parallel
 from jaxuda.data.labels import LabelSpace
 from jaxuda.data.pseudo import LABELS, write_pseudo_label
-from jaxuda.data.records import Subset
+from jaxuda.data.records import Domains, Subset
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import resize_bilinear
-from jaxuda.stages import Domains
 from jaxuda.sweeps.scores import (
     kept_aspect,
     make_scores,
@@ -34,7 +33,7 @@ from jaxuda.sweeps.scores import (
     sweep,
 )
 from jaxuda.sweeps.thresholds import apply_thresholds, class_thresholds, confidence_histogram
-from jaxuda.writers import progress_bar
+from jaxuda.training.logs import progress_bar
 
 PyTree = Any
 THRESHOLDS = "thresholds.json"

@@ -1,4 +1,4 @@
-"""Which classes the network sees in each target image: what source partners are chosen by (see `data.pairing`)."""
+"""Which classes the network sees in each target image: what source partners are chosen by (`data.orders.paired`)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxuda import files, parallel
-from jaxuda.data.pairing import FILE
+from jaxuda.data.orders.paired import FILE
+from jaxuda.data.records import Domains
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.stages import Domains
 from jaxuda.sweeps.scores import make_scores, score_grid, shown_pixels, sweep
-from jaxuda.writers import progress_bar
+from jaxuda.training.logs import progress_bar
 
 PyTree = Any
 

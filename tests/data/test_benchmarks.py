@@ -10,8 +10,8 @@ from PIL import Image
 from jaxuda.data import records
 from jaxuda.data.encoding import decode_label
 from jaxuda.data.labels import MAPILLARY, label_space, lookup_table
+from jaxuda.data.orders.class_balanced import classes_of_images
 from jaxuda.data.records import Subset, load
-from jaxuda.data.sampling import classes_of_images
 from jaxuda.errors import UserError
 from jaxuda.prepare import main, prepare
 

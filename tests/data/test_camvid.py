@@ -4,7 +4,7 @@ import numpy as np
 import towns
 
 from jaxuda.data import records
-from jaxuda.data.camvid import Camvid
+from jaxuda.data.datasets.camvid import Camvid
 from jaxuda.data.records import load
 from jaxuda.prepare import main
 

@@ -9,7 +9,7 @@ import towns
 from PIL import Image
 
 from jaxuda.data import make_input
-from jaxuda.data.folder import Folder
+from jaxuda.data.datasets.folder import Folder
 from jaxuda.data.records import load
 from jaxuda.data.transforms import build_transform
 from jaxuda.errors import UserError

@@ -3,7 +3,7 @@ import pytest
 
 from jaxuda import files
 from jaxuda.data.input import draw_order, make_input
-from jaxuda.data.pairing import FILE, class_shares, coverage, paired_order, partners
+from jaxuda.data.orders.paired import FILE, class_shares, coverage, paired_order, partners
 from jaxuda.data.transforms import build_transform
 from jaxuda.errors import UserError
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from jaxuda.data.input import make_input
-from jaxuda.data.sampling import class_balanced_order, classes_of_images
+from jaxuda.data.orders.class_balanced import class_balanced_order, classes_of_images
 from jaxuda.data.transforms import build_transform
 from jaxuda.errors import UserError
 

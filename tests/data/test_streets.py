@@ -10,10 +10,11 @@ import pytest
 import tensorflow_datasets as tfds
 
 from experiments.streets_requirements import DOMAINS, THIN, class_shares, widths
-from jaxuda.data import encoding, streets
+from jaxuda.data import encoding
+from jaxuda.data.datasets import streets
+from jaxuda.data.datasets.streets import draw_scene
 from jaxuda.data.labels import label_space
 from jaxuda.data.scenes import look
-from jaxuda.data.streets import draw_scene
 
 SKY, ROAD = 10, 0
 
@@ -50,7 +51,7 @@ def test_same_arguments_same_scene():
     draw_scene("game", "val", 1)  # no state is carried from scene to scene
     assert digest("camera", "train", 5) == first
     code = (
-        "import hashlib; from jaxuda.data.streets import draw_scene;"
+        "import hashlib; from jaxuda.data.datasets.streets import draw_scene;"
         "print(hashlib.sha256(b''.join(a.tobytes() for a in draw_scene('camera', 'train', 5))).hexdigest())"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxuda import checkpoints, files
+from jaxuda import files
+from jaxuda.training import checkpoints
 
 ROOT = Path(__file__).parents[2]
 STAGES = {"source_only": 6, "self_train": 6}

@@ -17,9 +17,10 @@ import sys
 import threading
 import time
 
-from jaxuda import main, pipeline, report, train, use  # noqa: F401 (imported once for all children)
+from jaxuda import main
 from jaxuda.methods import source_only  # noqa: F401
 from jaxuda.sweeps import pseudo_label  # noqa: F401
+from jaxuda.training import loop  # noqa: F401 (imported once for all children)
 
 USES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.scandir", "os.listdir"}
 CHANGES = USES - {"open", "os.scandir", "os.listdir"}

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from golden_weights import golden, golden_keys, network_input, state_dict
 
-from jaxuda import convert, use
+from jaxuda import convert
+from jaxuda.inference.restore import restore
 from jaxuda.interop.tensor_files import pth_bytes
 from jaxuda.interop.torch_checkpoint import PLCA_ORDER
 
@@ -55,7 +56,7 @@ def test_golden_logits_through_convert(name: str, tmp_path: Path, monkeypatch, c
 
     num_classes = arrays.get("main_logits", arrays.get("logits")).shape[-1]
     assert json.loads((folder / "stage.json").read_text())["identity"]["label_space"].endswith(str(num_classes))
-    model, variables, _ = use.restore(str(folder), num_classes)
+    model, variables, _ = restore(str(folder), num_classes)
     outputs = jax.jit(model.apply)(variables, network_input(arrays))
     expected = arrays.get("main_logits", arrays.get("logits"))
     main = np.asarray(outputs.main)

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from golden_weights import golden_keys, random_variables, state_dict
 
-from jaxuda import checkpoints, convert
+from jaxuda import convert
+from jaxuda.cli import MISTAKE
 from jaxuda.interop import read_tensors, save_torch
 from jaxuda.interop.tensor_files import pth_bytes
-from jaxuda.main import MISTAKE
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.heads import ProjectionHead
+from jaxuda.training import checkpoints
 
 ROOT = Path(__file__).parents[2]
 CHANNELS = 64

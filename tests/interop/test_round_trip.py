@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxuda import convert, use
+from jaxuda import convert
 from jaxuda.data.labels import lookup_table
+from jaxuda.inference.restore import restore
 from jaxuda.main import main
 from jaxuda.metrics import mean_iou
 from jaxuda.prepare import prepare
@@ -126,7 +127,7 @@ def test_in_evaluated_out_and_in_torch_again(tmp_path: Path, monkeypatch, capsys
     scored = float(re.search(r"mIoU \(19\)\s+([\d.]+)", capsys.readouterr().out)[1])
     assert scored == pytest.approx(100 * mean_iou(confusion), abs=0.06) and scored > 0.5
 
-    model, variables, _ = use.restore(str(folder), CLASSES)
+    model, variables, _ = restore(str(folder), CLASSES)
     for image in list(images.values())[:1]:
         normalised = (image[..., ::-1] - np.array([104.00698793, 116.66876762, 122.67891434]))[None]
         ours = np.asarray(model.apply(variables, normalised.astype(np.float32)).main).transpose(0, 3, 1, 2)

@@ -17,10 +17,10 @@ from golden_weights import golden, golden_keys, state_dict
 from ml_collections import ConfigDict
 from trajectories import by_torch_name, run
 
+from jaxuda.artifacts.prototypes import Memories
 from jaxuda.interop.torch_checkpoint import from_torch
 from jaxuda.methods import cfcontra
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.prototypes import Memories
 
 MODEL = DeepLabV2(19, "resnet101", "caffe", blocks=(1, 1, 1, 1), aux=True, dtype="float64")
 LAYOUT = "two_level"

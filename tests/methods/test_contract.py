@@ -11,11 +11,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxuda import methods, parallel
-from jaxuda.checkpoints import Checkpoints
-from jaxuda.optim import make_optimizer
-from jaxuda.stages import SHARED
-from jaxuda.train import _to_float, make_model, make_step
-from jaxuda.train_state import TrainState
+from jaxuda.models import make_model
+from jaxuda.optimizers.sgd import make_optimizer
+from jaxuda.pipeline.stages import SHARED
+from jaxuda.training.checkpoints import Checkpoints
+from jaxuda.training.start import method_start, new_state
+from jaxuda.training.state import TrainState
+from jaxuda.training.step import make_step, to_float
 
 CLASSES = 5
 BATCH = 8
@@ -54,29 +56,32 @@ def make_batch(seed: int = 0, ignored: bool = False) -> dict:
 
 @functools.cache
 def setup(method: str, dtype: str = "float32", norm: str = "batch", accumulate: int = 1):
-    """(initial state on the host, uncompiled step) of a method."""
+    """(initial state on the host, step(state, batch), the method's constants, the whole step) of a method."""
     config = stage_config(method, dtype=dtype, norm=norm)
     config.accumulate = accumulate
-    model, module, tx = make_model(config, CLASSES), methods.load(method), make_optimizer(config)
-    batch = make_batch()
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 48, 3)))
+    model, module = make_model(config.model, CLASSES), methods.load(method)
+    tx = make_optimizer(config, model)
+    batch = to_float(make_batch(), "imagenet")
     stored = jnp.promote_types(dtype, jnp.float32)
-    variables = jax.tree.map(lambda x: jnp.asarray(x, stored), variables)
-    extra_params, extra = module.init(
-        jax.random.key(1), model=model, batch=_to_float(batch, "imagenet"), config=config, artifacts={}
-    )
-    extra_params = jax.tree.map(lambda x: jnp.asarray(x, stored), extra_params)
-    params = {"model": variables["params"], **extra_params}
-    state = TrainState.create(params, tx, variables.get("batch_stats", {}), extra)
-    return jax.device_get(state), make_step(module, model, tx, config)
+    store = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, stored))
+    variables = store(model.init(jax.random.key(0), jnp.zeros((1, 32, 48, 3))))
+    given = method_start(module, jax.random.key(1), model, batch, config, {}, {}, variables)
+    given = given._replace(params=store(given.params))
+    step = make_step(module, model, tx, config)
+
+    def bound(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        return step(state, given.constants, config.seed, batch)
+
+    return jax.device_get(new_state(variables, given, tx)), bound, jax.device_get(given.constants), step
 
 
 def run(method: str, devices: int, steps: int, **options) -> TrainState:
-    start, step = setup(method, **options)
+    start, _, constants, step = setup(method, **options)
     chosen = jax.local_devices()[:devices]
     compiled, state = parallel.compile_step(step, chosen), parallel.replicate(start, chosen)
+    constants = parallel.replicate(constants, chosen)
     for index in range(steps):
-        state, _ = compiled(state, parallel.shard(make_batch(index), chosen))
+        state, _ = compiled(state, constants, 0, parallel.shard(make_batch(index), chosen))
     return parallel.first(state, chosen)
 
 
@@ -91,7 +96,7 @@ def assert_close(ours: TrainState, theirs: TrainState, rtol: float) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_finite_moving_repeatable_and_traced_once(method: str) -> None:
-    start, step = setup(method)
+    start, step, *_ = setup(method)
     traces = []
 
     def counted(state: TrainState, batch: dict) -> tuple:
@@ -117,7 +122,7 @@ def test_finite_moving_repeatable_and_traced_once(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_all_labels_ignored(method: str) -> None:
-    start, step = setup(method)
+    start, step, *_ = setup(method)
     state, metrics = jax.jit(step)(start, make_batch(ignored=True))
     assert all(np.isfinite(value) for value in metrics.values()), metrics
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
@@ -126,7 +131,7 @@ def test_all_labels_ignored(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_computes_and_float32_keeps(method: str) -> None:
     """A step in bfloat16 is a rounded step in float32, and nothing that lasts is kept in bfloat16."""
-    (start, low), (_, full) = setup(method, dtype="bfloat16"), setup(method)
+    (start, low, *_), (_, full, *_) = setup(method, dtype="bfloat16"), setup(method)
     assert "bf16" in str(jax.make_jaxpr(low)(start, make_batch()))
     (state, metrics), (_, expected) = (jax.jit(step)(start, make_batch()) for step in (low, full))
     assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: np.asarray(x).dtype, start)
@@ -139,9 +144,8 @@ def test_bfloat16_computes_and_float32_keeps(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_devices_agree(method: str, norm: str) -> None:
     """1, 2 and 8 devices end in the same parameters after 3 steps on the same global batches."""
-    counts = (1, 2, 8) if norm == "batch" else (1, 8)  # each is compiled
     with jax.enable_x64(True):
-        one, *others = (run(method, devices, 3, dtype="float64", norm=norm) for devices in counts)
+        one, *others = (run(method, devices, 3, dtype="float64", norm=norm) for devices in (1, 2, 8))
     assert one.params["model"]["head"]["kernel0"].dtype == np.float64
     for other in others:
         assert_close(other, one, 1e-10)
@@ -158,7 +162,7 @@ def test_parts_of_a_batch_are_the_batch() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_step_after_restore_is_the_same_step(method: str, tmp_path: Path) -> None:
-    start, step = setup(method)
+    start, step, *_ = setup(method)
     compiled = jax.jit(step)
     before = jax.device_get(compiled(start, make_batch(0))[0])
     saved = Checkpoints(tmp_path)

@@ -12,13 +12,13 @@ from golden_weights import random_variables
 from ml_collections import ConfigDict
 
 from configs import crcda as config_file
+from jaxuda.artifacts.relations import Relations, class_relations, describe, write_relations
 from jaxuda.errors import UserError
 from jaxuda.losses.entropy import entropy_loss, entropy_map
 from jaxuda.methods import crcda
 from jaxuda.methods.supervised import forward, upsample
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.relations import Relations, class_relations, describe, write_relations
-from jaxuda.train_state import TrainState
+from jaxuda.training.state import TrainState
 
 CLASSES, SIZE, STEPS = 4, 2, 10
 WEIGHTS = {"pixels": 0.3, "aux": 0.2, "regions": 0.5}

@@ -16,7 +16,7 @@ from jaxuda.interop.torch_checkpoint import LAYOUTS, load_torch, to_torch, torch
 from jaxuda.methods import dada
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.discriminator import FCDiscriminator
-from jaxuda.train_state import TrainState
+from jaxuda.training.state import TrainState
 
 MODEL = DeepLabV2(16, "resnet101", "caffe", blocks=(1, 1, 1, 1), depth=True, dtype="float64")
 DISCRIMINATOR = FCDiscriminator()

@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 
 from configs import lfass
 from configs import plca as config_file
-from jaxuda.accumulation import in_parts
 from jaxuda.errors import UserError
 from jaxuda.losses.association import aggregate
 from jaxuda.methods import plca
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.optim import make_optimizer
-from jaxuda.train_state import TrainState
+from jaxuda.optimizers.sgd import make_optimizer
+from jaxuda.training.accumulation import in_parts
+from jaxuda.training.state import TrainState
 
 MODEL = DeepLabV2(4, "resnet18", "torchvision", width=8, blocks=(1, 1, 1, 1))
 

@@ -13,8 +13,8 @@ from configs import sdca as config_file
 from jaxuda.methods import sdca
 from jaxuda.methods.sdca import confident_labels
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.optim import make_optimizer
-from jaxuda.train_state import TrainState
+from jaxuda.optimizers.sgd import make_optimizer
+from jaxuda.training.state import TrainState
 
 MODEL = DeepLabV2(4, "resnet18", "torchvision", width=8, blocks=(1, 1, 1, 1))
 

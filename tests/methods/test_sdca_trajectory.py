@@ -9,7 +9,7 @@ from trajectories import by_torch_name, run
 
 from jaxuda.methods.sdca import confident_labels
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.train_state import TrainState
+from jaxuda.training.state import TrainState
 
 MODEL = DeepLabV2(19, "resnet101", "torchvision", blocks=(1, 1, 1, 1), norm="frozen", norm_eps=0.0, dtype="float64")
 LAYOUT = "split"

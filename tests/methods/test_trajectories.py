@@ -13,7 +13,7 @@ from trajectories import by_torch_name, run
 from jaxuda.interop.torch_checkpoint import LAYOUTS, load_torch, to_torch, torch_name
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.discriminator import FCDiscriminator
-from jaxuda.train_state import TrainState
+from jaxuda.training.state import TrainState
 
 LITERAL = {"stem": 1, "block": 3, "shortcut": 4}
 MODEL = DeepLabV2(19, "resnet101", "caffe", blocks=(1, 1, 1, 1), aux=True, dtype="float64")

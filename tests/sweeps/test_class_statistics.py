@@ -7,14 +7,14 @@ import pytest
 from golden_weights import random_variables
 from ml_collections import ConfigDict
 
+from jaxuda.artifacts.statistics import FILE, read_statistics
 from jaxuda.data.labels import make_label_space
+from jaxuda.data.records import Domains
 from jaxuda.data.transforms import resize_image, resize_nearest
 from jaxuda.errors import UserError
 from jaxuda.methods import sdca
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import normalise, resize_labels
-from jaxuda.stages import Domains
-from jaxuda.statistics import FILE, read_statistics
 from jaxuda.sweeps import class_statistics
 
 CLASSES = ("road", "car", "train", "sky")
@@ -55,7 +55,7 @@ def _collect(folder, devices=1):
     told = []
     class_statistics.run(
         _variables(),
-        Domains(_source(), None, None),
+        Domains(_source(), None),
         folder,
         model=MODEL,
         method=None,

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
+from jaxuda.artifacts.relations import FILE, read_relations
+from jaxuda.cli import MISTAKE
 from jaxuda.data.labels import make_label_space
+from jaxuda.data.records import Domains
 from jaxuda.errors import UserError
-from jaxuda.main import MISTAKE, main
+from jaxuda.main import main
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.relations import FILE, read_relations
-from jaxuda.stages import Domains
 from jaxuda.sweeps import context_relations as sweep
 from jaxuda.sweeps.relation_sheet import is_single
 
@@ -64,7 +65,7 @@ def run(folder: Path, records: _Source, **changes) -> list[str]:
     told = []
     sweep.run(
         None,
-        Domains(records, None, None),
+        Domains(records, None),
         folder,
         model=MODEL,
         method=None,

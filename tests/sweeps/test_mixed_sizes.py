@@ -16,11 +16,11 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from PIL import Image
 
 from jaxuda.data.labels import label_space
+from jaxuda.data.records import Domains
 from jaxuda.data.transforms import fitted_size, resize_image
+from jaxuda.inference.predictor import Predictor
 from jaxuda.losses.entropy import entropy_map
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.predictor import Predictor
-from jaxuda.stages import Domains
 from jaxuda.sweeps import entropy_rank, prototypes, pseudo_label, target_classes
 from jaxuda.sweeps.evaluate import make_evaluator
 from jaxuda.sweeps.predict import predictions
@@ -80,7 +80,7 @@ def alone(record: dict, within: tuple[int, int] = SIZE) -> np.ndarray:
 
 def run(sweep, folder: Path, devices: int = 1, **changes) -> None:
     sweep.run(
-        {}, Domains(SimpleNamespace(label_space=SPACE), target(), None), folder,
+        {}, Domains(SimpleNamespace(label_space=SPACE), target()), folder,
         model=SimpleNamespace(num_classes=7), method=METHOD, config=config(**changes),
         devices=jax.local_devices()[:devices], say=lambda text: None,
     )  # fmt: skip

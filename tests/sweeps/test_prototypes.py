@@ -7,7 +7,9 @@ import pytest
 from golden_weights import random_variables
 from ml_collections import ConfigDict
 
+from jaxuda.artifacts.prototypes import FILE, read_prototypes
 from jaxuda.data.labels import make_label_space
+from jaxuda.data.records import Domains
 from jaxuda.data.transforms import resize_image, resize_nearest
 from jaxuda.errors import UserError
 from jaxuda.losses.contrastive import class_centres, nearest_prototype_labels
@@ -15,8 +17,6 @@ from jaxuda.methods import cfcontra
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.heads import ProjectionHead
 from jaxuda.models.layers import normalise, resize_labels
-from jaxuda.prototypes import FILE, read_prototypes
-from jaxuda.stages import Domains
 from jaxuda.sweeps import prototypes
 
 CLASSES = ("road", "car", "train", "sky")
@@ -66,7 +66,7 @@ def _domains() -> Domains:
             label = label.repeat(shape[0] // 4, 0).repeat(shape[1] // 6, 1)
             records.append({"image": rng.integers(0, 256, (*shape, 3), np.uint8), "label": label, "id": str(index)})
         lists.append(_Records(name, records))
-    return Domains(*lists, None)
+    return Domains(*lists)
 
 
 @functools.cache

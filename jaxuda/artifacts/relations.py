@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxuda.artefacts import REMEDY, read_arrays, write_arrays
+from jaxuda.artifacts.arrays import REMEDY, read_arrays, write_arrays
 from jaxuda.errors import UserError
 from jaxuda.losses.segmentation import IGNORE
 from jaxuda.models.layers import resize_labels

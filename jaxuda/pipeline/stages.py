@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxuda import checkpoints, data, files, weights
+from jaxuda import files
+from jaxuda.data.records import Domains
 from jaxuda.errors import UserError
+from jaxuda.training import checkpoints, weights
 
 SHARED = (
     "seed",
@@ -32,14 +34,6 @@ SCRATCH, IMAGENET = "scratch", "imagenet"
 ARTIFACTS = "artifacts"
 
 
-class Domains(NamedTuple):
-    """The datasets of a run; `target_val` is None where the target has no such split."""
-
-    source: data.Records
-    target: data.Records
-    target_val: data.Records | None
-
-
 class Stage(NamedTuple):
     """One stage of a run.
 
@@ -48,6 +42,7 @@ class Stage(NamedTuple):
     config: the run's shared sections overlaid with the stage's own; frozen.
     init: where the weights come from: None, or (checkpoints folder, "last" | "best").
     reads: the earlier stages whose artefacts it uses, name -> folder.
+    weights: the converted weights that its method may ask for, name -> checkpoints folder.
     identity: everything that decides the stage's result, as plain JSON values.
     """
 
@@ -56,6 +51,7 @@ class Stage(NamedTuple):
     config: FrozenConfigDict
     init: tuple[Path, str] | None
     reads: dict[str, Path]
+    weights: dict[str, Path]
     identity: dict[str, Any]
 
     @property
@@ -206,7 +202,7 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
     if len(own.domains) == 1:
         # What is not read must not change the fingerprint: baselines are shared between recipes.
         del resolved["target"], datasets["target"]
-    datasets["evaluation"] = domains.target_val.fingerprint if domains.target_val else None
+    datasets["evaluation"] = [records.fingerprint for records in domains.validation]
 
     def before(field: str, stage: str) -> Stage:
         if stage not in earlier:
@@ -236,8 +232,11 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
     for place in ("source", "target"):
         # Where the data lie does not matter, what they are does; that is in `data`.
         identity.get(place, {}).pop("path", None)
+    converted = {network: imagenet_start(network, config.data_dir) for network in own.get("weights", ())}
+    identity["weights"] = {network: start for network, (_, start) in converted.items()}
+    converted = {network: folder for network, ((folder, _), _) in converted.items()}
     folders = {stage: origin.folder for stage, origin in reads.items()}
-    return Stage(name, workdir / name, FrozenConfigDict(resolved), init, folders, identity)
+    return Stage(name, workdir / name, FrozenConfigDict(resolved), init, folders, converted, identity)
 
 
 def resolve(name: str, config: ConfigDict) -> ConfigDict:
@@ -263,10 +262,12 @@ def missing_weights(config: ConfigDict) -> list[str]:
     needed: dict[str, list[str]] = {}
     for name in config.pipeline:
         if name in config and config[name].init == IMAGENET:
-            needed.setdefault(weights.network_name(resolve(name, config)), []).append(name)
+            needed.setdefault(weights.network_name(resolve(name, config)), []).append(f"config.{name}.init")
+        for network in config[name].get("weights", ()) if name in config else ():
+            needed.setdefault(network, []).append(f"config.{name}.weights")
     return [
-        f"{text}\n(for config.{'.init, config.'.join(names)}.init; =scratch starts from random weights instead)"
-        for network, names in needed.items()
+        f"{text}\n(for {', '.join(fields)}; init=scratch starts from random weights instead)"
+        for network, fields in needed.items()
         if (text := weights.missing(network, config.data_dir))
     ]
 
@@ -278,11 +279,7 @@ def _is_path(init: str) -> bool:
 def _from_outside(name: str, resolved: ConfigDict, data_dir: str) -> tuple[tuple[Path, str], Any]:
     """Checkpoint and identity of weights that no stage of this run makes."""
     if resolved.init == IMAGENET:
-        network = weights.network_name(resolved)
-        folder, which = weights.imagenet_folder(network, data_dir), "last"
-        # A recipe can be planned without them; `missing_weights` stops it before it runs.
-        start = IMAGENET if weights.missing(network, data_dir) else [weights.identity(folder, which), which]
-        return (folder / "checkpoints", which), start
+        return imagenet_start(weights.network_name(resolved), data_dir)
     place, _, which = (
         resolved.init.rpartition(":") if resolved.init.endswith((":best", ":last")) else (resolved.init, "", "last")
     )
@@ -291,6 +288,14 @@ def _from_outside(name: str, resolved: ConfigDict, data_dir: str) -> tuple[tuple
         return (folder / "checkpoints", which), [weights.identity(folder, which), which]
     except UserError as error:
         raise UserError(f"config.{name}.init={resolved.init}: {error}") from error
+
+
+def imagenet_start(network: str, data_dir: str) -> tuple[tuple[Path, str], Any]:
+    """Checkpoint and identity of converted weights."""
+    folder, which = weights.imagenet_folder(network, data_dir), "last"
+    # A recipe can be planned without them; `missing_weights` stops it before it runs.
+    start = IMAGENET if weights.missing(network, data_dir) else [weights.identity(folder, which), which]
+    return (folder / "checkpoints", which), start
 
 
 def _trained_with(folder: Path) -> str:

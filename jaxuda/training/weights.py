@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import flax
 import numpy as np
 
-from jaxuda import checkpoints, files
+from jaxuda import files
 from jaxuda.data.records import root
 from jaxuda.errors import UserError
 from jaxuda.models.vgg import NEW_LAYERS
+from jaxuda.training import checkpoints
 
 PyTree = Any
 
@@ -105,7 +106,7 @@ def identity(folder: Path, which: str) -> str:
     return record.get("weights") or checkpoints.manifest_hash(folder / "checkpoints", which)
 
 
-def fit(arrays: Mapping[str, np.ndarray], variables: PyTree, where: str) -> tuple[PyTree, list[str]]:
+def fit(arrays: Mapping[str, np.ndarray], variables: PyTree, model: Any, where: str) -> tuple[PyTree, list[str]]:
     """The variables of a network with as much as possible from a checkpoint.
 
     The backbone must be there, whole and of the same shape, but for layers that classifiers of images have not. A
@@ -114,6 +115,7 @@ def fit(arrays: Mapping[str, np.ndarray], variables: PyTree, where: str) -> tupl
     Args:
       arrays: by dotted path, as `checkpoints.read_variables` gives them.
       variables: of a new network, {"params", "batch_stats"}.
+      model: that network.
       where: names the checkpoint in messages.
 
     Returns:
@@ -135,7 +137,8 @@ def fit(arrays: Mapping[str, np.ndarray], variables: PyTree, where: str) -> tupl
             anew[f"backbone.{layer}"] = name
         else:
             unlike.append(f"{name}: {shape or 'missing'} in the checkpoint, {leaf.shape} in the network")
-    for name in sorted(arrays.keys() - flat.keys()):
+    extra = sorted(arrays.keys() - flat.keys())
+    for name in extra:
         if name.split(".")[1] == "backbone" and name.split(".")[2] not in NEW_LAYERS:
             unlike.append(f"{name}: {arrays[name].shape} in the checkpoint, missing in the network")
     if unlike:
@@ -147,7 +150,7 @@ def fit(arrays: Mapping[str, np.ndarray], variables: PyTree, where: str) -> tupl
         )
     taken = {name: arrays[name] for name in flat if not any(name.split(".", 1)[1].startswith(f"{p}.") for p in anew)}
     notes = [_why_anew(part, arrays, flat) for part in anew]
-    unused = sorted({name.split(".")[1] for name in arrays if name not in flat})
+    unused = sorted({name.split(".")[1] for name in extra})
     notes += [f"{part} of the checkpoint is not used" for part in unused]
     return flax.traverse_util.unflatten_dict(flat | taken, sep="."), notes
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -25,8 +26,11 @@ from jaxuda import files
 from jaxuda.errors import UserError
 
 PyTree = Any
-MANIFEST = "manifest.json"
+MANIFEST, NETWORKS = "manifest.json", "networks.json"
 LAST, BEST = "last", "best"
+STUDENT = "student"  # the network that learns; a method may have others, such as its EMA teacher
+# Where it is in a checkpoint that does not say: those of converted weights, and of builds before there were others.
+_STUDENT = {"params": "params.model", "batch_stats": "batch_stats"}
 # Orbax else waits for all processes of the run.
 _ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
@@ -80,8 +84,18 @@ class Checkpoints:
         self._folder.mkdir(parents=True, exist_ok=True)
         return ocp.CheckpointManager(self._folder, options=options, item_handlers=_handler())
 
-    def save(self, step: int, state: PyTree, metrics: dict[str, float] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        metrics: dict[str, float] | None = None,
+        networks: Mapping[str, PyTree] = MappingProxyType({}),
+    ) -> None:
         """Writes `state` (host arrays) as of `step`, with the mIoU in `metrics` if it was evaluated.
+
+        Args:
+          step, state, metrics: see above.
+          networks: the networks in the state by name, each a tree of leaves of the state; kept as a list of places.
 
         Raises:
           UserError: no room on the disk; what was saved before is untouched.
@@ -96,6 +110,7 @@ class Checkpoints:
             self._manager.delete(step)
         try:
             self._manager.save(step, args=ocp.args.StandardSave(arrays), metrics=metrics, force=True)
+            files.write_json(self._folder / str(step) / NETWORKS, _places(state, networks))
             self._write_manifest(self._folder / str(step))
         except Exception as error:
             # Orbax and TensorStore wrap the system's error in types of their own; the text is all that stays.
@@ -209,21 +224,68 @@ def kept_steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
 
 
-def read_variables(folder: Path, which: str = LAST) -> tuple[dict[str, np.ndarray], int]:
-    """The model's arrays in a stage's checkpoints, by dotted path from "params." and "batch_stats.".
+def read_variables(folder: Path, which: str = LAST, network: str = STUDENT) -> tuple[dict[str, np.ndarray], int]:
+    """The arrays of a network in a stage's checkpoints, by dotted path from "params." and "batch_stats.".
 
     Args:
       folder: a stage's `checkpoints` folder.
       which: "last", "best" (chosen with target labels), or a step.
+      network: its name, where the stage's method has several.
 
     Raises:
-      UserError: there is no whole checkpoint, or that of a finished stage is not the one it ended with.
+      UserError: there is no whole checkpoint, or that of a finished stage is not the one it ended with; or it has no
+        such network.
     """
     saved, step = _open(folder, which)
     arrays = saved.read(step)
     saved.close()
-    model = {name.replace("params.model.", "params.", 1): array for name, array in arrays.items()}
-    return {name: array for name, array in model.items() if name.startswith(("params.", "batch_stats."))}, step
+    networks = files.read_json(folder / str(step) / NETWORKS) or {STUDENT: _STUDENT}
+    if network not in networks:
+        raise UserError(f"{folder / str(step)} has no network '{network}' (it has: {', '.join(networks)})")
+    found = {}
+    for place, origin in networks[network].items():
+        # Either one array, or all below a prefix.
+        found |= {
+            place + name.removeprefix(origin): array
+            for name, array in arrays.items()
+            if name == origin or name.startswith(f"{origin}.")
+        }
+    return found, step
+
+
+def _places(state: PyTree, networks: Mapping[str, PyTree]) -> dict[str, dict[str, str]]:
+    """For each network, which of its parts is which part of the state: {"params": "params.model", ...}.
+
+    Raises:
+      UserError: a network has an array that is none of the state's.
+    """
+    names, leaves, _ = _names(state)
+    origins = {id(leaf): name for name, leaf in zip(names, leaves, strict=True)}
+    found = {}
+    for network, variables in networks.items():
+        trees: dict[tuple[str, str], dict[str, str]] = {}
+        for place, leaf in zip(*_names(variables)[:2], strict=True):
+            if id(leaf) not in origins:
+                raise UserError(
+                    f"the network '{network}' that the method's function 'evaluated' gives has {place}, which is no "
+                    "array of the state as it is: compute it in 'after_update', and keep it in `extra`"
+                )
+            origin = origins[id(leaf)]
+            trees.setdefault(_without_common_end(place, origin), {})[place] = origin
+        found[network] = {}
+        for (root, origin), leaves in trees.items():
+            alone = [other for other, _ in trees].count(root) == 1
+            whole = sum(name.startswith(f"{origin}.") for name in names) == len(leaves)
+            found[network] |= {root: origin} if alone and whole else leaves
+    return found
+
+
+def _without_common_end(place: str, origin: str) -> tuple[str, str]:
+    """Two dotted paths without the last parts that they have in common; of each at least one part stays."""
+    ours, theirs = place.split("."), origin.split(".")
+    while len(ours) > 1 and len(theirs) > 1 and ours[-1] == theirs[-1]:
+        ours, theirs = ours[:-1], theirs[:-1]
+    return ".".join(ours), ".".join(theirs)
 
 
 def manifest_hash(folder: Path, which: str = LAST) -> str:

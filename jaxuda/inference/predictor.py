@@ -14,6 +14,7 @@ from ml_collections import FrozenConfigDict
 
 from jaxuda import data, files, methods
 from jaxuda.errors import UserError
+from jaxuda.inference.restore import restore
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.sweeps.scores import (
     input_transform,
@@ -24,7 +25,6 @@ from jaxuda.sweeps.scores import (
     resize_matrices,
     score_grid,
 )
-from jaxuda.use import restore
 
 PyTree = Any
 
@@ -33,7 +33,7 @@ class Predictor(NamedTuple):
     """A trained network that labels any image.
 
     classes: the names of its C classes in the order of the train ids, or None where its work folder does not tell.
-    model, variables, config: what `jaxuda.use.restore` returns.
+    model, variables, config: what `jaxuda.inference.restore.restore` returns.
     """
 
     classes: tuple[str, ...] | None
@@ -56,7 +56,7 @@ class Predictor(NamedTuple):
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise UserError(f"predict takes one RGB image, (H, W, 3) uint8, not {image.dtype} {image.shape}")
-        method, config = methods.load(self.config.train), self.config
+        method, config = methods.load(self.config.train, imported=True), self.config
         if not hasattr(method, "predict"):
             # Networks that differ in nothing but their weights share compiled code.
             method = None

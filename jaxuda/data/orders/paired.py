@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,12 @@ from jaxuda.data.transforms import Record
 from jaxuda.errors import UserError
 
 FILE = "target_classes.json"
+
+
+def order(labelled: Records, unlabelled: Records, count: int, config: Any, artifacts: Any) -> np.ndarray:
+    """See `data.orders`; `config.pairing` names the target_classes stage, `pairing_pool` is how many candidates."""
+    folder = artifacts[config.pairing]
+    return partners(folder, labelled, unlabelled, count, config.seed, config.pairing_pool)
 
 
 def class_shares(records: Sequence[Record], num_classes: int, threads: int = 4) -> np.ndarray:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jaxuda.artefacts import REMEDY, read_arrays, write_arrays
+from jaxuda.artifacts.arrays import REMEDY, read_arrays, write_arrays
 from jaxuda.errors import UserError
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.heads import ProjectionHead

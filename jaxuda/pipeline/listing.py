@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from jaxuda import weights
 from jaxuda.data import records
 from jaxuda.errors import UserError
+from jaxuda.training import weights
 
 
 class Recipe(NamedTuple):

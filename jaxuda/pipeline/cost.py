@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -15,11 +14,16 @@ import numpy as np
 from jax.extend import core
 from ml_collections import ConfigDict
 
-from jaxuda import methods, parallel, pipeline, stages
+from jaxuda import methods, parallel
 from jaxuda.data.labels import label_space
-from jaxuda.optim import make_optimizer
-from jaxuda.train import make_model, make_step
-from jaxuda.train_state import TrainState
+from jaxuda.data.records import Domains
+from jaxuda.models import make_model
+from jaxuda.optimizers import make_optimizer
+from jaxuda.pipeline import stages
+from jaxuda.training.loop import phases
+from jaxuda.training.start import method_start, new_state
+from jaxuda.training.state import TrainState
+from jaxuda.training.step import make_step, to_float
 
 PyTree = Any
 GIB = 2**30
@@ -50,15 +54,16 @@ class Cost(NamedTuple):
     measured: bool
 
 
-def abstract_step(config: Any, classes: int, batch: int) -> tuple[Callable, PyTree, PyTree]:
-    """A stage's step on one device, and the shapes of its state and of a batch of `batch` images of each domain.
+def abstract_step(config: Any, classes: int, batch: int) -> tuple[Callable, tuple[TrainState, PyTree, PyTree]]:
+    """A stage's step on one device, and the shapes of its arguments: state, constants, `batch` images of each domain.
 
     Args:
       config: a stage's resolved config. Artefacts of earlier stages are not needed.
       classes: of the label space.
       batch: see above.
     """
-    model, method, tx = make_model(config, classes), methods.load(config.train), make_optimizer(config)
+    model, method = make_model(config.model, classes), methods.load(config.train)
+    tx = make_optimizer(config, model)
     shapes = {}
     for domain in ("source", "target"):
         if domain in config:
@@ -69,13 +74,15 @@ def abstract_step(config: Any, classes: int, batch: int) -> tuple[Callable, PyTr
     if config.model.get("depth"):
         shapes["source"]["depth"] = jax.ShapeDtypeStruct(image.shape[:3], jnp.float32)
 
-    def start() -> TrainState:
+    def begin() -> tuple[TrainState, PyTree]:
         variables = model.init(jax.random.key(0), jnp.zeros((1, *image.shape[1:])))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        params, extra = method.init(jax.random.key(1), model=model, batch=zeros, config=config, artifacts={})
-        return TrainState.create({"model": variables["params"], **params}, tx, variables.get("batch_stats", {}), extra)
+        zeros = to_float(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), config.preprocess)
+        given = method_start(method, jax.random.key(1), model, zeros, config, {}, None, variables)
+        return new_state(variables, given, tx), given.constants
 
-    return partial(make_step(method, model, tx, config), axis_name=None), jax.eval_shape(start), shapes
+    state, constants = jax.eval_shape(begin)
+    step = make_step(method, model, tx, config, phases(method, config)[-1])
+    return lambda state, constants, batch: step(state, constants, config.seed, batch), (state, constants, shapes)
 
 
 def _size(place: Any) -> tuple[int, int]:
@@ -92,18 +99,18 @@ def step_cost(config: Any, classes: int, devices: list[jax.Device], rate: float)
       devices: those that share the batch; compiled, and tried if it is not too much, is the share of the first.
       rate: operations per second of its matrix products.
     """
-    step, state, batch = abstract_step(config, classes, config.batch // len(devices))
-    jaxpr = jax.make_jaxpr(step)(state, batch).jaxpr
+    step, arguments = abstract_step(config, classes, config.batch // len(devices))
+    jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
     count = operations(jaxpr)
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
     plan = compiled.memory_analysis()
     # The state is donated: what comes out lies where it came in.
     total = plan.argument_size_in_bytes + plan.temp_size_in_bytes
     seconds, measured = count / rate, False
     if seconds < LONGEST and total < _memory(devices[0]):
-        seconds, measured = _try(compiled, state, batch), True
+        seconds, measured = _try(compiled, arguments), True
     return Cost(
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(arguments[0].params)),
         operations=count * len(devices),
         traced=traced_bytes(jaxpr),
         compiled=total,
@@ -117,13 +124,13 @@ def _memory(device: jax.Device) -> float:
     return (device.memory_stats() or {}).get("bytes_limit", float("inf"))
 
 
-def _try(compiled: Callable, state: PyTree, batch: PyTree) -> float:
+def _try(compiled: Callable, arguments: PyTree) -> float:
     """Seconds per step: the quicker of two, after one that is not counted."""
-    state, batch = (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree) for tree in (state, batch))
+    state, constants, batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arguments)
     taken = []
     for _ in range(3):
         began = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled(state, batch))
+        state, _ = jax.block_until_ready(compiled(state, constants, batch))
         taken.append(time.perf_counter() - began)
     return min(taken[1:])
 
@@ -206,9 +213,9 @@ def training_stages(config: ConfigDict, workdir: Path) -> tuple[list[stages.Stag
     """The training stages of a config and the number of classes; opens no data where the config names the classes."""
     if config.label_space:
         unseen = SimpleNamespace(fingerprint="", labelled=True)
-        domains, classes = stages.Domains(unseen, unseen, unseen), label_space(config.label_space).num_classes
+        domains, classes = Domains(unseen, unseen, (unseen,)), label_space(config.label_space).num_classes
     else:
-        domains = pipeline.load_domains(config)
+        domains = domains.load_domains(config)
         classes = domains.source.label_space.num_classes
     planned = stages.plan(config, workdir, domains)
     return [stage for stage in planned if "sweep" not in stage.config], classes

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxuda.artefacts import read_arrays, write_arrays
+from jaxuda.artifacts.arrays import read_arrays, write_arrays
 from jaxuda.losses.contrastive import ClassStatistics
 from jaxuda.models.deeplab import DeepLabV2
 

@@ -1,7 +1,10 @@
 """The order in which source images are drawn when rare classes should appear more often."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +13,12 @@ from jaxuda.data.transforms import Record
 from jaxuda.errors import UserError
 
 SUB_EPOCH = 3000
+
+
+def order(labelled: Any, unlabelled: Any, count: int, config: Any, artifacts: Any) -> np.ndarray:
+    """See `data.orders`; for the classes of the records' label space."""
+    present = classes_of_images(labelled, labelled.label_space.num_classes)
+    return class_balanced_order(present, count, config.seed)
 
 
 def classes_of_images(records: Sequence[Record], num_classes: int, threads: int = 4) -> np.ndarray:

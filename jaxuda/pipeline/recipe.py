@@ -1,0 +1,174 @@
+"""Runs a recipe: its stages one after the other, each only if it has not run, and the final table."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxuda import files, methods, parallel, sweeps
+from jaxuda.data.records import Domains
+from jaxuda.errors import UserError
+from jaxuda.models import abstract_variables, make_model
+from jaxuda.pipeline import stages
+from jaxuda.pipeline.domains import load_domains
+from jaxuda.pipeline.results import collect, final_table, versions
+from jaxuda.pipeline.stages import Stage
+from jaxuda.sweeps.evaluate import make_evaluator
+from jaxuda.training import checkpoints
+from jaxuda.training.allocation import keep_freed_memory
+from jaxuda.training.logs import RunLog
+from jaxuda.training.loop import Options, Task, train
+
+
+def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, Any]:
+    """Runs or continues all stages of a config in a work folder.
+
+    Args:
+      config: as a file in `configs/` makes it.
+      workdir: the work folder; made if missing.
+      from_stage: sets this stage and all later ones aside first.
+
+    Returns:
+      What is written to results.json: the classes and, by stage, the scores.
+
+    Raises:
+      UserError: whatever the user can mend.
+      Interrupted: asked to stop; the same call continues.
+    """
+    with contextlib.ExitStack() as held:
+        parallel.on_first(lambda: _take(workdir, held))
+        log = RunLog(workdir)
+        held.callback(log.close)
+        domains = _open_all(config)
+        recipe = stages.plan(config, workdir, domains)
+        statuses = parallel.on_first(lambda: _begin(config, workdir, recipe, from_stage, log))
+        log.say(header(config, workdir, domains, statuses))
+        if jax.default_backend() == "cpu":
+            keep_freed_memory()
+        for stage in recipe:
+            _run_stage(stage, config, domains, log, statuses[stage.name])
+        return parallel.on_first(lambda: _finish(config, workdir, recipe, domains, log))
+
+
+def _take(workdir: Path, held: contextlib.ExitStack) -> None:
+    """Locks the work folder for as long as `held` is, and clears up what a killed run left there."""
+    held.enter_context(files.lock(workdir))
+    files.remove_temporaries(workdir)
+
+
+def _begin(config: ConfigDict, workdir: Path, recipe: list[Stage], from_stage: str, log: RunLog) -> dict[str, str]:
+    """Sets stages aside if asked to, checks the finished ones, writes the config; how far each stage is."""
+    if from_stage and (aside := stages.set_aside(recipe, from_stage)):
+        log.say(f"set aside: {aside}")
+    statuses = {stage.name: stage.status() for stage in recipe}
+    _check_finished([stage for stage in recipe if statuses[stage.name] == "done"])
+    files.write_json(workdir / "config.json", {"config": config.to_dict(), **versions()})
+    return statuses
+
+
+def _finish(config: ConfigDict, workdir: Path, recipe: list[Stage], domains: Domains, log: RunLog) -> dict[str, Any]:
+    results = collect(config, recipe, domains)
+    files.write_json(workdir / "results.json", results)
+    log.say(final_table(results))
+    return results
+
+
+def _check_finished(finished: list[Stage]) -> None:
+    """Raises a UserError if what a finished stage has left is damaged: all that follows would be built on it."""
+    for stage in finished:
+        if complaint := stage.damage():
+            raise UserError(
+                f"the finished stage '{stage.name}' is damaged: {complaint}. Add --from_stage {stage.name}, which sets "
+                "it and what follows it aside and makes them again"
+            )
+
+
+def _run_stage(stage: Stage, config: ConfigDict, domains: Domains, log: RunLog, status: str) -> None:
+    if status == "done":
+        return
+    origin = parallel.on_first(lambda: str(stage.adopt() or "") if status == "missing" else "")
+    if origin:
+        log.say(f"{stage.name}: already finished with the same settings in {origin}, taken over from there")
+        return
+    parallel.on_first(lambda: stage.mark("started"))
+    began = time.perf_counter()
+    if "sweep" in stage.config:
+        log.say(f"{stage.name}: begins")
+        parallel.on_first(lambda: sweep(stage, config, domains, log))
+    else:
+        log.say(f"{stage.name}: begins; its first step waits for the compiler, up to a minute or two")
+        task = Task(stage.name, stage.folder, stage.config, stage.init, stage.artifacts(), stage.weights)
+        train(task, Options(*(config[field] for field in Options._fields)), domains, log, make_evaluator)
+    parallel.on_first(lambda: stage.mark("done"))
+    log.say(f"{stage.name}: finished in {(time.perf_counter() - began) / 60:.1f} min")
+
+
+def sweep(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -> None:
+    """Runs a sweep stage; it writes to its `artifacts` folder.
+
+    Its network is that of the stage it starts from; a sweep over the data alone has neither variables nor method.
+    """
+    module = sweeps.load(stage.config.sweep)
+    model = make_model(stage.config.model, domains.source.label_space.num_classes)
+    devices = parallel.evaluation_devices(stage.config, jax.local_devices()[: run_config.devices or None])
+    variables = method = None
+    if stage.init is not None:
+        arrays, _ = checkpoints.read_variables(*stage.init)
+        variables = checkpoints.unflatten(
+            arrays, abstract_variables(model, stage.config.evaluation.size), str(stage.init[0])
+        )
+        method = methods.load(stage.config.train)
+    folder = stage.folder / stages.ARTIFACTS
+    folder.mkdir(parents=True, exist_ok=True)
+    module.run(
+        variables,
+        domains,
+        folder,
+        model=model,
+        method=method,
+        config=stage.config,
+        devices=devices,
+        say=log.say,
+    )
+
+
+def _open_all(config: ConfigDict) -> Domains:
+    """`load_domains`; what else the recipe has not is told in the same message."""
+    missing = stages.missing_weights(config)
+    try:
+        domains = load_domains(config)
+    except UserError as error:
+        raise UserError("\n".join([str(error), *missing])) from error
+    if missing:
+        raise UserError("\n".join(missing))
+    return domains
+
+
+def header(config: ConfigDict, workdir: Path, domains: Domains, statuses: dict[str, str]) -> str:
+    """What a run is going to do, told before it starts."""
+    batch = next(config[name].batch for name in config.pipeline if "train" in config[name])
+    devices = parallel.choose_devices(batch, config.devices, config.platform)
+    used = f"{len(devices)} of {jax.local_device_count()} {devices[0].platform} ({devices[0].device_kind})"
+    if jax.process_count() > 1:
+        used += f" in each of {jax.process_count()} processes"
+    steps = {name: f" ({config[name].steps} steps)" if "train" in config[name] else "" for name in statuses}
+    plan = (
+        f"{name}{steps[name]}" if status == "missing" else f"{name} ({status})" for name, status in statuses.items()
+    )
+    validation = ", ".join(f"{records.name} ({len(records)})" for records in domains.validation) or "none"
+    return "\n".join(
+        [
+            f"jaxuda {config.name}:{config.benchmark}, seed {config.seed}",
+            f"  devices     {used}",
+            f"  stages      {' -> '.join(plan)}",
+            f"  source      {domains.source.name} ({len(domains.source)} images)",
+            f"  target      {domains.target.name} ({len(domains.target)} images), evaluated on {validation}",
+            f"  results in  {workdir}, at the end with a page for the browser, report.html",
+            "Stop it whenever you like: the same command goes on where it stopped.",
+        ]
+    )

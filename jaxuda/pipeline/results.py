@@ -1,0 +1,116 @@
+"""The scores of a run: what results.json holds, the table on the terminal, and which runs may be compared."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxuda import data
+from jaxuda.data.records import Domains
+from jaxuda.errors import UserError
+from jaxuda.metrics import iou_table
+from jaxuda.pipeline.stages import Stage
+
+# What the scores in results.json are of.
+CHECKPOINT_RULES = {
+    "last": "the last checkpoint, as the recipe's steps have it; what tables show",
+    "best_on_val_using_target_labels": "chosen with labels that an unlabelled target does not have",
+    "chosen_without_labels": "chosen by a figure that needs no labels: lowest entropy, highest diversity or snd",
+}
+
+
+def versions() -> dict[str, Any]:
+    packages = ("jaxuda", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {"versions": {package: importlib.metadata.version(package) for package in packages}, "git": _git_revision()}
+
+
+def _git_revision() -> str | None:
+    """The commit of the code, with "+changes" if files differ from it; None outside a checkout."""
+    where = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        options = {"capture_output": True, "text": True, "check": True, "timeout": 10}
+        revision = subprocess.run([*where, "rev-parse", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run([*where, "status", "--porcelain", "-uno"], **options).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision + ("+changes" if changed else "")
+
+
+def collect(config: ConfigDict, recipe: list[Stage], domains: Domains) -> dict[str, Any]:
+    """The scores, and all that they depend on."""
+    settings = json.dumps(config.to_dict(), sort_keys=True, default=list)
+    opened = {"source": domains.source, "target": domains.target, "evaluation": next(iter(domains.validation), None)}
+    return {
+        "config": config.name,
+        "benchmark": config.benchmark,
+        "seed": config.seed,
+        "validation": domains.validation[0].name if domains.validation else None,
+        "classes": list(domains.source.label_space.classes),
+        "evaluation_size": list(config.evaluation.size),
+        "checkpoints": CHECKPOINT_RULES | {"mean_of_last": f"mean of the last {config.mean_of_last} evaluations"},
+        "data": {place: records and _described(records) for place, records in opened.items()},
+        "config_sha256": hashlib.sha256(settings.encode()).hexdigest(),
+        **versions(),
+        "fingerprints": {stage.name: stage.fingerprint for stage in recipe},
+        "stages": {stage.name: stage.results() for stage in recipe},
+    }
+
+
+def _described(records: data.Records) -> dict[str, Any]:
+    described = {"name": records.name, "images": len(records), "labelled": records.labelled}
+    return described | {"fingerprint": records.fingerprint}
+
+
+def final_table(results: dict[str, Any]) -> str:
+    """Per-class IoU of every training stage, and the scores that go with it."""
+    scored = {name: result for name, result in results["stages"].items() if "best_on_val_using_target_labels" in result}
+    if not scored:
+        return "no labelled validation images: nothing to score (see metrics.jsonl for the label-free figures)"
+    columns = {name.replace("_", " "): np.asarray(result["last"]["confusion"]) for name, result in scored.items()}
+    lines = [f"IoU in % on {results['validation']}, last checkpoint of each stage", ""]
+    lines += [iou_table(columns, results["classes"]), ""]
+    for name, result in scored.items():
+        mean, best = result["mean_of_last"], result["best_on_val_using_target_labels"]
+        lines.append(
+            f"{name.replace('_', ' ')}: mean of the last {mean['count']} evaluations {100 * mean['miou']:.1f}; "
+            f"best on val (uses target labels) {100 * best['miou']:.1f} at step {best['step']}"
+        )
+        chosen = result.get("chosen_without_labels", {})
+        found = (f"by {figure} {100 * row['miou']:.1f} at step {row['step']}" for figure, row in chosen.items())
+        lines += [f"  chosen without target labels: {', '.join(found)}"] if chosen else []
+    return "\n".join(lines)
+
+
+def check_comparable(runs: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Refuses runs whose scores do not mean the same.
+
+    Args:
+      runs: the name of each and what its scores depend on, such as {"classes": ("road", "sky")}; None for what is not
+        known.
+
+    Raises:
+      UserError: two runs differ; it says in what, with both values.
+    """
+    first: dict[str, tuple[str, Any]] = {}
+    for name, facts in runs:
+        for what, value in facts.items():
+            if value is None:
+                continue
+            other, known = first.setdefault(what, (name, value))
+            if known != value:
+                raise UserError(
+                    f"{other} and {name} cannot be compared, their {what} differ: {_shown(known)} against "
+                    f"{_shown(value)}. Compare runs of one benchmark"
+                )
+
+
+def _shown(value: Any) -> str:
+    return f"{len(value)} ({', '.join(map(str, value))})" if isinstance(value, tuple) and len(value) > 2 else str(value)

@@ -1,0 +1,97 @@
+"""Using trained stages: score them, or label images with them; one, or several as an ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxuda import data
+from jaxuda.errors import UserError
+from jaxuda.inference.restore import ALL, ensemble_devices, make_ensemble, parse_checkpoint, title
+from jaxuda.metrics import iou_table
+from jaxuda.pipeline import domains
+from jaxuda.sweeps.evaluate import make_ensemble_evaluator
+from jaxuda.sweeps.predict import ImageFiles, ensemble_predictions, write_predictions
+
+
+def evaluate(config: ConfigDict, checkpoint: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Prints IoU on the evaluation split of `config`: of a stage, of each of its checkpoints, or of an ensemble.
+
+    Args:
+      config: the datasets, and in `config.test` what is averaged.
+      checkpoint: see `parse_checkpoint`.
+      overrides: what the command line sets, "evaluation.size" and the like; a network's own settings hold otherwise.
+    """
+    records, classes = _evaluation_split(config)
+    chosen = parse_checkpoint(checkpoint)
+    each = [[one] for one in chosen] if checkpoint.endswith(f":{ALL}") else [chosen]
+    columns = {}
+    for members in each:
+        ensemble, variables = make_ensemble(config, members, len(classes), overrides)
+        devices = ensemble_devices(config, ensemble)
+        confusion = make_ensemble_evaluator(ensemble, devices)(variables, records).confusion
+        columns[title(members, every=len(each) > 1)] = confusion
+    print(f"IoU in % of {checkpoint} on {records.name}{_manner(config, overrides)}\n")
+    print(iou_table(columns, classes))
+
+
+def _evaluation_split(config: ConfigDict) -> tuple[data.Records, tuple[str, ...]]:
+    """The target's labelled images to score on, and the classes; the source is opened only if it defines them."""
+    if config.label_space:
+        domains.draw_if_missing(config.target.name, config)
+        classes = data.labels.label_space(config.label_space).classes
+        records = domains.open_records(config, "target", config.evaluation.split)
+    else:
+        opened = domains.load_domains(config)
+        records, classes = next(iter(opened.validation), None), opened.source.label_space.classes
+    if records is None or not records.labelled:
+        raise UserError(f"the target has no labelled split '{config.evaluation.split}' to score on")
+    return records, classes
+
+
+def _manner(config: ConfigDict, overrides: Mapping[str, Any]) -> str:
+    size, scales = overrides.get("evaluation.size"), tuple(config.test.scales)
+    parts = [f"input of {size[0]}x{size[1]}"] if size else []
+    if scales != (1.0,):
+        parts.append(("" if size else "input ") + f"scaled by {' and '.join(map(str, scales))}")
+    if config.test.flip:
+        parts.append("mirrored images too")
+    return "".join(f", {part}" for part in parts)
+
+
+def predict(
+    config: ConfigDict,
+    checkpoint: str,
+    images: str,
+    workdir: str,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Writes predictions for images to WORKDIR/predictions (default: beside the checkpoint).
+
+    Args:
+      config: the label space, and in `config.test` what is averaged.
+      checkpoint: see `parse_checkpoint`.
+      images: a folder or a glob.
+      workdir: see above.
+      overrides: as for `evaluate`.
+    """
+    if not images:
+        raise UserError("say which images: --images DIR or --images 'DIR/*.png' (quoted, or the shell expands it)")
+    found = ImageFiles(images)
+    chosen = parse_checkpoint(checkpoint)
+    if checkpoint.endswith(f":{ALL}"):
+        raise UserError("images are labelled with one checkpoint, or with several named ones as an ensemble")
+    space = data.labels.label_space(config.label_space) if config.label_space else _source_space(config)
+    ensemble, variables = make_ensemble(config, chosen, space.num_classes, overrides)
+    folder = Path(workdir or chosen[0][0]) / "predictions"
+    labelled = ensemble_predictions(ensemble, variables, found, ensemble_devices(config, ensemble))
+    written = write_predictions(labelled, folder, space)
+    print(f"{len(found)} predictions in {' and '.join(map(str, written))}")
+
+
+def _source_space(config: ConfigDict) -> Any:
+    return domains.open_records(config, "source", config.source.split).label_space

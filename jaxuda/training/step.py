@@ -1,0 +1,179 @@
+"""The train step: the one place where gradients are taken, averaged over devices, accumulated and applied.
+
+A method gives passes (see `jaxuda.methods`). Each has a gradient of its own, taken one after another as the published
+loops call backward per loss, so that the activations of only one pass are alive at a time. With `accumulate` the batch
+is cut into parts, all passes run on each part, and the optimizer moves once. The gradient is the mean of those of the
+parts: that of the whole batch where a loss is a mean over as many pixels in each part and nothing is computed over the
+batch; batch normalisation, Lovasz terms, statistics and memories see a part at a time and move with each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxuda.errors import UserError
+from jaxuda.methods import Carry, Keys
+from jaxuda.models.layers import normalise
+from jaxuda.training.state import TrainState
+
+PyTree = Any
+
+
+def make_step(
+    method: ModuleType, model: Any, tx: optax.GradientTransformation, config: Any, phase: int = 0
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """`step(state, constants, seed, batch, axis_name=None) -> (state, metrics)`: one optimizer update.
+
+    Args:
+      method: a module of `jaxuda.methods`.
+      model: the network.
+      tx: the optimizer that made the state.
+      config: the stage's settings.
+      phase: 0, or the one of the method's `starts` from which on the step is used.
+    """
+    passes, parts = method.passes(config, phase), config.get("accumulate", 1)
+
+    def step(
+        state: TrainState, constants: PyTree, seed: int, batch: PyTree, axis_name: str | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch = to_float(batch, config.preprocess)
+        # Randomness is derived from the step, never carried along.
+        keys = Keys(jax.random.fold_in(jax.random.key(seed), state.step), _global_index(batch, axis_name))
+        shared = {"step": state.step, "model": model, "config": config, "constants": constants, "axis_name": axis_name}
+
+        def gradients(carry: Carry, batch: PyTree, keys: Keys) -> tuple[PyTree, Carry]:
+            return _run_passes(method, passes, state.params, carry, batch, {**shared, "keys": keys})
+
+        carry = Carry(state.batch_stats, state.extra, {}, {})
+        # Without parts there is no loop, in which XLA's convolutions on CPU are many times slower.
+        grads, carry = (gradients if parts == 1 else _in_parts(gradients, state.params, parts))(carry, batch, keys)
+        if axis_name is not None:
+            # Losses are global values already: the mean over devices is the gradient of the global loss.
+            grads = lax.pmean(grads, axis_name)
+        state = state.apply_gradients(grads, tx).replace(batch_stats=carry.batch_stats, extra=carry.extra)
+        if hasattr(method, "after_update"):
+            updated = method.after_update(state, config=config)
+            _same_structure("state", state, updated, "after_update")
+            state = updated
+        return state, carry.metrics
+
+    return step
+
+
+def to_float(batch: PyTree, preprocess: str) -> PyTree:
+    """A batch as the input gives it, with normalised float32 images and int32 labels."""
+    convert = {
+        "image": lambda image: normalise(image, preprocess),
+        "label": lambda label: label.astype(jnp.int32),
+    }
+    return {
+        domain: {name: convert.get(name, lambda x: x)(value) for name, value in arrays.items()}
+        for domain, arrays in batch.items()
+    }
+
+
+def _global_index(batch: PyTree, axis_name: str | None) -> jax.Array:
+    """(N,) int32: the place of each example of this device in the global batch."""
+    count = len(jax.tree.leaves(batch)[0])
+    index = jnp.arange(count, dtype=jnp.int32)
+    return index if axis_name is None else index + count * lax.axis_index(axis_name)
+
+
+def _run_passes(
+    method: ModuleType, passes: tuple[Callable, ...], params: PyTree, carry: Carry, batch: PyTree, given: dict[str, Any]
+) -> tuple[PyTree, Carry]:
+    """The sum of the gradients of all passes on one part of a batch, and the carry after the last of them."""
+    grads, loss = None, 0.0
+    if hasattr(method, "before_passes"):
+        carry = _joined(method.before_passes, carry, method.before_passes(params, _fresh(carry), batch, **given))
+    for number, pass_ in enumerate(passes):
+
+        def objective(params: PyTree, pass_: Callable = pass_, carry: Carry = carry) -> tuple[jax.Array, Carry]:
+            value, moved = pass_(params, _fresh(carry), batch, **given)
+            return value, _joined(pass_, carry, moved)
+
+        (value, carry), more = jax.value_and_grad(objective, has_aux=True)(params)
+        grads, loss = more if grads is None else jax.tree.map(jnp.add, grads, more), loss + value
+        if number + 1 < len(passes):
+            # Else the compiler runs the next forward pass early, and keeps the activations of both.
+            params, grads, carry = lax.optimization_barrier((params, grads, carry))
+    return grads, carry.log(loss=loss)
+
+
+class _Values(dict):
+    """Values of a carry; one that no earlier pass has left is an error by name."""
+
+    def __missing__(self, name: str) -> Any:
+        raise UserError(
+            f"a pass reads the value '{name}' of its carry, which no earlier pass of the method has left (there are: "
+            f"{', '.join(sorted(self)) or 'none'})"
+        )
+
+
+def _fresh(carry: Carry) -> Carry:
+    """The carry as a function of a method gets it: without metrics, so that none is written twice unseen."""
+    return carry._replace(values=_Values(carry.values), metrics={})
+
+
+def _joined(function: Callable, before: Carry, after: Carry) -> Carry:
+    """The carry that a function of a method returned, checked, with the metrics of those before it."""
+    for field in ("batch_stats", "extra"):
+        _same_structure(
+            field, getattr(before, field), getattr(after, field), getattr(function, "__name__", str(function))
+        )
+    return after._replace(values=dict(after.values), metrics=before.metrics).log(**after.metrics)
+
+
+def _same_structure(what: str, before: PyTree, after: PyTree, function: str) -> None:
+    """Raises a UserError that names the first leaf whose place, shape or dtype has changed."""
+    old, new = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="."): f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (before, after)
+    )
+    for name in dict.fromkeys([*old, *new]):
+        if old.get(name) != new.get(name):
+            raise UserError(
+                f"the method's function '{function}' changes {what}.{name} from {old.get(name, 'nothing')} to "
+                f"{new.get(name, 'nothing')}: what lasts must keep its structure, shapes and dtypes"
+            )
+
+
+def _in_parts(gradients: Callable, params: PyTree, parts: int) -> Callable[..., tuple[PyTree, Carry]]:
+    """`gradients`, taken of one part of the batch after another: their mean, and the mean of the metrics."""
+
+    def accumulated(carry: Carry, batch: PyTree, keys: Keys) -> tuple[PyTree, Carry]:
+        def add(lasting: tuple, part: tuple) -> tuple[tuple, dict]:
+            total, batch_stats, extra = lasting
+            grads, moved = gradients(Carry(batch_stats, extra, {}, {}), part[0], keys._replace(index=part[1]))
+            return (jax.tree.map(jnp.add, total, grads), moved.batch_stats, moved.extra), moved.metrics
+
+        start = (jax.tree.map(jnp.zeros_like, params), carry.batch_stats, carry.extra)
+        (total, batch_stats, extra), metrics = lax.scan(add, start, split((batch, keys.index), parts))
+        metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics)
+        return jax.tree.map(lambda x: x / parts, total), Carry(batch_stats, extra, {}, metrics)
+
+    return accumulated
+
+
+def split(batch: PyTree, parts: int) -> PyTree:
+    """Each (N, ...) as (parts, N / parts, ...), image n in part n % parts, so that devices do not matter."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        if len(x) % parts:
+            raise UserError(
+                f"accumulate={parts} does not divide the {len(x)} images per device: change the stage's batch or "
+                "accumulate, or config.devices"
+            )
+        return jnp.moveaxis(x.reshape(len(x) // parts, parts, *x.shape[1:]), 1, 0)
+
+    return jax.tree.map(cut, batch)
