@@ -16,7 +16,7 @@ from jaxuda.data.records import Domains
 from jaxuda.errors import UserError
 from jaxuda.main import main
 from jaxuda.models import make_model
-from jaxuda.optimizers.sgd import make_optimizer
+from jaxuda.optimizers import make_optimizer
 from jaxuda.pipeline import stages
 
 VALUES = ["-1", "0", "1", "3", "2147483648", "1e300", "nan", "inf", "-0.5", "", "x", "../x", "None", "True", "()"]

@@ -11,7 +11,7 @@ from configs import advent, cfcontra, common, crcda, dada, fada, intrada, lfass,
 from jaxuda import methods
 from jaxuda.data.labels import label_space, lookup_table
 from jaxuda.models import make_model
-from jaxuda.optimizers.sgd import make_optimizer
+from jaxuda.optimizers import make_optimizer
 from jaxuda.pipeline.stages import plan
 from jaxuda.training.loop import make_step
 from jaxuda.training.state import TrainState

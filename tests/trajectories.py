@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from jaxuda import methods
 from jaxuda.interop.torch_checkpoint import LAYOUTS, load_torch, to_torch, torch_name
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.optimizers.sgd import make_optimizer
+from jaxuda.optimizers import make_optimizer
 from jaxuda.training.state import TrainState
 
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from jaxuda import methods
 from jaxuda.cli import parse
 from jaxuda.models import layers, make_model
-from jaxuda.optimizers.sgd import make_optimizer
+from jaxuda.optimizers import make_optimizer
 from jaxuda.pipeline.stages import resolve
 from jaxuda.training.loop import make_step
 from jaxuda.training.state import TrainState

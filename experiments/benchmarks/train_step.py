@@ -47,7 +47,7 @@ from jaxuda.data.records import Domains
 from jaxuda.interop import torch_checkpoint
 from jaxuda.models import layers, make_model
 from jaxuda.models.discriminator import FCDiscriminator
-from jaxuda.optimizers.sgd import make_optimizer
+from jaxuda.optimizers import make_optimizer
 from jaxuda.pipeline.cost import operations
 from jaxuda.pipeline.stages import plan
 from jaxuda.training.allocation import keep_freed_memory

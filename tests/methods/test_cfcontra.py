@@ -13,7 +13,7 @@ from jaxuda.losses.contrastive import class_centres
 from jaxuda.methods import cfcontra
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import resize_labels
-from jaxuda.optimizers.sgd import make_optimizer
+from jaxuda.optimizers import make_optimizer
 from jaxuda.training.state import TrainState
 
 MODEL = DeepLabV2(4, "resnet18", "torchvision", width=8, blocks=(1, 1, 1, 1))

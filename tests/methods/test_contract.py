@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jaxuda import methods, parallel
 from jaxuda.models import make_model
-from jaxuda.optimizers.sgd import make_optimizer
+from jaxuda.optimizers import make_optimizer
 from jaxuda.pipeline.stages import SHARED
 from jaxuda.training.checkpoints import Checkpoints
 from jaxuda.training.start import method_start, new_state

@@ -15,7 +15,7 @@ from jaxuda.errors import UserError
 from jaxuda.losses.association import aggregate
 from jaxuda.methods import plca
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.optimizers.sgd import make_optimizer
+from jaxuda.optimizers import make_optimizer
 from jaxuda.training.accumulation import in_parts
 from jaxuda.training.state import TrainState
 

@@ -13,7 +13,7 @@ from configs import sdca as config_file
 from jaxuda.methods import sdca
 from jaxuda.methods.sdca import confident_labels
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.optimizers.sgd import make_optimizer
+from jaxuda.optimizers import make_optimizer
 from jaxuda.training.state import TrainState
 
 MODEL = DeepLabV2(4, "resnet18", "torchvision", width=8, blocks=(1, 1, 1, 1))
