@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxuda.errors import UserError
-from jaxuda.training.accumulation import split
+from jaxuda.training.step import split
 
 
 def test_devices_share_each_part() -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from golden_weights import state_dict
 from ml_collections import ConfigDict
+from updates import begin, update
 
 from jaxuda import methods
 from jaxuda.interop.torch_checkpoint import LAYOUTS, load_torch, to_torch, torch_name
@@ -54,14 +55,14 @@ def run(
     }
     if "src_depth" in arrays:
         batch["source"]["depth"] = arrays["src_depth"].astype(np.float64)
-    tx, module = make_optimizer(config), methods.load(method)
-    _, extra = module.init(jax.random.key(0), model=model, batch=batch, config=config, artifacts={})
+    tx, module = make_optimizer(config, model), methods.load(method)
+    extra = begin(module, model, config, batch, variables=variables).extra
     players = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), players or {})
     states = [TrainState.create({"model": variables["params"], **players}, tx, variables["batch_stats"], extra)]
-    step = jax.jit(functools.partial(module.train_step, model=model, tx=tx, config=config))
+    step = jax.jit(update(module, model, tx, config))
     metrics = []
     for _ in range(steps):
-        state, row = step(states[-1], batch, jax.random.key(0))
+        state, row = step(states[-1], batch)
         states.append(state)
         metrics.append(row)
     return states, metrics

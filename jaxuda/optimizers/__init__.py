@@ -38,7 +38,7 @@ def make_optimizer(config: Mapping[str, Any], model: Any) -> optax.GradientTrans
       UserError: there is no such family. `init` raises one where a parameter is of an unknown group.
     """
     optim = config["optim"]
-    family = plugins.load(__name__, "make", optim["name"], "optim.name")
+    family = plugins.load(__name__, "make", optim.get("name", "sgd"), "optim.name")
     transforms = {group: family.make(group, config) for group in GROUPS} | {"frozen": optax.set_to_zero()}
     if not optim["train_norm"]:
         transforms["norm"] = transforms["frozen"]

@@ -31,6 +31,8 @@ def make_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, constants, seed, batch, axis_name=None) -> (state, metrics)`: one optimizer update.
 
+    `batch` is as the input gives it: uint8 images and labels.
+
     Args:
       method: a module of `jaxuda.methods`.
       model: the network.
@@ -38,12 +40,25 @@ def make_step(
       config: the stage's settings.
       phase: 0, or the one of the method's `starts` from which on the step is used.
     """
-    passes, parts = method.passes(config, phase), config.get("accumulate", 1)
+    update = make_update(method, model, tx, config, phase)
 
     def step(
         state: TrainState, constants: PyTree, seed: int, batch: PyTree, axis_name: str | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        batch = to_float(batch, config.preprocess)
+        return update(state, constants, seed, to_float(batch, config.preprocess), axis_name)
+
+    return step
+
+
+def make_update(
+    method: ModuleType, model: Any, tx: optax.GradientTransformation, config: Any, phase: int = 0
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """As `make_step`, for batches of normalised float images and int32 labels."""
+    passes, parts = method.passes(config, phase), config.get("accumulate", 1)
+
+    def update(
+        state: TrainState, constants: PyTree, seed: int, batch: PyTree, axis_name: str | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         # Randomness is derived from the step, never carried along.
         keys = Keys(jax.random.fold_in(jax.random.key(seed), state.step), _global_index(batch, axis_name))
         shared = {"step": state.step, "model": model, "config": config, "constants": constants, "axis_name": axis_name}
@@ -64,7 +79,7 @@ def make_step(
             state = updated
         return state, carry.metrics
 
-    return step
+    return update
 
 
 def to_float(batch: PyTree, preprocess: str) -> PyTree:

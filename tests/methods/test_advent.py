@@ -3,23 +3,33 @@
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from jaxuda.methods.advent import adversarial_terms
-from jaxuda.models.discriminator import FCDiscriminator
+from jaxuda.losses.adversarial import SOURCE
+from jaxuda.methods.advent import discriminate, make_discriminator, target_terms
+from jaxuda.models.deeplab import DeepLabV2
 
-DISCRIMINATOR = FCDiscriminator(4)
+MODEL = DeepLabV2(3, "resnet18", "torchvision", width=4)
+CONFIG = ConfigDict({"discriminator_width": 4})
+
+
+def adversarial_terms(player, source, target) -> dict:
+    """The terms of both passes."""
+    adv, d_target = target_terms(MODEL, CONFIG, player, target, None)
+    d_source = discriminate(MODEL, CONFIG, player, jax.lax.stop_gradient(source), SOURCE, None)
+    return {"adv": adv, "d_source": d_source, "d_target": d_target}
 
 
 @pytest.fixture(scope="module")
 def inputs() -> tuple:
     keys = jax.random.split(jax.random.key(0), 3)
     source, target = (jax.random.uniform(key, (2, 32, 64, 3)) for key in keys[:2])
-    return DISCRIMINATOR.init(keys[2], source)["params"], source, target
+    return make_discriminator(MODEL, CONFIG).init(keys[2], source)["params"], source, target
 
 
 def gradients(inputs: tuple, term: str) -> tuple:
     """Of one term, with respect to the discriminator's parameters and both maps."""
-    return jax.grad(lambda *args: adversarial_terms(DISCRIMINATOR, *args, None)[term], argnums=(0, 1, 2))(*inputs)
+    return jax.grad(lambda *args: adversarial_terms(*args)[term], argnums=(0, 1, 2))(*inputs)
 
 
 def moves(tree) -> bool:
@@ -39,6 +49,6 @@ def test_players_pull_apart(inputs: tuple) -> None:
     """A step along the segmenter's gradient raises what the discriminator lowers on the target."""
     player, source, target = inputs
     push = gradients(inputs, "adv")[2]
-    before = adversarial_terms(DISCRIMINATOR, player, source, target, None)
-    after = adversarial_terms(DISCRIMINATOR, player, source, target - 1e-2 * push / np.abs(push).max(), None)
+    before = adversarial_terms(player, source, target)
+    after = adversarial_terms(player, source, target - 1e-2 * push / np.abs(push).max())
     assert after["adv"] < before["adv"] and after["d_target"] > before["d_target"]

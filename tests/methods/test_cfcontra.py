@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from golden_weights import random_variables
 from ml_collections import ConfigDict
+from updates import begin, update
 
 from configs import cfcontra as config_file
 from jaxuda.losses.contrastive import class_centres
@@ -45,12 +46,12 @@ def _memories(seen=(0, 1, 2)) -> cfcontra.Memories:
 
 def _steps(config: ConfigDict, batches: list, memories: cfcontra.Memories) -> tuple[list[TrainState], list[dict]]:
     variables = random_variables(MODEL, jnp.zeros((1, 32, 48, 3)))
-    tx = make_optimizer(config)
-    players, _ = cfcontra.init(jax.random.key(0), model=MODEL, batch=batches[0], config=config, artifacts={})
+    tx = make_optimizer(config, MODEL)
+    players = begin(cfcontra, MODEL, config, batches[0]).params
     states = [TrainState.create({"model": variables["params"], **players}, tx, variables["batch_stats"], memories)]
-    step, rows = jax.jit(functools.partial(cfcontra.train_step, model=MODEL, tx=tx, config=config)), []
+    step, rows = jax.jit(update(cfcontra, MODEL, tx, config)), []
     for batch in batches:
-        state, metrics = step(states[-1], batch, jax.random.key(0))
+        state, metrics = step(states[-1], batch)
         states.append(state)
         rows.append(metrics)
     return states, rows

@@ -19,7 +19,7 @@ from trajectories import by_torch_name, run
 
 from jaxuda.artifacts.prototypes import Memories
 from jaxuda.interop.torch_checkpoint import from_torch
-from jaxuda.methods import cfcontra
+from jaxuda.methods import Start, cfcontra
 from jaxuda.models.deeplab import DeepLabV2
 
 MODEL = DeepLabV2(19, "resnet101", "caffe", blocks=(1, 1, 1, 1), aux=True, dtype="float64")
@@ -88,7 +88,7 @@ def test_trajectory(name: str, first_update: float, update: float, loss: float, 
     config = _config(name, float(arrays["threshold"]))
     with jax.enable_x64(True):
         memories = Memories(*(jnp.asarray(arrays[f"{domain}_memory0"], jnp.float64) for domain in ("src", "trg")))
-        with mock.patch.object(cfcontra, "init", lambda *_, **__: ({}, memories)):
+        with mock.patch.object(cfcontra, "init", lambda *_, **__: Start(extra=memories)):
             states, metrics = run(
                 "cfcontra", config, arrays, steps=3, model=MODEL, layout=LAYOUT, players={"projection": _head()}
             )

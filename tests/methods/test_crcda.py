@@ -10,12 +10,13 @@ import optax
 import pytest
 from golden_weights import random_variables
 from ml_collections import ConfigDict
+from updates import begin, update
 
 from configs import crcda as config_file
 from jaxuda.artifacts.relations import Relations, class_relations, describe, write_relations
 from jaxuda.errors import UserError
 from jaxuda.losses.entropy import entropy_loss, entropy_map
-from jaxuda.methods import crcda
+from jaxuda.methods import Carry, Keys, crcda
 from jaxuda.methods.supervised import forward, upsample
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.training.state import TrainState
@@ -56,7 +57,7 @@ def batch() -> dict:
 def start() -> TrainState:
     """At step 0, with classifiers far enough from zero to have opinions."""
     variables = random_variables(MODEL, jnp.zeros((1, 32, 48, 3)))
-    players, extra = crcda.init(jax.random.key(0), model=MODEL, batch=batch(), config=stage_config(), artifacts={})
+    players, extra, _ = begin(crcda, MODEL, stage_config(), batch())
     params = {"model": variables["params"], "regions": jax.tree.map(lambda x: 10 * np.asarray(x), players["regions"])}
     wide = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)  # noqa: E731
     return TrainState.create(wide(params), optax.sgd(1.0), wide(variables["batch_stats"]), extra)
@@ -65,12 +66,12 @@ def start() -> TrainState:
 @functools.cache
 def compiled(factor: float, adaptive: bool = True):
     config = weighted(factor, adaptive=adaptive)
-    return jax.jit(functools.partial(crcda.train_step, model=MODEL, tx=optax.sgd(1.0), config=config))
+    return jax.jit(update(crcda, MODEL, optax.sgd(1.0), config))
 
 
 def step(factor: float, state: TrainState, adaptive: bool = True) -> tuple[dict, dict]:
     """The gradients, as one step of plain descent shows them, and the metrics."""
-    after, metrics = compiled(factor, adaptive)(state, batch(), jax.random.key(0))
+    after, metrics = compiled(factor, adaptive)(state, batch())
     return jax.tree.map(lambda a, b: np.asarray(a - b), state.params, after.params), metrics
 
 
@@ -83,7 +84,9 @@ def base_margins() -> dict[str, float]:
 def predictions(params: dict) -> dict[str, jax.Array]:
     """Probabilities of all classifiers on the target, as the first step sees them."""
     target = batch()["target"]["image"]
-    outputs, _ = forward(MODEL, params["model"], start().batch_stats, target, None)
+    carry = Carry(start().batch_stats, (), {}, {})
+    keys = Keys(jax.random.key(0), jnp.arange(len(target)))
+    outputs, _ = forward(MODEL, params["model"], carry, target, keys=keys, use="target", axis_name=None)
     name = crcda.name_of(SIZE)
     relations = class_relations(CLASSES)
     regions = crcda.region_logits(MODEL, params["regions"][name], outputs.features, relations, SIZE)
@@ -173,10 +176,9 @@ def test_without_adaptation_there_is_no_margin() -> None:
 def test_pixels_alone() -> None:
     """No region size: no region classifier, in the parameters or in the loss."""
     config = stage_config(region_sizes=())
-    assert crcda.init(jax.random.key(0), model=MODEL, batch=batch(), config=config, artifacts={}) == ({}, {})
+    assert begin(crcda, MODEL, config, batch()) == ({}, {}, ())
     state = start().replace(params={"model": start().params["model"]}, extra={})
-    step = functools.partial(crcda.train_step, model=MODEL, tx=optax.sgd(1.0), config=config)
-    _, metrics = jax.eval_shape(step, state, batch(), jax.random.key(0))
+    _, metrics = jax.eval_shape(update(crcda, MODEL, optax.sgd(1.0), config), state, batch())
     assert set(metrics) == {"loss", "ce", "ce_aux", "entropy", "entropy_aux"}
 
 
@@ -190,7 +192,7 @@ def test_init_reads_what_the_sweep_left(tmp_path: Path) -> None:
     write_relations(tmp_path, {1: class_relations(CLASSES), 2: relations_of_blocks()}, ("a", "b", "c", "d"))
     config = stage_config(region_sizes=(1, 2))
     found = {"context_relations": tmp_path}
-    params, extra = crcda.init(jax.random.key(0), model=MODEL, batch=batch(), config=config, artifacts=found)
+    params, extra, _ = begin(crcda, MODEL, config, batch(), found)
     assert {name: head["kernel0"].shape[-1] for name, head in params["regions"].items()} == {
         "regions1": 4,
         "regions2": 2,
@@ -201,12 +203,12 @@ def test_init_reads_what_the_sweep_left(tmp_path: Path) -> None:
 def test_relations_of_another_label_space(tmp_path: Path) -> None:
     write_relations(tmp_path, {2: class_relations(3)}, ("a", "b", "c"))
     with pytest.raises(UserError, match=r"another label space: 3 classes \(a, b, c\), against 4 here"):
-        crcda.init(jax.random.key(0), model=MODEL, batch=batch(), config=stage_config(), artifacts={"found": tmp_path})
+        begin(crcda, MODEL, stage_config(), batch(), {"found": tmp_path})
 
 
 def test_images_smaller_than_a_region() -> None:
     with pytest.raises(UserError, match="6x4 feature cells are smaller than a region of 5x5"):
-        crcda.init(jax.random.key(0), model=MODEL, batch=batch(), config=stage_config(region_sizes=(5,)), artifacts={})
+        begin(crcda, MODEL, stage_config(region_sizes=(5,)), batch())
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

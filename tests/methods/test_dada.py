@@ -10,6 +10,7 @@ import pytest
 from golden_weights import golden, golden_keys, state_dict
 from ml_collections import ConfigDict
 from trajectories import by_torch_name, run
+from updates import begin
 
 from jaxuda.errors import UserError
 from jaxuda.interop.torch_checkpoint import LAYOUTS, load_torch, to_torch, torch_name
@@ -128,8 +129,7 @@ def test_first_gradients(name: str) -> None:
 def test_source_without_depth_is_named() -> None:
     batch = {domain: {"image": np.zeros((1, 32, 48, 3))} for domain in ("source", "target")}
     with pytest.raises(UserError, match="this source has none"):
-        dada.init(jax.random.key(0), model=MODEL, batch=batch, config=_config("dedup"), artifacts={})
+        begin(dada, MODEL, _config("dedup"), batch)
     batch["source"]["depth"] = np.zeros((1, 32, 48))
     with pytest.raises(UserError, match=r"model\.depth=True"):
-        model = MODEL.clone(depth=False)
-        dada.init(jax.random.key(0), model=model, batch=batch, config=_config("dedup"), artifacts={})
+        begin(dada, MODEL.clone(depth=False), _config("dedup"), batch)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from jaxuda.losses.adversarial import SOURCE, TARGET
 from jaxuda.methods import fada
 from jaxuda.models.deeplab import DeepLabV2, Outputs
 
@@ -25,9 +26,15 @@ def inputs() -> tuple:
 
 
 def term(name: str, player, ours, theirs, our_logits, their_logits) -> jax.Array:
-    images = {"image": jnp.zeros((2, 32, 48, 3))}
-    sides = [(Outputs(x, None, f, None), images) for x, f in ((our_logits, ours), (their_logits, theirs))]
-    return fada.adversarial_terms(player, *sides, MODEL, CONFIG, None)[name]
+    """One of the three terms, as the passes put it together."""
+    stop, (features, logits) = (
+        jax.lax.stop_gradient,
+        (ours, our_logits) if name == "d_source" else (theirs, their_logits),
+    )
+    player, seen = (stop(player), features) if name == "adv" else (player, stop(features))
+    domain = TARGET if name == "d_target" else SOURCE
+    outputs, images = Outputs(logits, None, features, None), jnp.zeros((2, 32, 48, 3))
+    return fada.discriminate(player, seen, outputs, images, domain, MODEL, CONFIG, None)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
 """What is particular to PLCA's step beside the contract that every method keeps to."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_weights import random_variables
 from ml_collections import ConfigDict
+from updates import begin, update
 
 from configs import lfass
 from configs import plca as config_file
@@ -16,7 +15,6 @@ from jaxuda.losses.association import aggregate
 from jaxuda.methods import plca
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.optimizers import make_optimizer
-from jaxuda.training.accumulation import in_parts
 from jaxuda.training.state import TrainState
 
 MODEL = DeepLabV2(4, "resnet18", "torchvision", width=8, blocks=(1, 1, 1, 1))
@@ -41,15 +39,15 @@ def batch(images: int = 2, seed: int = 0) -> dict:
 
 def start(config: ConfigDict, model: DeepLabV2 = MODEL) -> TrainState:
     variables = random_variables(model, jnp.zeros((1, 32, 48, 3)))
-    _, extra = plca.init(jax.random.key(0), model=model, batch=batch(), config=config, artifacts={})
-    return TrainState.create({"model": variables["params"]}, make_optimizer(config), variables["batch_stats"], extra)
+    config.model = {"norm": model.norm}
+    extra = begin(plca, model, config, batch(), variables=variables).extra
+    tx = make_optimizer(config, model)
+    return TrainState.create({"model": variables["params"]}, tx, variables["batch_stats"], extra)
 
 
 def step(config: ConfigDict, data: dict, model: DeepLabV2 = MODEL) -> tuple[TrainState, TrainState, dict]:
     before = start(config, model)
-    train_step = functools.partial(plca.train_step, model=model, config=config)
-    run = in_parts(train_step, make_optimizer(config), config.accumulate)
-    after, metrics = jax.jit(functools.partial(run, axis_name=None))(before, data, jax.random.key(0))
+    after, metrics = jax.jit(update(plca, model, make_optimizer(config, model), config))(before, data)
     return before, after, metrics
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from golden_weights import random_variables
 from ml_collections import ConfigDict
+from updates import begin, update
 
 from configs import sdca as config_file
 from jaxuda.methods import sdca
@@ -36,11 +37,10 @@ def _batch() -> dict:
 
 def _step(config: ConfigDict) -> tuple[TrainState, TrainState, dict]:
     variables = random_variables(MODEL, jnp.zeros((1, 32, 48, 3)))
-    tx = make_optimizer(config)
-    _, extra = sdca.init(jax.random.key(0), model=MODEL, batch=_batch(), config=config, artifacts={})
+    tx = make_optimizer(config, MODEL)
+    extra = begin(sdca, MODEL, config, _batch()).extra
     state = TrainState.create({"model": variables["params"]}, tx, variables["batch_stats"], extra)
-    step = jax.jit(functools.partial(sdca.train_step, model=MODEL, tx=tx, config=config))
-    after, metrics = step(state, _batch(), jax.random.key(0))
+    after, metrics = jax.jit(update(sdca, MODEL, tx, config))(state, _batch())
     return state, after, metrics
 
 
