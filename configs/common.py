@@ -79,6 +79,7 @@ def base(name: str, benchmark: str, published: tuple[str, ...] = ()) -> ConfigDi
             "platform": "",  # "gpu": refuse to fall back to the CPU
             "data_dir": "",  # "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
             "accumulate": 1,  # parts of a batch whose gradients are added up to one update, in all training stages
+            "control": False,  # also train as the adaptation does, without its loss: what its gain is measured against
             "remat": False,  # compute a ResNet's blocks twice to keep less in memory, in all training stages
             "num_workers": 0,  # processes that decode and transform; 0: threads of this one
             "log_every": 10,

@@ -14,16 +14,11 @@ import numpy as np
 from jax.extend import core
 from ml_collections import ConfigDict
 
-from jaxuda import methods, parallel
+from jaxuda import parallel
 from jaxuda.data.labels import label_space
 from jaxuda.data.records import Domains
-from jaxuda.models import make_model
-from jaxuda.optimizers import make_optimizer
 from jaxuda.pipeline import stages
-from jaxuda.training.loop import phases
-from jaxuda.training.start import method_start, new_state
-from jaxuda.training.state import TrainState
-from jaxuda.training.step import make_step, to_float
+from jaxuda.pipeline.tracing import abstract_step
 
 PyTree = Any
 GIB = 2**30
@@ -54,42 +49,6 @@ class Cost(NamedTuple):
     measured: bool
 
 
-def abstract_step(config: Any, classes: int, batch: int) -> tuple[Callable, tuple[TrainState, PyTree, PyTree]]:
-    """A stage's step on one device, and the shapes of its arguments: state, constants, `batch` images of each domain.
-
-    Args:
-      config: a stage's resolved config. Artefacts of earlier stages are not needed.
-      classes: of the label space.
-      batch: see above.
-    """
-    model, method = make_model(config.model, classes), methods.load(config.train)
-    tx = make_optimizer(config, model)
-    shapes = {}
-    for domain in ("source", "target"):
-        if domain in config:
-            width, height = _size(config[domain])
-            shapes[domain] = {"image": jax.ShapeDtypeStruct((batch, height, width, 3), jnp.uint8)}
-    image = shapes["source"]["image"]
-    shapes["source"]["label"] = jax.ShapeDtypeStruct(image.shape[:3], jnp.uint8)
-    if config.model.get("depth"):
-        shapes["source"]["depth"] = jax.ShapeDtypeStruct(image.shape[:3], jnp.float32)
-
-    def begin() -> tuple[TrainState, PyTree]:
-        variables = model.init(jax.random.key(0), jnp.zeros((1, *image.shape[1:])))
-        zeros = to_float(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), config.preprocess)
-        given = method_start(method, jax.random.key(1), model, zeros, config, {}, None, variables)
-        return new_state(variables, given, tx), given.constants
-
-    state, constants = jax.eval_shape(begin)
-    step = make_step(method, model, tx, config, phases(method, config)[-1])
-    return lambda state, constants, batch: step(state, constants, config.seed, batch), (state, constants, shapes)
-
-
-def _size(place: Any) -> tuple[int, int]:
-    """(width, height) of the images of a domain; those of `fit`, which keeps the aspect, at most."""
-    return tuple(place.crop or place.resize or place.get("fit"))
-
-
 def step_cost(config: Any, classes: int, devices: list[jax.Device], rate: float) -> Cost:
     """The cost of one step of a training stage.
 
@@ -99,7 +58,7 @@ def step_cost(config: Any, classes: int, devices: list[jax.Device], rate: float)
       devices: those that share the batch; compiled, and tried if it is not too much, is the share of the first.
       rate: operations per second of its matrix products.
     """
-    step, arguments = abstract_step(config, classes, config.batch // len(devices))
+    step, arguments = abstract_step(config, classes, config.batch // len(devices), config.model.get("depth", False))
     jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
     count = operations(jaxpr)
     compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
@@ -170,19 +129,25 @@ def traced_bytes(jaxpr: Any) -> int:
 
 
 def _peak(jaxpr: Any) -> int:
-    last = {v: len(jaxpr.eqns) for v in jaxpr.outvars if isinstance(v, core.Var)}
+    # What comes out of a barrier is what went in.
+    barriers = [equation for equation in jaxpr.eqns if equation.primitive.name == "optimization_barrier"]
+    same: dict[Any, Any] = {}
+    for equation in barriers:
+        same |= {out: same.get(given, given) for given, out in zip(_used(equation), equation.outvars, strict=True)}
+    last = {same.get(v, v): len(jaxpr.eqns) for v in jaxpr.outvars if isinstance(v, core.Var)}
     for index, equation in reversed(list(enumerate(jaxpr.eqns))):
         for variable in _used(equation):
-            last.setdefault(variable, index)
+            last.setdefault(same.get(variable, variable), index)
     alive = most = 0
     mine = set()
     for index, equation in enumerate(jaxpr.eqns):
-        results = sum(map(_bytes, equation.outvars))
+        made = [] if equation in barriers else equation.outvars
+        results = sum(map(_bytes, made))
         within = max([_peak(part) for part in _inner(equation)], default=0)
         alive += results
-        mine.update(equation.outvars)
+        mine.update(made)
         most = max(most, alive + max(0, within - results))
-        for variable in {*_used(equation), *equation.outvars} & mine:
+        for variable in {same.get(v, v) for v in (*_used(equation), *made)} & mine:
             if last.get(variable, index) <= index:
                 alive -= _bytes(variable)
                 mine.discard(variable)

@@ -18,6 +18,7 @@ from jaxuda.pipeline import stages
 from jaxuda.pipeline.domains import load_domains
 from jaxuda.pipeline.results import collect, final_table, versions
 from jaxuda.pipeline.stages import Stage
+from jaxuda.pipeline.tracing import check_steps
 from jaxuda.sweeps.evaluate import make_evaluator
 from jaxuda.training import checkpoints
 from jaxuda.training.allocation import keep_freed_memory
@@ -40,6 +41,7 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
       UserError: whatever the user can mend.
       Interrupted: asked to stop; the same call continues.
     """
+    config = stages.with_control(config)
     with contextlib.ExitStack() as held:
         parallel.on_first(lambda: _take(workdir, held))
         log = RunLog(workdir)
@@ -48,6 +50,8 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
         recipe = stages.plan(config, workdir, domains)
         statuses = parallel.on_first(lambda: _begin(config, workdir, recipe, from_stage, log))
         log.say(header(config, workdir, domains, statuses))
+        waiting = [stage for stage in recipe if statuses[stage.name] != "done"]
+        check_steps(waiting, domains.source.label_space.num_classes, "depth" in domains.source[0])
         if jax.default_backend() == "cpu":
             keep_freed_memory()
         for stage in recipe:

@@ -31,6 +31,7 @@ SHARED = (
     "mean_of_last",
 )
 SCRATCH, IMAGENET = "scratch", "imagenet"
+CONTROL = "control"  # the stage, and its method
 ARTIFACTS = "artifacts"
 
 
@@ -176,6 +177,29 @@ def _link(source: str, destination: str) -> None:
         os.link(source, destination)
     except OSError:
         shutil.copy2(source, destination)
+
+
+def with_control(config: ConfigDict) -> ConfigDict:
+    """The config with a stage "control" before the first one that adapts, if `config.control` asks for it.
+
+    It trains as that stage does, but for the method (see `jaxuda.methods.control`).
+
+    Raises:
+      UserError: no stage adapts.
+    """
+    if config.get("control") is not True:
+        return config
+    config = config.copy_and_resolve_references()
+    trained = [name for name in config.pipeline if name in config and "train" in config[name]]
+    adapting = next((name for name in trained if len(config[name].domains) == 2), None)
+    if adapting is None:
+        raise UserError(f"config.control=True: no stage of {config.name} adapts ({', '.join(trained)})")
+    place = config.pipeline.index(adapting)
+    with config.unlocked(), config.ignore_type():
+        config.control = config[adapting].copy_and_resolve_references()
+        config.control.update({"train": CONTROL, "reads": ()})
+        config.pipeline = (*config.pipeline[:place], CONTROL, *config.pipeline[place:])
+    return config
 
 
 def plan(config: ConfigDict, workdir: Path, domains: Domains) -> list[Stage]:

@@ -51,9 +51,17 @@ def make_step(
 
 
 def make_update(
-    method: ModuleType, model: Any, tx: optax.GradientTransformation, config: Any, phase: int = 0
+    method: ModuleType,
+    model: Any,
+    tx: optax.GradientTransformation,
+    config: Any,
+    phase: int = 0,
+    value_and_grad: Callable = jax.value_and_grad,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """As `make_step`, for batches of normalised float images and int32 labels."""
+    """As `make_step`, for batches of normalised float images and int32 labels.
+
+    `value_and_grad` has JAX's signature; a step that is only checked needs no gradient.
+    """
     passes, parts = method.passes(config, phase), config.get("accumulate", 1)
 
     def update(
@@ -64,7 +72,8 @@ def make_update(
         shared = {"step": state.step, "model": model, "config": config, "constants": constants, "axis_name": axis_name}
 
         def gradients(carry: Carry, batch: PyTree, keys: Keys) -> tuple[PyTree, Carry]:
-            return _run_passes(method, passes, state.params, carry, batch, {**shared, "keys": keys})
+            given = {**shared, "keys": keys}
+            return _run_passes(method, passes, value_and_grad, state.params, carry, batch, given)
 
         carry = Carry(state.batch_stats, state.extra, {}, {})
         # Without parts there is no loop, in which XLA's convolutions on CPU are many times slower.
@@ -102,7 +111,13 @@ def _global_index(batch: PyTree, axis_name: str | None) -> jax.Array:
 
 
 def _run_passes(
-    method: ModuleType, passes: tuple[Callable, ...], params: PyTree, carry: Carry, batch: PyTree, given: dict[str, Any]
+    method: ModuleType,
+    passes: tuple[Callable, ...],
+    value_and_grad: Callable,
+    params: PyTree,
+    carry: Carry,
+    batch: PyTree,
+    given: dict[str, Any],
 ) -> tuple[PyTree, Carry]:
     """The sum of the gradients of all passes on one part of a batch, and the carry after the last of them."""
     grads, loss = None, 0.0
@@ -114,7 +129,7 @@ def _run_passes(
             value, moved = pass_(params, _fresh(carry), batch, **given)
             return value, _joined(pass_, carry, moved)
 
-        (value, carry), more = jax.value_and_grad(objective, has_aux=True)(params)
+        (value, carry), more = value_and_grad(objective, has_aux=True)(params)
         grads, loss = more if grads is None else jax.tree.map(jnp.add, grads, more), loss + value
         if number + 1 < len(passes):
             # Else the compiler runs the next forward pass early, and keeps the activations of both.

@@ -1,0 +1,124 @@
+"""A stage's step on abstract values: what it takes, and whether it can run at all, found without running it."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxuda import methods
+from jaxuda.data import orders
+from jaxuda.errors import UserError
+from jaxuda.models import make_model
+from jaxuda.optimizers import make_optimizer
+from jaxuda.pipeline.stages import Stage
+from jaxuda.training.loop import phases
+from jaxuda.training.start import evaluated, method_start, new_state
+from jaxuda.training.state import TrainState
+from jaxuda.training.step import make_update, to_float
+
+PyTree = Any
+
+
+def abstract_step(
+    config: Any,
+    classes: int,
+    batch: int,
+    depth: bool = False,
+    phase: int | None = None,
+    value_and_grad: Callable = jax.value_and_grad,
+) -> tuple[Callable, tuple[TrainState, PyTree, PyTree]]:
+    """A stage's step on one device, and the shapes of its arguments: state, constants, `batch` images of each domain.
+
+    Args:
+      config: a stage's resolved config. Artifacts of earlier stages are not needed.
+      classes: of the label space.
+      batch: see above.
+      depth: whether the source has depth.
+      phase: see `make_step`; None: the last one.
+      value_and_grad: see `make_update`.
+    """
+    model, method = make_model(config.model, classes), methods.load(config.train)
+    tx = make_optimizer(config, model)
+    shapes = {}
+    for domain in ("source", "target"):
+        if domain in config:
+            width, height = image_size(config[domain])
+            shapes[domain] = {"image": jax.ShapeDtypeStruct((batch, height, width, 3), jnp.uint8)}
+    image = shapes["source"]["image"]
+    shapes["source"]["label"] = jax.ShapeDtypeStruct(image.shape[:3], jnp.uint8)
+    if depth:
+        shapes["source"]["depth"] = jax.ShapeDtypeStruct(image.shape[:3], jnp.float32)
+
+    def begin() -> tuple[TrainState, PyTree]:
+        variables = model.init(jax.random.key(0), jnp.zeros((1, *image.shape[1:])))
+        zeros = to_float(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), config.preprocess)
+        given = method_start(method, jax.random.key(1), model, zeros, config, {}, None, variables)
+        return new_state(variables, given, tx), given.constants
+
+    state, constants = jax.eval_shape(begin)
+    evaluated(method, state, config)
+    phase = phases(method, config)[-1] if phase is None else phase
+    update = make_update(method, model, tx, config, phase, value_and_grad)
+
+    def step(state: TrainState, constants: PyTree, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array]]:
+        return update(state, constants, config.seed, to_float(batch, config.preprocess))
+
+    return step, (state, constants, shapes)
+
+
+def image_size(domain: Any) -> tuple[int, int]:
+    """(width, height) of the images of a domain; those of `fit`, which keeps the aspect, at most."""
+    return tuple(domain.crop or domain.resize or domain.get("fit") or (256, 128))
+
+
+def check_steps(stages: Sequence[Stage], classes: int, depth: bool) -> None:
+    """Traces the step of each training stage, so that what is wrong with one is told before any of them trains.
+
+    Args:
+      stages: those that are going to run; sweeps are passed over.
+      classes: of the label space.
+      depth: whether the source has depth.
+
+    Raises:
+      UserError: names the stage, and what is wrong.
+    """
+    seen = []
+    for stage in stages:
+        config = stage.config
+        if "train" not in config:
+            continue
+        sizes = {domain: image_size(config[domain]) for domain in ("source", "target") if domain in config}
+        if (settings := {**config.to_dict(), **sizes}) in seen:
+            continue  # source only and the oracle differ in their images alone
+        seen.append(settings)
+        orders.load(config.order)
+        try:
+            for phase in phases(methods.load(config.train), config):
+                step, arguments = abstract_step(config, classes, config.batch, depth, phase, _without_gradient)
+                jax.eval_shape(step, *arguments)
+        except UserError as error:
+            raise UserError(f"the stage '{stage.name}' cannot be trained: {error}") from error
+        except (AttributeError, KeyError) as error:
+            if (field := missing_field(error)) is None:
+                raise
+            raise UserError(
+                f"the method '{config.train}' reads config.{stage.name}.{field}, which the config does not have: add "
+                "it to the stage's section"
+            ) from error
+
+
+def _without_gradient(function: Callable, has_aux: bool) -> Callable:
+    """The value alone, in a quarter of the time; the parameters stand in for their gradient."""
+    return lambda params: (function(params), params)
+
+
+def missing_field(error: Exception) -> str | None:
+    """The field that a config was asked for and does not have; None for errors of any other origin."""
+    origin = traceback.extract_tb(error.__traceback__)[-1].filename
+    found = re.search(r"'(\w+)'", str(error))
+    return found[1] if found and "ml_collections" in origin else None
