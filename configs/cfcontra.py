@@ -13,9 +13,7 @@ snapshot on the target's labels. Only the prototypes come from MinEnt, the netwo
 `--config.adapt.init=minent` keeps it, as the quick benchmarks do. The published optimizer never moved the projection
 head: `--config.adapt.train_head=False`. Left out is the transfer of the target's appearance to source images, which
 the published code carries switched off. crosscity-CITY and mapillary are trained in the same way; no score was
-published. A step of gta5 holds about 20 GiB in `adapt` and takes 8.5 TFLOP, all stages together 18 hours at 40
-TFLOP/s, of which 10 are those of configs/minent.py; mapillary 21 GiB, 8.8 TFLOP, 20 hours. Traced, not measured
-(experiments/benchmarks/recipe_cost.py).
+published.
 
 The small networks here have some hundred steps to move. After 20 of them on streets, the gradient of a contrast term
 on the backbone is 2 to 3 times the cross-entropy's before weighting; at 0.01 the four together make a tenth of it, at

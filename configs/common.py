@@ -202,7 +202,7 @@ def train_stage(method: str, **fields) -> ConfigDict:
             "domains": ("source", "target"),  # labelled images are of the first, unlabelled ones of the second
             "labels": "",  # a stage whose pseudo-labels stand for the labels of the first domain
             "split": "",  # a ranking stage: labelled images are its easy ones, unlabelled ones its hard ones
-            "reads": (),  # stages whose artefacts the method starts from
+            "reads": (),  # stages whose artifacts the method starts from
             "order": "shuffled",  # a file in `jaxuda/data/orders`: in which order labelled images are drawn
             "steps": 300,
             "schedule_steps": 0,  # of the poly schedule; 0: `steps`
@@ -218,7 +218,7 @@ def train_stage(method: str, **fields) -> ConfigDict:
 
 
 def sweep_stage(sweep: str, init: str, **fields) -> ConfigDict:
-    """A pass over a dataset with the network of an earlier stage, which leaves artefacts for later ones.
+    """A pass over a dataset with the network of an earlier stage, which leaves artifacts for later ones.
 
     Args:
       sweep: a file in `jaxuda/sweeps`.

@@ -9,8 +9,7 @@ Mapillary Vistas in 7 super-classes (`mapillary`). CamVid, GTA5 and folders have
 As published (synthia, mapillary): ResNet-101 from ImageNet weights, batch 1 + 1, learning rate 2.5e-4 (head and depth
 branch 10x), all weights 0.001, 90,000 steps; mIoU 42.6 on SYNTHIA -> Cityscapes (mIoU* 49.8), the best of a snapshot
 every 2,000 steps on the target's labels. As in AdvEnt, backbone weights moved several times per step (see `repeat` in
-jaxuda/optim.py). A step of synthia holds about 18 GiB and takes 7.5 TFLOP, all three stages together 9 hours at 40
-TFLOP/s; of mapillary 21 GiB, 8.7 TFLOP, 10 hours. Traced, not measured (experiments/benchmarks/recipe_cost.py).
+jaxuda/optimizers/sgd.py).
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +24,7 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
     """The config for one benchmark: streets, synthia or mapillary."""
     if benchmark not in ("streets", "synthia", "mapillary"):
         raise ValueError(
-            f"DADA needs the depth of source images, which '{benchmark}' has not: use configs/dada.py:streets, "
+            f"DADA needs the depth of source images, which '{benchmark}' does not have: use configs/dada.py:streets, "
             f":synthia or :mapillary, or configs/advent.py:{benchmark}, which adapts without depth"
         )
     config = common.base("dada", benchmark, published=("synthia", "mapillary"))

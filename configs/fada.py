@@ -9,10 +9,6 @@ with Adam 1e-4. Their last stage, self-training on the adapted network's soft pr
 pseudo-labels do its work. Numbers of steps and batch are those of SDCA, which was built on FADA's code. The paper, with
 self-distillation: mIoU 50.1 on GTA5 -> Cityscapes, 45.2 on SYNTHIA (mIoU* 52.5); without it no score is known for these
 recipes. crosscity-CITY and mapillary are trained in the same way.
-
-A step of gta5 holds about 57 GiB in `source_only`, 47 in `adapt` and 33 in `oracle`, and takes 31, 27 and 18 TFLOP; all
-three stages together 14 hours at 40 TFLOP/s. Traced, not measured (experiments/benchmarks/recipe_cost.py). Devices
-share a batch.
 """
 
 from ml_collections import ConfigDict

@@ -9,9 +9,7 @@ that network -> AdvEnt from the easy images with their pseudo-labels to the hard
 As published (gta5, synthia): both AdvEnt trainings start from ImageNet; mIoU 46.3 on GTA5 -> Cityscapes, 41.7 on
 SYNTHIA (mIoU* 48.9). Their ranking used the checkpoint that was best on the target's labels, which here would be
 `--config.rank.init=inter:best`; and it multiplied the scores as `favour_rare` does, although the paper does not.
-crosscity-CITY and mapillary are trained in the same way; no score was published. A step of gta5 holds about 17 GiB in
-`inter` and 13 in `intra`, and takes 7.5 and 5.6 TFLOP; all stages together 16 hours at 40 TFLOP/s. Traced, not measured
-(experiments/benchmarks/recipe_cost.py).
+crosscity-CITY and mapillary are trained in the same way; no score was published.
 """
 
 from ml_collections import ConfigDict

@@ -12,9 +12,8 @@ Lovasz + 0.1 association, 30,000 steps of 4 + 4 images; mIoU 18.7 source only, 1
 Its report and its code disagree: the report's images have a short side of 760..988, a crop of 730x730 and flips, the
 code's are squeezed to 730x730, 8 per step. This follows the report. The code also normalises similarities along the
 wrong axis and lets gradients through their statistics; this computes what the report's equations say. Its optimizer
-moved backbone weights several times per step without meaning to (see `repeat` in jaxuda/optim.py), which is kept.
-A step of `adapt` holds about 7 GiB and takes 7.2 TFLOP, all three stages together 3 hours at 40 TFLOP/s; traced, not
-measured (experiments/benchmarks/recipe_cost.py).
+moved backbone weights several times per step without meaning to (see `repeat` in jaxuda/optimizers/sgd.py), which is
+kept.
 """
 
 from ml_collections import ConfigDict
@@ -24,6 +23,9 @@ from configs.plca import association, crops, pair
 
 PUBLISHED = {"lr": 2.5e-4, "steps": 30_000, "init": "imagenet", "lambda_lovasz": 0.75}
 FEATURES_ONLY = {"lambda_probs": 0.0, "lambda_smooth": 0.0, "test_aggregation": 0.0}
+
+
+VARIANTS = ("paired",)
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:

@@ -7,9 +7,7 @@ Stages: source only -> MinEnt from there -> oracle. The published experiments tr
 with entropy weights 0.001 and 0.0002 over 120,000 steps; the small networks here start from the source-only
 stage and take larger weights, since they have some hundred steps to move. The published recipes are gta5 and
 synthia: mIoU 42.3 on GTA5 -> Cityscapes, 38.1 on SYNTHIA (mIoU* 44.2), the best snapshot on the target's labels.
-crosscity-CITY and mapillary are trained in the same way; no score was published. A step of gta5 holds about 17 GiB
-(source only 11, oracle 6) and takes 6.3 TFLOP, all three stages together 10 hours at 40 TFLOP/s; traced, not measured
-(experiments/benchmarks/recipe_cost.py). The others cost a little less than AdvEnt's (configs/advent.py).
+crosscity-CITY and mapillary are trained in the same way; no score was published.
 """
 
 from ml_collections import ConfigDict

@@ -16,17 +16,14 @@ hence 1 in the quick benchmarks. The Lovasz term sorts pixels x classes and is c
 width and height here.
 
 Expected mIoU (best snapshot on the target's labels): GTA5 52.9, SYNTHIA 50.2 (mIoU* 56.8); with VGG-16 47.3 and 43.5
-(50.3). No score was published for crosscity-CITY and mapillary. A step of gta5 holds about 60 GiB in `source_only` (its
-Lovasz term sorts 8 x 1280 x 720 pixels for each class), 47 GiB in `adapt` and `self_train`, and takes 31, 25 and 18
-TFLOP; all stages together 15 hours at 40 TFLOP/s. With VGG-16 17, 13 and 9 GiB, 28, 22 and 16 TFLOP, 14 hours;
-mapillary 60, 56 and 70 GiB, 32, 29 and 26 TFLOP, 20 hours. Traced, not measured
-(experiments/benchmarks/recipe_cost.py). Devices share a batch.
+(50.3). No score was published for crosscity-CITY and mapillary.
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
 
+VARIANTS = ("vgg16",)
 PHOTOMETRIC = {"jitter": (0.5, 0.5, 0.5, 0.2), "grey": 0.2, "blur": (0.1, 2.0)}
 
 

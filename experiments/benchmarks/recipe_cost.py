@@ -1,4 +1,4 @@
-"""What a published recipe takes: GPU memory and arithmetic of one step of each of its training stages.
+"""What the published recipes take: memory and arithmetic of one step of each training stage, as a Markdown table.
 
     python experiments/benchmarks/recipe_cost.py configs/sdca.py:gta5 [...]
 
@@ -18,23 +18,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from jaxuda.cli import parse
 from jaxuda.models import layers
 from jaxuda.pipeline import cost
+from jaxuda.pipeline.tracing import abstract_step
 
 ROOT, SUSTAINED = Path(__file__).resolve().parents[2], 40e12
 
 
 def main() -> None:
-    """Prints a line per training stage."""
+    """Prints a row per training stage."""
     layers.use_cpu_forms = lambda: False
+    print("| recipe | stage | batch | GiB | TFLOP per step | steps | hours |\n|---|---|---|---|---|---|---|")
     for word in sys.argv[1:]:
         config = parse(["recipe_cost", f"--config={ROOT / word}"]).config
         stages, classes = cost.training_stages(config, Path("runs"))
         for stage in stages:
-            step, arguments = cost.abstract_step(stage.config, classes, stage.config.batch)
+            settings = stage.config
+            step, arguments = abstract_step(settings, classes, settings.batch, settings.model.get("depth", False))
             jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
-            tera = cost.operations(jaxpr) / 1e12
+            count = cost.operations(jaxpr)
+            hours = count * settings.steps / SUSTAINED / 3600
             print(
-                f"{word} {stage.name}: {cost.traced_bytes(jaxpr) / cost.GIB:.0f} GiB, {tera:.1f} TFLOP a step, "
-                f"{stage.config.steps} steps, {tera * 1e12 * stage.config.steps / SUSTAINED / 3600:.0f} h",
+                f"| {Path(word).stem}:{config.benchmark} | {stage.name} | {settings.batch} | "
+                f"{cost.traced_bytes(jaxpr) / cost.GIB:.1f} | {count / 1e12:.1f} | {settings.steps} | {hours:.1f} |",
                 flush=True,
             )
 

@@ -146,7 +146,7 @@ class DeepLabV2(nn.Module):
 
     def classifier(self, num_classes: int) -> Head:
         """A head like the network's own, which maps `Outputs.features` to logits of `num_classes` classes."""
-        return Head(num_classes, self.head_bias, self.dtype)
+        return Head(num_classes, self.head_bias, self.dtype, parent=None)
 
     def parameter_group(self, path: tuple[str, ...]) -> str:
         """The optimizer group of a parameter, from its path in the network's parameters; see `jaxuda.optimizers`."""

@@ -133,7 +133,8 @@ def _peak(jaxpr: Any) -> int:
     barriers = [equation for equation in jaxpr.eqns if equation.primitive.name == "optimization_barrier"]
     same: dict[Any, Any] = {}
     for equation in barriers:
-        same |= {out: same.get(given, given) for given, out in zip(_used(equation), equation.outvars, strict=True)}
+        pairs = zip(equation.invars, equation.outvars, strict=True)
+        same |= {out: same.get(given, given) for given, out in pairs if isinstance(given, core.Var)}
     last = {same.get(v, v): len(jaxpr.eqns) for v in jaxpr.outvars if isinstance(v, core.Var)}
     for index, equation in reversed(list(enumerate(jaxpr.eqns))):
         for variable in _used(equation):

@@ -21,19 +21,28 @@ from jaxuda.training.step import make_step, to_float
 
 CLASSES = 5
 BATCH = 8
-METHODS = methods.names()
+TOY = "plugins.noisy_teacher"  # a method with a teacher, noise, a bank, constants and two phases
+METHODS = [*methods.names(), TOY]
+# Those whose losses are means over as many pixels in each part of a batch, and compute nothing over the batch.
+MEANS = ("source_only", "control", "minent", "advent", "fada", TOY)
+# What stands for stages that no config has: a method, and fields.
+STAND_INS = {
+    "control": ("minent", {}),
+    TOY: ("minent", {"noise": 0.1, "alpha": 0.9, "target_starts": 0}),
+}
 
 
 def stage_config(method: str, **changes) -> ConfigDict:
     """The first stage that trains with `method` in any config, on a network of a few thousand weights."""
+    like, fields = STAND_INS.get(method, (method, {}))
     for file in sorted((Path(__file__).parents[2] / "configs").glob("*.py")):
         if file.stem in ("__init__", "common"):
             continue
         config = importlib.import_module(f"configs.{file.stem}").get_config("streets")
         for name in config.pipeline:
-            if config[name].get("train") == method:
+            if config[name].get("train") == like:
                 resolved = ConfigDict({field: config[field] for field in SHARED}, convert_dict=True)
-                resolved.update(config[name].to_dict())
+                resolved.update({**config[name].to_dict(), **fields, "train": method})
                 resolved.schedule_steps = 10
                 resolved.model.update({"width": 8, "blocks": (1, 1, 1, 1)} | changes)
                 return resolved
@@ -151,13 +160,28 @@ def test_devices_agree(method: str, norm: str) -> None:
         assert_close(other, one, 1e-10)
 
 
-def test_parts_of_a_batch_are_the_batch() -> None:
-    """Where every loss is a mean over as many pixels in each part, two players included; on two devices too."""
+@pytest.mark.parametrize("method", MEANS)
+def test_parts_of_a_batch_are_the_batch(method: str) -> None:
     with jax.enable_x64(True):
         options = {"dtype": "float64", "norm": "frozen"}
-        whole = run("advent", 1, 2, **options)
+        whole = run(method, 1, 2, **options)
         for devices in (1, 2):
-            assert_close(run("advent", devices, 2, accumulate=2, **options), whole, 1e-10)
+            assert_close(run(method, devices, 2, accumulate=2, **options), whole, 1e-10)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in MEANS])
+def test_devices_agree_on_parts(method: str) -> None:
+    """Where a part is not the batch, it is still the same part on any number of devices."""
+    with jax.enable_x64(True):
+        one, two = (run(method, devices, 2, dtype="float64", accumulate=2) for devices in (1, 2))
+    assert_close(two, one, 1e-10)
+
+
+def test_seeds_draw_differently() -> None:
+    start, _, constants, step = setup(TOY)
+    compiled = jax.jit(step)
+    first, again, other = (compiled(start, constants, seed, make_batch())[1]["ce"] for seed in (0, 0, 1))
+    assert first == again != other
 
 
 @pytest.mark.parametrize("method", METHODS)
