@@ -15,8 +15,8 @@ Several region sizes: the same region_sizes for context_relations and adapt, suc
 
 No code was ever published (the README has the authors' remark about a patent). What the paper leaves open is our
 reading: descriptors and clustering (jaxuda/artifacts/relations.py, jaxuda/sweeps/context_relations.py),
-lambda_region_ce, and for gta5, synthia, crosscity-CITY and mapillary all that AdvEnt's recipe says. The paper: mIoU 48.6 on GTA5 ->
-Cityscapes with ResNet-101, 42.9 on SYNTHIA (mIoU* 50.0).
+lambda_region_ce, and for gta5, synthia, crosscity-CITY and mapillary all that AdvEnt's recipe says. The paper: mIoU
+48.6 on GTA5 -> Cityscapes with ResNet-101, 42.9 on SYNTHIA (mIoU* 50.0).
 
 The small networks adapt from the source-only stage. Clustering, streets and camvid: eps 0.18 with min_samples 10
 finds 44 and 47 relations (12 and 14 of a single class) that hold 43% and 55% of the regions; from eps 0.25 on, most

@@ -74,6 +74,11 @@ class Stage(NamedTuple):
         saved = read_record(self.record)
         if saved is None:
             return "missing"
+        if "name" not in saved["identity"].get("model", {}):
+            raise UserError(
+                f"the stage '{self.name}' in {self.folder} was run by an older jaxuda, whose runs this one cannot continue "
+                f"(it can score and use them): choose another --workdir, or add --from_stage {self.name}"
+            )
         if saved["fingerprint"] != self.fingerprint:
             changes = "\n".join(f"  {line}" for line in changed_fields(saved["identity"], self.identity))
             if not changes:
