@@ -62,7 +62,7 @@ def main() -> None:
 
     config = ConfigDict(stage_config(options).to_dict())
     config.evaluation.update({"size": INPUT, "batch": 1})
-    model, records = make_model(config, CLASSES), make_records(options.images)
+    model, records = make_model(config.model, CLASSES), make_records(options.images)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     evaluate = make_evaluator(model, methods.load("source_only"), config, jax.local_devices()[:1])
 

@@ -11,7 +11,6 @@ block, and orders operations for speed: both are switched off here, as compilers
 
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 # Before anything imports jax.
@@ -20,17 +19,13 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
-import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from jaxuda import methods
 from jaxuda.cli import parse
-from jaxuda.models import layers, make_model
-from jaxuda.optimizers import make_optimizer
+from jaxuda.models import layers
 from jaxuda.pipeline.stages import resolve
-from jaxuda.training.loop import make_step
-from jaxuda.training.state import TrainState
+from jaxuda.pipeline.tracing import abstract_step
 
 ROOT, CLASSES = Path(__file__).resolve().parents[2], 19
 
@@ -39,19 +34,9 @@ def main() -> None:
     """Compiles the step and prints its memory."""
     layers.use_cpu_forms = lambda: False
     config = parse(["plca_memory", f"--config={ROOT}/configs/plca.py:gta5", *sys.argv[1:]]).config
-    stage = resolve("adapt", config)
-    model, method, tx = make_model(stage, CLASSES), methods.load("plca"), make_optimizer(stage)
-    width, height = config.source.crop
-    image = jax.ShapeDtypeStruct((stage.batch, height, width, 3), jnp.uint8)
-    label = jax.ShapeDtypeStruct(image.shape[:3], jnp.uint8)
-    batch = {"source": {"image": image, "label": label}, "target": {"image": image}}
-
-    def start() -> TrainState:
-        variables = model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-        return TrainState.create({"model": variables["params"]}, tx, variables["batch_stats"])
-
-    step = partial(make_step(method, model, tx, stage), axis_name=None)
-    compiled = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(start), batch).compile()
+    stage, (width, height) = resolve("adapt", config), config.source.crop
+    step, arguments = abstract_step(stage, CLASSES, stage.batch)
+    compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
     memory = compiled.memory_analysis()
     # The state is donated: what comes out lies where it came in.
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes

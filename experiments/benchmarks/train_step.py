@@ -51,8 +51,9 @@ from jaxuda.optimizers import make_optimizer
 from jaxuda.pipeline.cost import operations
 from jaxuda.pipeline.stages import plan
 from jaxuda.training.allocation import keep_freed_memory
-from jaxuda.training.loop import make_step
+from jaxuda.training.start import method_start, new_state
 from jaxuda.training.state import TrainState
+from jaxuda.training.step import make_step
 
 CLASSES = 19
 
@@ -103,7 +104,8 @@ class Ours:
 
     def __init__(self, options: argparse.Namespace, batch: dict):
         config = stage_config(options)
-        model, method, tx = make_model(config, CLASSES), methods.load(config.train), make_optimizer(config)
+        model, method = make_model(config.model, CLASSES), methods.load(config.train)
+        tx = make_optimizer(config, model)
         if options.method == "source_only":
             batch = {"source": batch["source"]}
         self.batch, image = jax.device_put(batch), batch["source"]["image"]
@@ -112,11 +114,16 @@ class Ours:
 
         def start() -> TrainState:
             variables = model.init(key(0), jnp.zeros((1, *image.shape[1:])))
-            extra = method.init(key(1), model=model, batch=batch, config=config, artifacts={})
-            return TrainState.create({"model": variables["params"], **extra[0]}, tx, variables["batch_stats"], extra[1])
+            given = method_start(method, key(1), model, batch, config, {}, {}, variables)
+            return new_state(variables, given, tx)
 
         self.state = jax.jit(start)()
-        self.model, step = model, make_step(method, model, tx, config)
+        update = make_step(method, model, tx, config)
+
+        def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+            return update(state, (), config.seed, batch)
+
+        self.model = model
         self.plain = partial(jax.make_jaxpr(lambda *arguments: step(*arguments)), self.state, self.batch)
         started = time.perf_counter()
         self.compiled = jax.jit(step, donate_argnums=0).lower(self.state, self.batch).compile()

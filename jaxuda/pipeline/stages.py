@@ -76,8 +76,8 @@ class Stage(NamedTuple):
             return "missing"
         if "name" not in saved["identity"].get("model", {}):
             raise UserError(
-                f"the stage '{self.name}' in {self.folder} was run by an older jaxuda, whose runs this one cannot continue "
-                f"(it can score and use them): choose another --workdir, or add --from_stage {self.name}"
+                f"the stage '{self.name}' in {self.folder} was run by an older jaxuda, whose runs this one cannot "
+                f"continue (it can score and use them): choose another --workdir, or add --from_stage {self.name}"
             )
         if saved["fingerprint"] != self.fingerprint:
             changes = "\n".join(f"  {line}" for line in changed_fields(saved["identity"], self.identity))
