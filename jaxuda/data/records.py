@@ -1,32 +1,19 @@
-"""Prepared datasets as random-access sources of decoded records.
-
-`jaxuda.prepare` writes `DATA_DIR/NAME/CONFIG/VERSION/`: what tfds writes, and `prepared.json` (see
-`SUMMARY`). `load` reads it; nothing here writes.
-"""
+"""Prepared datasets as random-access sources of decoded records."""
 
 import copy
 import hashlib
-import importlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from jaxuda import files
 from jaxuda.data import encoding, labels
+from jaxuda.data.prepared import open_split, prepare_command, prepared_folder, read_summary, root
 from jaxuda.errors import UserError
 
-# Each is a module jaxuda.data.<name> with a builder class <Name>; a new dataset is one file and its name
-# here.
-DATASETS = ("streets", "camvid", "folder", "gta5", "synthia", "cityscapes", "crosscity", "mapillary")
-# Written last when a dataset is prepared. {"splits": {split: {"ids": [...], "sha256": hex, "labelled": bool,
-# "pixels": {raw id: count}, "shown": [[raw ids in image 0], ...]}}}; for "folder" also "classes", what its
-# classes.json says, and "warnings", what `review` found.
-SUMMARY = "prepared.json"
 # The lists of ids that a ranking of the target leaves.
 EASY, HARD = "easy.txt", "hard.txt"
 
@@ -189,16 +176,18 @@ def load(
     name: str,
     split: str,
     *,
-    label_space: str | None = None,
+    label_space: str | labels.LabelSpace | None = None,
     data_dir: str | os.PathLike | None = None,
     path: str = "",
 ) -> Records:
     """Opens one split of a prepared dataset.
 
     Args:
-        name: "folder", a dataset without configs ("gta5"), or one of its configs ("camvid/day").
+        name: "folder", a dataset without configs ("gta5"), or one of its configs ("camvid/day"). A dataset of the
+            user's own is named by the dotted path of its module.
         split: "train" or "val", or any other split the dataset has.
-        label_space: the classes of the labels (`jaxuda.data.labels.label_space`); default: the dataset's own.
+        label_space: the classes of the labels, or their name (`jaxuda.data.labels.label_space`); default: the
+            dataset's own.
             Classes of "folder" are matched with it by name; its labels of other classes become 255.
         data_dir: where datasets were prepared; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
         path: the user's folder, for "folder" alone.
@@ -214,104 +203,32 @@ def load(
     if split not in summary["splits"]:
         raise UserError(f"{name} has no split {split!r}; it has {', '.join(summary['splits'])}")
     dataset = name.partition("/")[0]
-    if "classes" in summary or dataset == "folder":
-        space, table = _folder_labels(summary.get("classes"), label_space, name)
+    if dataset == "folder":
+        space, table = _folder_labels(summary.get("classes"), label_space)
     else:
-        space = labels.label_space(label_space or labels.DEFAULT_SPACE[dataset])
+        space = _space(label_space) or labels.own_space(dataset)
         table = labels.lookup_table(dataset, space)
     shown = f"folder {Path(path).name}" if dataset == "folder" else name
     return Records(shown, folder, split, summary["splits"][split], space, table)
 
 
 def _folder_labels(
-    classes: dict[str, Any] | None, wanted: str | None, name: str
+    classes: dict[str, Any] | None, wanted: str | labels.LabelSpace | None
 ) -> tuple[labels.LabelSpace | None, np.ndarray]:
     """Label space and lookup table of a user's folder from the classes.json that was stored with it."""
     nothing = np.full(256, labels.IGNORE, np.uint8)
     if classes is None:
-        return (labels.label_space(wanted) if wanted else None), nothing
+        return _space(wanted), nothing
     names = {raw: entry["name"] for entry in classes["classes"] for raw in entry["ids"]}
-    if wanted is None or wanted == classes["name"]:
-        space = labels.make_label_space(classes["name"], {c["name"]: c["color"] for c in classes["classes"]})
-    else:
-        space = labels.label_space(wanted)
-        if not set(space.classes) & set(names.values()):
-            raise UserError(f"the classes.json names none of the classes of {wanted}: {', '.join(space.classes)}")
+    own = labels.make_label_space(classes["name"], {c["name"]: c["color"] for c in classes["classes"]})
+    space = own if wanted == own.name else _space(wanted) or own
+    if not set(space.classes) & set(names.values()):
+        raise UserError(f"the classes.json names none of the classes of {space.name}: {', '.join(space.classes)}")
     return space, labels.table_by_name(names, space)
 
 
-def root(data_dir: str | os.PathLike | None) -> Path:
-    """The folder of prepared datasets: the argument, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
-
-
-def builder_class(dataset: str) -> type[tfds.core.GeneratorBasedBuilder]:
-    """Returns the builder class of a dataset ("camvid", without a config).
-
-    Raises:
-        UserError: there is none of this name; the message lists the known ones.
-    """
-    if dataset not in DATASETS:
-        raise UserError(f"unknown dataset {dataset!r}; known: {', '.join(DATASETS)}")
-    return getattr(importlib.import_module(f"jaxuda.data.datasets.{dataset}"), dataset.capitalize())
-
-
-def config_names(dataset: str) -> list[str]:
-    """Names of the configs of a dataset, such as ["day", "dusk"]; most have none, "folder" has only folders."""
-    return [config.name for config in builder_class(dataset).BUILDER_CONFIGS]
-
-
-def prepared_folder(name: str, data_dir: str | os.PathLike | None, path: str = "") -> Path:
-    """Where "dataset/config" (or "folder" with its path) is, or would be, prepared.
-
-    Raises:
-        UserError: the name or the user's folder does not exist.
-    """
-    dataset, _, config = name.partition("/")
-    builder = builder_class(dataset)
-    if dataset == "folder":
-        if config or not path:
-            raise UserError("the dataset 'folder' is named without a config and needs the path of the user's folder")
-        config = builder.config_of(path).name
-    elif config not in (config_names(dataset) or [""]):
-        choices = ", ".join(f"{dataset}/{known}" for known in config_names(dataset)) or dataset
-        raise UserError(f"unknown dataset {name!r}; choose from {choices}")
-    elif path:
-        raise UserError(f"{name} takes no path; only 'folder' does")
-    return root(data_dir) / dataset / config / str(builder.VERSION)
-
-
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Reads `prepared.json` of a prepared dataset; None where there is none, UserError where it is damaged."""
-    try:
-        summary = json.loads((folder / SUMMARY).read_bytes())
-        for split in summary["splits"].values():
-            if not {"sha256", "labelled"} <= split.keys() or not all(isinstance(id_, str) for id_ in split["ids"]):
-                raise KeyError("splits")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder / SUMMARY} is damaged: delete {folder} and prepare the dataset again") from error
-    return summary
-
-
-def prepare_command(name: str, data_dir: str | os.PathLike | None, path: str = "") -> str:
-    """The command that prepares a dataset, to be shown to the user."""
-    dataset = name.partition("/")[0]
-    # All configs of CamVid come from the same few files; the cities of Cross-City are downloads of their own.
-    command = f"python -m jaxuda.prepare {name if dataset == 'crosscity' else dataset}"
-    if dataset == "folder":
-        command += f" --path {path}"
-    elif builder_class(dataset).MANUAL_DOWNLOAD_INSTRUCTIONS:
-        command += " --manual_dir DIR"
-    return command + (f" --data_dir {data_dir}" if data_dir else "")
-
-
-def open_split(folder: Path, split: str):
-    """Opens a prepared split as tfds's random-access source of records whose images are still bytes."""
-    builder = tfds.builder_from_directory(folder)
-    skip = {key: tfds.decode.SkipDecoding() for key in builder.info.features if key != "id"}
-    return builder.as_data_source(split, decoders=skip)
+def _space(wanted: str | labels.LabelSpace | None) -> labels.LabelSpace | None:
+    return labels.label_space(wanted) if wanted and isinstance(wanted, str) else wanted or None
 
 
 class Domains(NamedTuple):

@@ -8,8 +8,9 @@ from layouts import cityscapes, classes_and_instances, crosscity, depth, grey, g
 from PIL import Image
 
 from jaxuda.data import records
+from jaxuda.data.datasets.mapillary import CATEGORIES
 from jaxuda.data.encoding import decode_label
-from jaxuda.data.labels import MAPILLARY, label_space, lookup_table
+from jaxuda.data.labels import label_space, lookup_table
 from jaxuda.data.orders.class_balanced import classes_of_images
 from jaxuda.data.records import Subset, load
 from jaxuda.errors import UserError
@@ -95,8 +96,8 @@ def test_mapillary(tmp_path, capsys):
     assert [val[i]["image"].shape[:2] for i in range(3)] == [(10, 20), (16, 9), (12, 16)]
     label = val[0]["label"].ravel()
     expected = {"road": 0, "terrain": 0, "curb": 1, "pothole": 2, "vegetation": 3, "sky": 4, "bicyclist": 5, "boat": 6}
-    assert {name: label[MAPILLARY.index(name)] for name in expected} == expected
-    assert label[MAPILLARY.index("water")] == label[65] == 255
+    assert {name: label[CATEGORIES.index(name)] for name in expected} == expected
+    assert label[CATEGORIES.index("water")] == label[65] == 255
 
     other = json.loads((source / "config_v1.2.json").read_text())
     other["labels"][3]["readable"] = "Separator"
@@ -171,7 +172,7 @@ def test_synthia_files_of_other_kinds(tmp_path, capsys):
 
 def test_a_full_disk_is_known_before(tmp_path, capsys, monkeypatch):
     source = gta5(tmp_path / "source")
-    monkeypatch.setattr("jaxuda.prepare.shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr("jaxuda.data.preparing.shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
     monkeypatch.setattr("jaxuda.data.building.Examples.__iter__", lambda _: pytest.fail("has begun all the same"))
     assert "GiB are needed, 0.0 GiB are free" in _complaints(capsys, "gta5", source, tmp_path / "data")
 
