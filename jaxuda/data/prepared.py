@@ -1,22 +1,27 @@
 """Prepared datasets on the disk: where they are, and what is written about them.
 
-`jaxuda.prepare` writes `DATA_DIR/NAME/CONFIG/VERSION/`: what tfds writes, and `prepared.json` (see `SUMMARY`).
+`jaxuda.prepare` writes `DATA_DIR/NAME/CONFIG/VERSION/`: what tfds writes, `prepared.json` (see `SUMMARY`), and for
+each labelled split `pixels-SPLIT.npz` (see `read_pixel_counts`).
 """
 
+import io
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
+from jaxuda import files
 from jaxuda.data import labels
 from jaxuda.data.datasets import config_names, is_drawn
 from jaxuda.errors import UserError
 
 # Written last when a dataset is prepared. {"splits": {split: {"ids": [...], "sha256": hex, "labelled": bool,
-# "pixels": {raw id: count}, "shown": [[raw ids in image 0], ...]}}}; for "folder" also "classes", what its
-# classes.json says, and "warnings", what `review` found.
+# "pixels": {raw id: count}}}}; for "folder" also "classes", what its classes.json says, and "warnings", what `review`
+# found.
 SUMMARY = "prepared.json"
 
 
@@ -75,3 +80,35 @@ def open_split(folder: Path, split: str):
     builder = tfds.builder_from_directory(folder)
     skip = {key: tfds.decode.SkipDecoding() for key in builder.info.features if key != "id"}
     return builder.as_data_source(split, decoders=skip)
+
+
+def read_pixel_counts(folder: Path, split: str, sha256: str) -> np.ndarray | None:
+    """How many pixels of each image of a labelled split have each raw id, (n, 256) int32, where that is stored.
+
+    Args:
+      folder, split: of the prepared dataset.
+      sha256: of the split, from its summary.
+
+    Returns:
+      None where there are no counts (folders that were prepared before `prepare` wrote them), where they are damaged,
+      or of other data.
+    """
+    try:
+        with np.load(folder / _pixels_file(split), allow_pickle=False) as stored:
+            counts = np.zeros((len(stored["pixels"]), 256), np.int32)
+            counts[:, stored["raw_ids"]] = stored["pixels"]
+            return counts if stored["sha256"] == sha256 else None
+    except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile):
+        return None
+
+
+def write_pixel_counts(folder: Path, split: str, sha256: str, counts: np.ndarray) -> None:
+    """Stores what `read_pixel_counts` reads, atomically: of several processes, each writes the same."""
+    raw_ids = np.flatnonzero(counts.any(0))
+    content = io.BytesIO()
+    np.savez(content, raw_ids=raw_ids, pixels=counts[:, raw_ids].astype(np.int32), sha256=sha256)
+    files.write_bytes(folder / _pixels_file(split), content.getvalue())
+
+
+def _pixels_file(split: str) -> str:
+    return f"pixels-{split}.npz"

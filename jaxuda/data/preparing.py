@@ -113,6 +113,8 @@ def _build(name: str, manual_dir: str | os.PathLike | None, path: str, staging: 
     built = Path(builder.data_path)
     splits = {split: _summarise(built, split, examples) for split, examples in generators.items()}
     for split, examples in generators.items():
+        if splits[split]["labelled"]:
+            prepared.write_pixel_counts(built, split, splits[split]["sha256"], examples.tally.pixels())
         for remark in examples.remarks:
             print(f"warning: {name} {split}: {remark}")
     summary = {"splits": splits}
@@ -176,7 +178,7 @@ def _show_folder(summary: dict[str, Any], final: Path, data_dir: Any, path: str)
         if data.labelled:
             labelled[split] = data
     if labelled:
-        print(f"\n{review.table(summary['splits'], summary['classes'])}\n")
+        print(f"\n{review.table(labelled, summary['classes'])}\n")
         sheet = final / review.PREVIEW
         if not sheet.exists():
             files.write_bytes(sheet, review.preview(labelled))

@@ -1,17 +1,29 @@
 """Prepared datasets as random-access sources of decoded records."""
 
+import contextlib
 import copy
 import hashlib
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
+from tqdm import tqdm
 
 from jaxuda import files
 from jaxuda.data import encoding, labels
-from jaxuda.data.prepared import open_split, prepare_command, prepared_folder, read_summary, root
+from jaxuda.data.prepared import (
+    open_split,
+    prepare_command,
+    prepared_folder,
+    read_pixel_counts,
+    read_summary,
+    root,
+    write_pixel_counts,
+)
+from jaxuda.data.threads import map_ahead
 from jaxuda.errors import UserError
 
 # The lists of ids that a ranking of the target leaves.
@@ -43,7 +55,7 @@ class Records:
         classes = (space.name, space.classes) if space else None
         identity = f"{split} {summary['sha256']} {classes} {table.tobytes().hex()}"
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:32]
-        self._folder, self._split, self.table = folder, split, table
+        self._folder, self._split, self._sha256, self.table = folder, split, summary["sha256"], table
         self._ids = summary["ids"]
         self._decoded = {"image", "label", "depth"}
         for id_ in self._ids:
@@ -69,15 +81,22 @@ class Records:
         """Ids of all records in the order of their index, without reading the records."""
         return list(self._ids)
 
-    def classes_shown(self) -> np.ndarray | None:
-        """Which classes each label shows, (n, C) bool, as counted by `prepare`; None if it did not count them."""
-        shown = read_summary(self._folder)["splits"][self._split].get("shown")
-        if shown is None:
-            return None
-        result = np.zeros((len(shown), labels.IGNORE + 1), bool)
-        for row, raw in zip(result, shown, strict=True):
-            row[self.table[raw]] = True
-        return result[:, : self.label_space.num_classes]
+    def class_pixels(self) -> np.ndarray:
+        """How many pixels of each label are of each class, (n, C + 1) int64; in the last column those ignored.
+
+        As `prepare` has counted them. Datasets that were prepared before it did are counted when first asked for, and
+        the counts stored beside them; where the folder cannot be written, every time.
+        """
+        place = (self._folder, self._split, self._sha256)
+        counts = read_pixel_counts(*place)
+        if counts is None:
+            raw = self.labels_only()
+            raw.table = np.arange(256, dtype=np.uint8)
+            counts = _count(raw)
+            with contextlib.suppress(OSError):
+                write_pixel_counts(*place, counts)
+        classes = self.label_space.num_classes
+        return counts @ np.eye(classes + 1, dtype=np.int64)[np.minimum(self.table, classes)]
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         index = index.__index__()
@@ -139,10 +158,9 @@ class Subset(Sequence):
         """Ids of the records in the order of their index."""
         return list(self._ids)
 
-    def classes_shown(self) -> np.ndarray | None:
-        """Which classes each label shows, as `Records.classes_shown`."""
-        shown = self._records.classes_shown()
-        return None if shown is None else shown[self._indices]
+    def class_pixels(self) -> np.ndarray:
+        """As `Records.class_pixels`."""
+        return self._records.class_pixels()[self._indices]
 
     def images_only(self) -> "Subset":
         """The same records without labels and depth."""
@@ -154,6 +172,21 @@ class Subset(Sequence):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._records[self._indices[index]]
+
+
+def class_pixels(records: Sequence[dict[str, Any]], num_classes: int) -> np.ndarray:
+    """`Records.class_pixels` of any labelled records, (n, C + 1); those that keep no counts are decoded once."""
+    if hasattr(records, "class_pixels"):
+        return records.class_pixels()
+    counts = _count(records)
+    return np.column_stack([counts[:, :num_classes], counts[:, num_classes:].sum(1)])
+
+
+def _count(records: Sequence[dict[str, Any]]) -> np.ndarray:
+    """How many pixels of each label have each value, (n, 256) int64."""
+    rows = map_ahead(lambda index: encoding.count_ids(records[index]["label"]), range(len(records)))
+    bar = tqdm(rows, "counts the labels' pixels", len(records), unit="image", disable=not sys.stderr.isatty())
+    return np.array(list(bar), np.int64).reshape(-1, 256)
 
 
 def write_split(folder: Path, part: str, ids: Sequence[str]) -> None:
