@@ -54,7 +54,7 @@ def _own(function: str, path: str, field: str, imported: bool) -> ModuleType:
     except Exception as error:  # the user's module may fail in any way
         raise UserError(f"{field}={path!r} cannot be imported ({type(error).__name__}: {error})") from error
     if not hasattr(module, function):
-        raise UserError(f"{field}={path!r} has no function `{function}`")
+        raise UserError(f"{field}={path!r} does not define `{function}`")
     return module
 
 

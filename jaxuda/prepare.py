@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from jaxuda.data import records
+from jaxuda.data import datasets
 from jaxuda.data.preparing import prepare
 from jaxuda.errors import UserError
 
@@ -11,7 +11,8 @@ from jaxuda.errors import UserError
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code: 0 prepared, 2 the user must mend something, 130 interrupted."""
     parser = argparse.ArgumentParser("python -m jaxuda.prepare", description="Prepares a dataset for jaxuda.")
-    parser.add_argument("name", help=f"{', '.join(records.DATASETS)}, or one config such as camvid/day")
+    known = ", ".join(datasets.names())
+    parser.add_argument("name", help=f"{known}; one config such as camvid/day; or the dotted path of your own module")
     parser.add_argument("--manual_dir", help="folder with the dataset's published files")
     parser.add_argument("--path", default="", help="your own folder, for the dataset 'folder'")
     parser.add_argument(

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from jaxuda.data.labels import MAPILLARY
+from jaxuda.data.datasets.mapillary import CATEGORIES
 
 SIZE = (16, 8)  # width, height
 
@@ -132,6 +132,6 @@ def mapillary(root: Path) -> Path:
         for index, size in enumerate(((20, 10), (9, 16), (16, 12))):
             image(root / folder / "images" / f"{folder}{index}.jpg", size, index)
             palette(root / folder / "labels" / f"{folder}{index}.png", ids(range(66), size))
-    labels = [{"name": "x--y", "readable": name.title()} for name in MAPILLARY]
+    labels = [{"name": "x--y", "readable": name.title()} for name in CATEGORIES]
     (root / "config_v1.2.json").write_text(json.dumps({"labels": labels}))
     return root

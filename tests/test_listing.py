@@ -52,6 +52,7 @@ def test_recipes_know_their_benchmarks():
 def test_what_is_missing_comes_with_its_command(sections, tmp_path, capsys):
     _, benchmarks, datasets, networks = sections()
     assert datasets["camvid/day"] == "missing: python -m jaxuda.prepare camvid --manual_dir DIR"
+    assert datasets["DIR:"].startswith("the folder")
     assert datasets["folder"] == "yours: python -m jaxuda.prepare folder --path DIR"
     assert networks["resnet18"].startswith("missing: get resnet18-f37072fd.pth from torchvision")
 
@@ -76,7 +77,7 @@ def test_what_is_missing_comes_with_its_command(sections, tmp_path, capsys):
 def test_without_configs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert listing.config_folder() == ROOT / "configs"
-    monkeypatch.setattr(listing, "__file__", str(tmp_path / "jaxuda" / "listing.py"))
+    monkeypatch.setattr(listing, "__file__", str(tmp_path / "jaxuda" / "pipeline" / "listing.py"))
     with pytest.raises(UserError, match="run this from the folder of the repository"):
         listing.listing()
 

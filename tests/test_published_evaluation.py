@@ -15,7 +15,8 @@ from PIL import Image
 
 from jaxuda import convert
 from jaxuda.cli import MISTAKE
-from jaxuda.data.labels import MAPILLARY, label_space, lookup_table
+from jaxuda.data.datasets.mapillary import CATEGORIES
+from jaxuda.data.labels import label_space, lookup_table
 from jaxuda.interop import save_torch
 from jaxuda.main import main
 from jaxuda.metrics import iou
@@ -141,7 +142,7 @@ def test_mapillary(tmp_path: Path, capsys) -> None:
     table = lookup_table("mapillary", label_space("super7"))
     files = list((source / "validation" / "labels").iterdir())
     truths = {file.stem: table[np.asarray(Image.open(file))] for file in files}
-    assert len({truth.shape for truth in truths.values()}) == 3 and len(MAPILLARY) == 66
+    assert len({truth.shape for truth in truths.values()}) == 3 and len(CATEGORIES) == 66
     checkpoint = converted("mapillary", 7, tmp_path / "network")
     words = command("mapillary", tmp_path, checkpoint, "--config.evaluation.size=(64, 48)")
     text = compare(words, source / "validation" / "images", truths, "super7", tmp_path, capsys)

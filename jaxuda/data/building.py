@@ -173,7 +173,7 @@ class Tally:
     """What `prepared.json` says of a split (see `records.SUMMARY`), gathered while its records are written."""
 
     def __init__(self):
-        self._digest, self._ids, self._pixels, self._shown = hashlib.sha256(), [], np.zeros(256, np.int64), []
+        self._digest, self._ids, self._pixels = hashlib.sha256(), [], []
 
     def add(self, record: Mapping[str, Any], pixels: np.ndarray | None) -> None:
         """Counts one record: encoded, "id" as text; `pixels` (256,) says how many have which raw id."""
@@ -182,22 +182,24 @@ class Tally:
             value = record[key].encode() if key == "id" else record[key]
             self._digest.update(f"{key} {len(value)}\0".encode())
             self._digest.update(value)
-        self._shown.append([] if pixels is None else np.flatnonzero(pixels).tolist())
-        if pixels is not None:
-            self._pixels += pixels
+        self._pixels.append(np.zeros(256, np.int32) if pixels is None else pixels.astype(np.int32))
+
+    def pixels(self) -> np.ndarray:
+        """How many pixels of each image have each raw id, (n, 256) int32."""
+        return np.array(self._pixels, np.int32).reshape(-1, 256)
 
     def summary(self) -> dict[str, Any]:
         """Plain values; raises a `UserError` if ids repeat."""
         repeated = sorted(name for name, count in Counter(self._ids).items() if count > 1)
         if repeated:
             raise UserError(f"ids are not unique: {', '.join(repeated)}")
-        pixels = {int(raw): int(self._pixels[raw]) for raw in np.flatnonzero(self._pixels)}
+        total = self.pixels().sum(0, dtype=np.int64)
+        pixels = {int(raw): int(total[raw]) for raw in np.flatnonzero(total)}
         return {
             "labelled": bool(pixels),
             "sha256": self._digest.hexdigest(),
             "ids": self._ids,
             "pixels": pixels,
-            "shown": self._shown,
         }
 
 

@@ -21,8 +21,9 @@ from absl import logging
 from tqdm import tqdm
 
 from jaxuda import files
-from jaxuda.data import records, review
-from jaxuda.data.labels import IGNORE
+from jaxuda.data import prepared, records, review
+from jaxuda.data.datasets import config_names
+from jaxuda.data.labels import IGNORE, dataset
 from jaxuda.errors import UserError
 
 # Room for the embedded datasets and for what the file system itself needs.
@@ -51,20 +52,20 @@ def prepare(
         UserError: files are missing or wrong, the disk is too full, or the name is unknown. Nothing is left
             behind.
     """
-    dataset, _, config = name.partition("/")
+    top, _, config = name.partition("/")
     names = [name]
-    if dataset != "folder" and not config:
-        names = [f"{dataset}/{known}" for known in records.config_names(dataset)] or [dataset]
+    if top != "folder" and not config:
+        names = [f"{top}/{known}" for known in config_names(top)] or [top]
     return [_prepare_config(name, manual_dir, path, data_dir) for name in names]
 
 
 def _prepare_config(
     name: str, manual_dir: str | os.PathLike | None, path: str, data_dir: str | os.PathLike | None
 ) -> Path:
-    final = records.prepared_folder(name, data_dir, path)
-    top = records.root(data_dir) / name.partition("/")[0]  # of all configs of the dataset
+    final = prepared.prepared_folder(name, data_dir, path)
+    top = prepared.root(data_dir) / name.partition("/")[0]  # of all configs of the dataset
     with _writable(top), _locked(top):
-        if (summary := records.read_summary(final)) is not None:
+        if (summary := prepared.read_summary(final)) is not None:
             print(f"{name}: already prepared in {final}")
             if name == "folder":
                 _show_folder(summary, final, data_dir, path)
@@ -79,7 +80,7 @@ def _prepare_config(
             with _quiet_tfds():
                 built, summary = _build(name, manual_dir, path, staging)
             final.parent.mkdir(parents=True, exist_ok=True)
-            files.write_bytes(built / records.SUMMARY, json.dumps(summary).encode())
+            files.write_bytes(built / prepared.SUMMARY, json.dumps(summary).encode())
             built.rename(final)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -93,9 +94,9 @@ def _prepare_config(
 
 def _build(name: str, manual_dir: str | os.PathLike | None, path: str, staging: Path) -> tuple[Path, dict[str, Any]]:
     """Builds one config below `staging`, and makes its summary."""
-    dataset, _, config = name.partition("/")
-    cls = records.builder_class(dataset)
-    if dataset == "folder":
+    top, _, config = name.partition("/")
+    cls = dataset(top).builder
+    if top == "folder":
         config, manual_dir = cls.config_of(path), path
     builder = cls(data_dir=staging, config=config or None)
     needed = _SPARE_BYTES
@@ -112,10 +113,12 @@ def _build(name: str, manual_dir: str | os.PathLike | None, path: str, staging: 
     built = Path(builder.data_path)
     splits = {split: _summarise(built, split, examples) for split, examples in generators.items()}
     for split, examples in generators.items():
+        if splits[split]["labelled"]:
+            prepared.write_pixel_counts(built, split, splits[split]["sha256"], examples.tally.pixels())
         for remark in examples.remarks:
             print(f"warning: {name} {split}: {remark}")
     summary = {"splits": splits}
-    if dataset == "folder":
+    if top == "folder":
         classes = builder.builder_config.classes
         summary |= {"classes": classes} if classes else {}
         summary["warnings"] = review.warnings(items, splits, classes)
@@ -150,7 +153,7 @@ def _generate(
 def _summarise(built: Path, split: str, examples: Any) -> dict[str, Any]:
     """What was counted while a split was written; some of its records are read again to see that all are there."""
     summary = examples.tally.summary()
-    reader = records.open_split(built, split)
+    reader = prepared.open_split(built, split)
     few = np.unique(np.linspace(0, len(summary["ids"]) - 1, 16, dtype=int))
     if len(reader) != len(summary["ids"]) or any(reader[int(i)]["id"].decode() != summary["ids"][i] for i in few):
         raise UserError(f"{built}: the records of split '{split}' are not those that were written; try again")
@@ -175,7 +178,7 @@ def _show_folder(summary: dict[str, Any], final: Path, data_dir: Any, path: str)
         if data.labelled:
             labelled[split] = data
     if labelled:
-        print(f"\n{review.table(summary['splits'], summary['classes'])}\n")
+        print(f"\n{review.table(labelled, summary['classes'])}\n")
         sheet = final / review.PREVIEW
         if not sheet.exists():
             files.write_bytes(sheet, review.preview(labelled))

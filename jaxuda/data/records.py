@@ -1,32 +1,31 @@
-"""Prepared datasets as random-access sources of decoded records.
+"""Prepared datasets as random-access sources of decoded records."""
 
-`jaxuda.prepare` writes `DATA_DIR/NAME/CONFIG/VERSION/`: what tfds writes, and `prepared.json` (see
-`SUMMARY`). `load` reads it; nothing here writes.
-"""
-
+import contextlib
 import copy
 import hashlib
-import importlib
-import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
-import tensorflow_datasets as tfds
+from tqdm import tqdm
 
 from jaxuda import files
 from jaxuda.data import encoding, labels
+from jaxuda.data.prepared import (
+    open_split,
+    prepare_command,
+    prepared_folder,
+    read_pixel_counts,
+    read_summary,
+    root,
+    write_pixel_counts,
+)
+from jaxuda.data.threads import map_ahead
 from jaxuda.errors import UserError
 
-# Each is a module jaxuda.data.<name> with a builder class <Name>; a new dataset is one file and its name
-# here.
-DATASETS = ("streets", "camvid", "folder", "gta5", "synthia", "cityscapes", "crosscity", "mapillary")
-# Written last when a dataset is prepared. {"splits": {split: {"ids": [...], "sha256": hex, "labelled": bool,
-# "pixels": {raw id: count}, "shown": [[raw ids in image 0], ...]}}}; for "folder" also "classes", what its
-# classes.json says, and "warnings", what `review` found.
-SUMMARY = "prepared.json"
 # The lists of ids that a ranking of the target leaves.
 EASY, HARD = "easy.txt", "hard.txt"
 
@@ -56,7 +55,7 @@ class Records:
         classes = (space.name, space.classes) if space else None
         identity = f"{split} {summary['sha256']} {classes} {table.tobytes().hex()}"
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:32]
-        self._folder, self._split, self.table = folder, split, table
+        self._folder, self._split, self._sha256, self.table = folder, split, summary["sha256"], table
         self._ids = summary["ids"]
         self._decoded = {"image", "label", "depth"}
         for id_ in self._ids:
@@ -82,15 +81,22 @@ class Records:
         """Ids of all records in the order of their index, without reading the records."""
         return list(self._ids)
 
-    def classes_shown(self) -> np.ndarray | None:
-        """Which classes each label shows, (n, C) bool, as counted by `prepare`; None if it did not count them."""
-        shown = read_summary(self._folder)["splits"][self._split].get("shown")
-        if shown is None:
-            return None
-        result = np.zeros((len(shown), labels.IGNORE + 1), bool)
-        for row, raw in zip(result, shown, strict=True):
-            row[self.table[raw]] = True
-        return result[:, : self.label_space.num_classes]
+    def class_pixels(self) -> np.ndarray:
+        """How many pixels of each label are of each class, (n, C + 1) int64; in the last column those ignored.
+
+        As `prepare` has counted them. Datasets that were prepared before it did are counted when first asked for, and
+        the counts stored beside them; where the folder cannot be written, every time.
+        """
+        place = (self._folder, self._split, self._sha256)
+        counts = read_pixel_counts(*place)
+        if counts is None:
+            raw = self.labels_only()
+            raw.table = np.arange(256, dtype=np.uint8)
+            counts = _count(raw)
+            with contextlib.suppress(OSError):
+                write_pixel_counts(*place, counts)
+        classes = self.label_space.num_classes
+        return counts @ np.eye(classes + 1, dtype=np.int64)[np.minimum(self.table, classes)]
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         index = index.__index__()
@@ -152,10 +158,9 @@ class Subset(Sequence):
         """Ids of the records in the order of their index."""
         return list(self._ids)
 
-    def classes_shown(self) -> np.ndarray | None:
-        """Which classes each label shows, as `Records.classes_shown`."""
-        shown = self._records.classes_shown()
-        return None if shown is None else shown[self._indices]
+    def class_pixels(self) -> np.ndarray:
+        """As `Records.class_pixels`."""
+        return self._records.class_pixels()[self._indices]
 
     def images_only(self) -> "Subset":
         """The same records without labels and depth."""
@@ -167,6 +172,21 @@ class Subset(Sequence):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._records[self._indices[index]]
+
+
+def class_pixels(records: Sequence[dict[str, Any]], num_classes: int) -> np.ndarray:
+    """`Records.class_pixels` of any labelled records, (n, C + 1); those that keep no counts are decoded once."""
+    if hasattr(records, "class_pixels"):
+        return records.class_pixels()
+    counts = _count(records)
+    return np.column_stack([counts[:, :num_classes], counts[:, num_classes:].sum(1)])
+
+
+def _count(records: Sequence[dict[str, Any]]) -> np.ndarray:
+    """How many pixels of each label have each value, (n, 256) int64."""
+    rows = map_ahead(lambda index: encoding.count_ids(records[index]["label"]), range(len(records)))
+    bar = tqdm(rows, "counts the labels' pixels", len(records), unit="image", disable=not sys.stderr.isatty())
+    return np.array(list(bar), np.int64).reshape(-1, 256)
 
 
 def write_split(folder: Path, part: str, ids: Sequence[str]) -> None:
@@ -189,16 +209,18 @@ def load(
     name: str,
     split: str,
     *,
-    label_space: str | None = None,
+    label_space: str | labels.LabelSpace | None = None,
     data_dir: str | os.PathLike | None = None,
     path: str = "",
 ) -> Records:
     """Opens one split of a prepared dataset.
 
     Args:
-        name: "folder", a dataset without configs ("gta5"), or one of its configs ("camvid/day").
+        name: "folder", a dataset without configs ("gta5"), or one of its configs ("camvid/day"). A dataset of the
+            user's own is named by the dotted path of its module.
         split: "train" or "val", or any other split the dataset has.
-        label_space: the classes of the labels (`jaxuda.data.labels.label_space`); default: the dataset's own.
+        label_space: the classes of the labels, or their name (`jaxuda.data.labels.label_space`); default: the
+            dataset's own.
             Classes of "folder" are matched with it by name; its labels of other classes become 255.
         data_dir: where datasets were prepared; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
         path: the user's folder, for "folder" alone.
@@ -214,104 +236,32 @@ def load(
     if split not in summary["splits"]:
         raise UserError(f"{name} has no split {split!r}; it has {', '.join(summary['splits'])}")
     dataset = name.partition("/")[0]
-    if "classes" in summary or dataset == "folder":
-        space, table = _folder_labels(summary.get("classes"), label_space, name)
+    if dataset == "folder":
+        space, table = _folder_labels(summary.get("classes"), label_space)
     else:
-        space = labels.label_space(label_space or labels.DEFAULT_SPACE[dataset])
+        space = _space(label_space) or labels.own_space(dataset)
         table = labels.lookup_table(dataset, space)
     shown = f"folder {Path(path).name}" if dataset == "folder" else name
     return Records(shown, folder, split, summary["splits"][split], space, table)
 
 
 def _folder_labels(
-    classes: dict[str, Any] | None, wanted: str | None, name: str
+    classes: dict[str, Any] | None, wanted: str | labels.LabelSpace | None
 ) -> tuple[labels.LabelSpace | None, np.ndarray]:
     """Label space and lookup table of a user's folder from the classes.json that was stored with it."""
     nothing = np.full(256, labels.IGNORE, np.uint8)
     if classes is None:
-        return (labels.label_space(wanted) if wanted else None), nothing
+        return _space(wanted), nothing
     names = {raw: entry["name"] for entry in classes["classes"] for raw in entry["ids"]}
-    if wanted is None or wanted == classes["name"]:
-        space = labels.make_label_space(classes["name"], {c["name"]: c["color"] for c in classes["classes"]})
-    else:
-        space = labels.label_space(wanted)
-        if not set(space.classes) & set(names.values()):
-            raise UserError(f"the classes.json names none of the classes of {wanted}: {', '.join(space.classes)}")
+    own = labels.make_label_space(classes["name"], {c["name"]: c["color"] for c in classes["classes"]})
+    space = own if wanted == own.name else _space(wanted) or own
+    if not set(space.classes) & set(names.values()):
+        raise UserError(f"the classes.json names none of the classes of {space.name}: {', '.join(space.classes)}")
     return space, labels.table_by_name(names, space)
 
 
-def root(data_dir: str | os.PathLike | None) -> Path:
-    """The folder of prepared datasets: the argument, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
-
-
-def builder_class(dataset: str) -> type[tfds.core.GeneratorBasedBuilder]:
-    """Returns the builder class of a dataset ("camvid", without a config).
-
-    Raises:
-        UserError: there is none of this name; the message lists the known ones.
-    """
-    if dataset not in DATASETS:
-        raise UserError(f"unknown dataset {dataset!r}; known: {', '.join(DATASETS)}")
-    return getattr(importlib.import_module(f"jaxuda.data.datasets.{dataset}"), dataset.capitalize())
-
-
-def config_names(dataset: str) -> list[str]:
-    """Names of the configs of a dataset, such as ["day", "dusk"]; most have none, "folder" has only folders."""
-    return [config.name for config in builder_class(dataset).BUILDER_CONFIGS]
-
-
-def prepared_folder(name: str, data_dir: str | os.PathLike | None, path: str = "") -> Path:
-    """Where "dataset/config" (or "folder" with its path) is, or would be, prepared.
-
-    Raises:
-        UserError: the name or the user's folder does not exist.
-    """
-    dataset, _, config = name.partition("/")
-    builder = builder_class(dataset)
-    if dataset == "folder":
-        if config or not path:
-            raise UserError("the dataset 'folder' is named without a config and needs the path of the user's folder")
-        config = builder.config_of(path).name
-    elif config not in (config_names(dataset) or [""]):
-        choices = ", ".join(f"{dataset}/{known}" for known in config_names(dataset)) or dataset
-        raise UserError(f"unknown dataset {name!r}; choose from {choices}")
-    elif path:
-        raise UserError(f"{name} takes no path; only 'folder' does")
-    return root(data_dir) / dataset / config / str(builder.VERSION)
-
-
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Reads `prepared.json` of a prepared dataset; None where there is none, UserError where it is damaged."""
-    try:
-        summary = json.loads((folder / SUMMARY).read_bytes())
-        for split in summary["splits"].values():
-            if not {"sha256", "labelled"} <= split.keys() or not all(isinstance(id_, str) for id_ in split["ids"]):
-                raise KeyError("splits")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder / SUMMARY} is damaged: delete {folder} and prepare the dataset again") from error
-    return summary
-
-
-def prepare_command(name: str, data_dir: str | os.PathLike | None, path: str = "") -> str:
-    """The command that prepares a dataset, to be shown to the user."""
-    dataset = name.partition("/")[0]
-    # All configs of CamVid come from the same few files; the cities of Cross-City are downloads of their own.
-    command = f"python -m jaxuda.prepare {name if dataset == 'crosscity' else dataset}"
-    if dataset == "folder":
-        command += f" --path {path}"
-    elif builder_class(dataset).MANUAL_DOWNLOAD_INSTRUCTIONS:
-        command += " --manual_dir DIR"
-    return command + (f" --data_dir {data_dir}" if data_dir else "")
-
-
-def open_split(folder: Path, split: str):
-    """Opens a prepared split as tfds's random-access source of records whose images are still bytes."""
-    builder = tfds.builder_from_directory(folder)
-    skip = {key: tfds.decode.SkipDecoding() for key in builder.info.features if key != "id"}
-    return builder.as_data_source(split, decoders=skip)
+def _space(wanted: str | labels.LabelSpace | None) -> labels.LabelSpace | None:
+    return labels.label_space(wanted) if wanted and isinstance(wanted, str) else wanted or None
 
 
 class Domains(NamedTuple):

@@ -54,32 +54,28 @@ def class_weights(pixels: np.ndarray) -> np.ndarray:
     return np.where(pixels > 0, weights, 1).round(2)
 
 
-def table(splits: Mapping[str, Mapping[str, Any]], classes: Mapping[str, Any]) -> str:
+def table(data: Mapping[str, Records], classes: Mapping[str, Any]) -> str:
     """Classes, their share of the pixels and the number of images that show them, by split, and weights.
 
     Args:
-        splits, classes: as of `warnings`; at least one split is labelled.
+        data: the labelled splits, at least one, read in the classes of the folder.
+        classes: as of `warnings`.
     """
-    labelled = {split: content for split, content in splits.items() if content["labelled"]}
-    first = next(iter(labelled.values()))
-    weights = class_weights(_of_classes(_pixels(first), classes))
+    counts = {split: records.class_pixels() for split, records in data.items()}
+    weights = class_weights(next(iter(counts.values()))[:, :-1].sum(0))
     names = [entry["name"] for entry in classes["classes"]]
     wide = max(map(len, [*names, "class", "ignored"]))
-    head = "".join(f"{split + ' pixels':>15}{'images':>8}" for split in labelled)
+    head = "".join(f"{split + ' pixels':>15}{'images':>8}" for split in counts)
     lines = [f"{'class':<{wide}}{head}{'weight':>9}   ids"]
     for index, entry in enumerate(classes["classes"]):
-        cells = "".join(_cells(content, entry["ids"]) for content in labelled.values())
+        cells = "".join(_cells(count, index) for count in counts.values())
         lines.append(f"{entry['name']:<{wide}}{cells}{weights[index]:>9.2f}   {', '.join(map(str, entry['ids']))}")
-    named = {raw for entry in classes["classes"] for raw in entry["ids"]}
-    others = [raw for raw in range(256) if raw not in named]
-    lines.append(f"{'ignored':<{wide}}{''.join(_cells(content, others) for content in labelled.values())}")
+    lines.append(f"{'ignored':<{wide}}{''.join(_cells(count, -1) for count in counts.values())}")
     return "\n".join(lines)
 
 
-def _cells(content: Mapping[str, Any], ids: Sequence[int]) -> str:
-    pixels = _pixels(content)
-    showing = sum(not set(ids).isdisjoint(shown) for shown in content["shown"])
-    return f"{pixels[ids].sum() / pixels.sum():>15.2%}{showing:>8}"
+def _cells(counts: np.ndarray, index: int) -> str:
+    return f"{counts[:, index].sum() / counts.sum():>15.2%}{np.count_nonzero(counts[:, index]):>8}"
 
 
 def preview(data: Mapping[str, Records]) -> bytes:
@@ -90,7 +86,7 @@ def preview(data: Mapping[str, Records]) -> bytes:
     space = next(iter(data.values())).label_space
     rows = [_legend(space.classes, space.palette)]
     for records in data.values():
-        for index in _chosen(records.classes_shown()):
+        for index in _chosen(records.class_pixels()[:, :-1] > 0):
             record = records[index]
             height = max(1, round(record["image"].shape[0] * _WIDTH / record["image"].shape[1]))
             image = cv2.resize(record["image"], (_WIDTH, height), interpolation=cv2.INTER_AREA)

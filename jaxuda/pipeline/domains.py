@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from jaxuda import data, parallel
+from jaxuda.data.datasets import is_drawn
+from jaxuda.data.labels import LabelSpace, label_space, own_space
+from jaxuda.data.prepared import prepare_command, prepared_folder, read_summary, root
 from jaxuda.data.preparing import prepare
-from jaxuda.data.records import Domains, prepare_command, prepared_folder, read_summary, root
+from jaxuda.data.records import Domains
 from jaxuda.errors import UserError
 
 
@@ -43,8 +46,8 @@ def load_domains(config: ConfigDict) -> Domains:
 
 
 def draw_if_missing(name: str, config: ConfigDict) -> None:
-    """Prepares a domain of `streets`, which needs no files; does nothing for other datasets."""
-    if name.startswith("streets/"):
+    """Prepares a dataset that needs no files, such as `streets`; does nothing for others."""
+    if is_drawn(name):
         parallel.on_first(lambda: len(prepare(name, data_dir=config.data_dir or None)))
 
 
@@ -76,12 +79,15 @@ def _place(config: ConfigDict, domain: str) -> ConfigDict:
 
 
 def open_records(config: ConfigDict, domain: str, split: str) -> data.Records:
-    """One split of the "source" or the "target" of a config."""
+    """One split of the "source" or the "target" of a config, in the label space of the run."""
     place = _place(config, domain)
     return data.load(
-        place.name,
-        split,
-        label_space=config.label_space or None,
-        data_dir=config.data_dir or None,
-        path=place.path,
+        place.name, split, label_space=_label_space(config), data_dir=config.data_dir or None, path=place.path
     )
+
+
+def _label_space(config: ConfigDict) -> LabelSpace | None:
+    """The one that the config names, else that of the source's dataset; None: each folder brings its own classes."""
+    if config.label_space:
+        return label_space(config.label_space)
+    return own_space(config.source.name.partition("/")[0]) if "source" in config else None

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from jaxuda.data import records
+from jaxuda.data import datasets, prepared
+from jaxuda.data.labels import dataset
 from jaxuda.errors import UserError
 from jaxuda.training import weights
 
@@ -34,11 +35,11 @@ def listing(data_dir: str | None = None) -> str:
     """
     recipes = read_recipes(config_folder())
     benchmarks = {name: config for recipe in recipes for name, config in recipe.configs.items()}
-    absent = {name: _what_to_do(name, data_dir) for dataset in records.DATASETS for name in _names(dataset)}
+    absent = {name: _what_to_do(name, data_dir) for known in datasets.names() for name in _names(known)}
     sections = {
         "Recipes (python -m jaxuda.main --config configs/NAME.py:BENCHMARK)": _recipes(recipes, benchmarks),
         "Benchmarks (source -> target)": _benchmarks(benchmarks, absent),
-        f"Datasets (in {records.root(data_dir)})": _datasets(absent, data_dir),
+        f"Datasets (in {prepared.root(data_dir)})": _datasets(absent, data_dir),
         "ImageNet weights (where the published recipes start)": _weights(data_dir or ""),
     }
     return "\n\n".join("\n  ".join([title, *lines]) for title, lines in sections.items())
@@ -46,7 +47,7 @@ def listing(data_dir: str | None = None) -> str:
 
 def config_folder() -> Path:
     """`configs` in the current folder, else beside the package."""
-    for folder in (Path("configs"), Path(__file__).parents[1] / "configs"):
+    for folder in (Path("configs"), Path(__file__).parents[2] / "configs"):
         if (folder / "common.py").exists():
             return folder.absolute()
     raise UserError("there is no folder 'configs' here: run this from the folder of the repository")
@@ -71,20 +72,20 @@ def read_recipes(folder: Path) -> list[Recipe]:
     return recipes
 
 
-def _names(dataset: str) -> list[str]:
+def _names(known: str) -> list[str]:
     """A dataset's configs by their full names; its own name if it has none."""
-    return [f"{dataset}/{name}" for name in records.config_names(dataset)] or [dataset]
+    return [f"{known}/{name}" for name in datasets.config_names(known)] or [known]
 
 
 def _what_to_do(name: str, data_dir: str | None) -> str:
     """What is wrong with a dataset and which command mends it; "" if it is prepared, or needs nothing of the user."""
-    if name.startswith("streets/"):
+    if datasets.is_drawn(name):
         return ""
     if name == "folder":
-        return f"yours: {records.prepare_command(name, data_dir, 'DIR')}"
-    folder, command = records.prepared_folder(name, data_dir), records.prepare_command(name, data_dir)
+        return f"yours: {prepared.prepare_command(name, data_dir, 'DIR')}"
+    folder, command = prepared.prepared_folder(name, data_dir), prepared.prepare_command(name, data_dir)
     try:
-        return "" if records.read_summary(folder) is not None else f"missing: {command}"
+        return "" if prepared.read_summary(folder) is not None else f"missing: {command}"
     except UserError:
         return f"damaged: delete {folder}, then {command}"
 
@@ -113,14 +114,14 @@ def _benchmarks(benchmarks: Mapping[str, ConfigDict], absent: Mapping[str, str])
 def _datasets(absent: Mapping[str, str], data_dir: str | None) -> list[str]:
     lines = []
     for name, what_to_do in absent.items():
-        state = what_to_do or "ready"
-        if name.startswith("streets/"):
-            state = "ready (drawn when it is first needed)"
+        state = what_to_do or ("ready (drawn when it is first needed)" if datasets.is_drawn(name) else "ready")
         if name == "folder":
-            found = (records.root(data_dir) / name).glob(f"*/*/{records.SUMMARY}")
+            found = (prepared.root(data_dir) / name).glob(f"*/*/{prepared.SUMMARY}")
             own = sorted(file.parents[1].name for file in found)
             state += f" (prepared: {', '.join(own)})" if own else ""
         lines.append(f"{name:<18}{state}")
+        if what_to_do:
+            lines.append(f"{'':<18}DIR: {dataset(name.partition('/')[0]).builder.MANUAL_DOWNLOAD_INSTRUCTIONS}")
     return lines
 
 

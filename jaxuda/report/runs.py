@@ -166,7 +166,10 @@ def open_split(config: Mapping[str, Any], domain: str, split: str | None = None)
     place = config.get(domain, {})
     if not {"name", "split", "path"} <= place.keys():
         raise UserError(f"config.json does not tell which data the {domain} has")
-    wanted = {domain: place, "label_space": config.get("label_space", ""), "data_dir": config.get("data_dir", "")}
+    wanted = {place: config[place] for place in ("source", "target") if "name" in config.get(place, {})}
+    for named in wanted.values():
+        data.labels.dataset(named["name"].partition("/")[0], imported=True)
+    wanted |= {"label_space": config.get("label_space", ""), "data_dir": config.get("data_dir", "")}
     return domains.open_records(ConfigDict(wanted), domain, split or place["split"])
 
 

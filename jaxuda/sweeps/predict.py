@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxuda import files, parallel
 from jaxuda.data import encoding, labels
+from jaxuda.data.datasets import cityscapes
 from jaxuda.errors import UserError
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.sweeps.ensemble import Ensemble, Member, Passes
@@ -113,7 +114,7 @@ def write_predictions(found: Iterable[tuple[str, np.ndarray]], folder: Path, spa
         "colour": lambda ids: encoding.encode_image(labels.colourise(ids, space)),
         "ids": encoding.encode_label,
     }
-    raw = labels.cityscapes_ids(space)
+    raw = cityscapes.raw_ids(space)
     if raw is not None:
         kinds["cityscapes_ids"] = lambda ids: encoding.encode_label(raw[ids])
     for kind in kinds:

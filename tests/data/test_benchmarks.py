@@ -1,15 +1,18 @@
 """The five published benchmarks, prepared from tiny folders in their layouts and file formats."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from layouts import cityscapes, classes_and_instances, crosscity, depth, grey, gta5, ids, image, mapillary, synthia
 from PIL import Image
 
-from jaxuda.data import records
+from jaxuda.data import prepared, records
+from jaxuda.data.datasets.mapillary import CATEGORIES
 from jaxuda.data.encoding import decode_label
-from jaxuda.data.labels import MAPILLARY, label_space, lookup_table
+from jaxuda.data.labels import label_space, lookup_table
 from jaxuda.data.orders.class_balanced import classes_of_images
 from jaxuda.data.records import Subset, load
 from jaxuda.errors import UserError
@@ -95,8 +98,8 @@ def test_mapillary(tmp_path, capsys):
     assert [val[i]["image"].shape[:2] for i in range(3)] == [(10, 20), (16, 9), (12, 16)]
     label = val[0]["label"].ravel()
     expected = {"road": 0, "terrain": 0, "curb": 1, "pothole": 2, "vegetation": 3, "sky": 4, "bicyclist": 5, "boat": 6}
-    assert {name: label[MAPILLARY.index(name)] for name in expected} == expected
-    assert label[MAPILLARY.index("water")] == label[65] == 255
+    assert {name: label[CATEGORIES.index(name)] for name in expected} == expected
+    assert label[CATEGORIES.index("water")] == label[65] == 255
 
     other = json.loads((source / "config_v1.2.json").read_text())
     other["labels"][3]["readable"] = "Separator"
@@ -171,21 +174,63 @@ def test_synthia_files_of_other_kinds(tmp_path, capsys):
 
 def test_a_full_disk_is_known_before(tmp_path, capsys, monkeypatch):
     source = gta5(tmp_path / "source")
-    monkeypatch.setattr("jaxuda.prepare.shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr("jaxuda.data.preparing.shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
     monkeypatch.setattr("jaxuda.data.building.Examples.__iter__", lambda _: pytest.fail("has begun all the same"))
     assert "GiB are needed, 0.0 GiB are free" in _complaints(capsys, "gta5", source, tmp_path / "data")
 
 
-def test_stored_lists_are_what_decoding_finds(tmp_path):
+@pytest.fixture
+def counted(tmp_path):
+    """A dataset with its pixels counted, and what decoding finds in the 16 classes."""
     source = gta5(tmp_path / "source")
     grey(source / "labels" / "00001.png", ids((7, 8, 11, 3)))
     data = _prepared("gta5", source, tmp_path)("train", "synthia16")
-    decoded = classes_of_images([data[i] for i in range(3)], 16)
-    np.testing.assert_array_equal(classes_of_images(data, 16), decoded)
-    assert decoded[0].sum() == 3 and decoded[1].sum() == 16
-    np.testing.assert_array_equal(classes_of_images(Subset(data, ["00003", "00001"]), 16), decoded[[2, 0]])
+    found = [np.bincount(data[i]["label"].ravel(), minlength=256) for i in range(3)]
+    return data, np.array([[*row[:16], row[16:].sum()] for row in found])
+
+
+def test_stored_counts_are_what_decoding_finds(counted):
+    data, expected = counted
     data._reader = "nothing is read"
-    classes_of_images(data, 16)
+    assert data.class_pixels().dtype == np.int64
+    np.testing.assert_array_equal(data.class_pixels(), expected)
+    np.testing.assert_array_equal(Subset(data, ["00003", "00001"]).class_pixels(), expected[[2, 0]])
+    np.testing.assert_array_equal(classes_of_images(data, 16), expected[:, :16] > 0)
+    assert (expected[0, :16] > 0).sum() == 3 and (expected[1, :16] > 0).sum() == 16
+
+
+def test_datasets_prepared_before_are_counted_once(counted, monkeypatch):
+    data, expected = counted
+    (file,) = data._folder.glob("pixels-*")
+    place, whole = (data._folder, "train", data._sha256), file.read_bytes()
+    prepared.write_pixel_counts(data._folder, "train", "of other data", np.ones((3, 256)))
+    for left in (file.read_bytes(), None, b"", whole[:200], whole.replace(b"\7", b"\6")):
+        file.unlink() if left is None else file.write_bytes(left)
+        assert prepared.read_pixel_counts(*place) is None
+        np.testing.assert_array_equal(data.class_pixels(), expected)
+        assert prepared.read_pixel_counts(*place).shape == (3, 256)
+    assert [path.name for path in data._folder.glob(".*")] == []
+
+    file.unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxuda.files.os.replace", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
+        np.testing.assert_array_equal(data.class_pixels(), expected)
+    assert not file.exists()
+    damaged = [{"id": b"00001", "image": b"", "label": b"damaged"}]
+    monkeypatch.setattr("jaxuda.data.records.open_split", lambda *_: damaged * 3)
+    with pytest.raises(UserError, match="gta5 train: record '00001' is damaged"):
+        data.class_pixels()
+
+
+def test_processes_that_count_at_once(counted):
+    data, expected = counted
+    (file,) = data._folder.glob("pixels-*")
+    file.unlink()
+    code = f"from jaxuda.data import load; print(load('gta5', 'train', data_dir={str(data._folder.parents[1])!r})"
+    both = [subprocess.Popen([sys.executable, "-c", f"{code}.class_pixels().sum())"], stdout=-1) for _ in range(2)]
+    assert [int(process.communicate()[0]) for process in both] == [expected.sum()] * 2
+    data._reader = "nothing is read"
+    np.testing.assert_array_equal(data.class_pixels(), expected)
 
 
 def test_datasets_in_many_shards_keep_their_order(tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def test_tables(dataset, space):
 def test_what_cannot_be_mapped_is_an_error():
     with pytest.raises(UserError, match="unknown label space 'city'; known: camvid11, "):
         label_space("city")
-    with pytest.raises(UserError, match="no label table for dataset 'ade'; known: "):
+    with pytest.raises(UserError, match="unknown dataset='ade'; choose one of: camvid, "):
         lookup_table("ade", "cityscapes19")
     with pytest.raises(UserError, match="synthia has no labels for terrain, train, truck"):
         lookup_table("synthia", "cityscapes19")

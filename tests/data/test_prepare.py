@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import towns
 
-from jaxuda import prepare as prepare_module
-from jaxuda.data import make_input, records
+from jaxuda.data import make_input, preparing, records
 from jaxuda.data.records import Subset, load
 from jaxuda.data.transforms import build_transform
 from jaxuda.errors import UserError
@@ -54,7 +53,7 @@ def test_records_feed_workers(tmp_path):
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(UserError, match="unknown dataset 'street'; known: streets, camvid, folder"):
+    with pytest.raises(UserError, match="unknown dataset='street'; choose one of: camvid, cityscapes, crosscity"):
         load("street/game", "train", data_dir=tmp_path)
     with pytest.raises(UserError, match="unknown dataset 'camvid/night'; choose from camvid/day, camvid/dusk"):
         load("camvid/night", "train", data_dir=tmp_path)
@@ -88,7 +87,7 @@ def test_a_killed_run_is_cleaned_up(tmp_path, capsys):
 def test_a_killed_run_leaves_nothing_that_loads(tmp_path, monkeypatch):
     root = towns.folder(tmp_path / "town")
     code = (
-        "import os, sys\nfrom jaxuda import prepare as p\n"
+        "import os, sys\nfrom jaxuda.data import preparing as p\n"
         "p._summarise = lambda *_: os.kill(os.getpid(), 9)\n"
         "p.prepare('folder', path=sys.argv[1], data_dir=sys.argv[2])"
     )
@@ -103,7 +102,7 @@ def test_a_killed_run_leaves_nothing_that_loads(tmp_path, monkeypatch):
 
 
 def test_the_lock_is_held_while_preparing(tmp_path):
-    with prepare_module._locked(tmp_path):
+    with preparing._locked(tmp_path):
         descriptor = os.open(tmp_path, os.O_RDONLY)
         with pytest.raises(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,7 +115,7 @@ def test_a_full_or_unwritable_disk(tmp_path, monkeypatch, capsys):
     message = towns.fails(capsys, "folder", "--path", root, "--data_dir", tmp_path / "file")
     assert "cannot write the dataset below" in message
     usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr("jaxuda.prepare.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("jaxuda.data.preparing.shutil.disk_usage", lambda _: usage)
     assert "0.2 GiB are needed, 0.0 GiB are free" in towns.fails_on(capsys, root, tmp_path)
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from jaxuda.data.building import Complaints, FilesBuilder, Item, listed, paired
+from jaxuda.data.datasets import Dataset
+from jaxuda.data.labels import make_label_space
 
 _DUSK = "0001TP"
 _SEQUENCES = ("0006R0", "0016E5", "Seq05VD", _DUSK)
@@ -23,6 +25,21 @@ _SEQUENCES = ("0006R0", "0016E5", "Seq05VD", _DUSK)
 _FOLDERS = {
     "day": {"train": ("train", "test"), "val": ("val",)},
     "dusk": {"train": ("train",), "val": ("test",)},
+}
+
+# Colours as the SegNet tutorial draws them; the order is that of its ids.
+_COLOURS = {
+    "sky": (128, 128, 128),
+    "building": (128, 0, 0),
+    "pole": (192, 192, 128),
+    "road": (128, 64, 128),
+    "pavement": (60, 40, 222),
+    "tree": (128, 128, 0),
+    "sign": (192, 128, 128),
+    "fence": (64, 64, 128),
+    "car": (64, 0, 128),
+    "pedestrian": (64, 64, 0),
+    "bicyclist": (0, 128, 192),
 }
 
 
@@ -66,3 +83,11 @@ def _frames(manual_dir: Path, folder: str, complaints: Complaints) -> list[Item]
         if name.partition("_")[0] not in _SEQUENCES:
             complaints.add(f"{file}: its name starts with none of {', '.join(_SEQUENCES)}")
     return paired(images, complaints, label=labels)
+
+
+DATASET = Dataset(
+    builder=Camvid,
+    classes=dict(enumerate(_COLOURS)),
+    space="camvid11",
+    spaces=(make_label_space("camvid11", _COLOURS),),
+)

@@ -11,7 +11,54 @@ gtFine/test is not read. A copy without leftImg8bit/test is prepared without tha
 
 from pathlib import Path
 
+import numpy as np
+
 from jaxuda.data.building import Complaints, FilesBuilder, Item, listed, paired
+from jaxuda.data.datasets import Dataset
+from jaxuda.data.labels import LabelSpace, make_label_space
+
+# Raw id, name, official colour and super-class of the 19 classes, in the order of their train ids.
+_ROWS = (
+    (7, "road", (128, 64, 128), "flat"),
+    (8, "sidewalk", (244, 35, 232), "flat"),
+    (11, "building", (70, 70, 70), "construction"),
+    (12, "wall", (102, 102, 156), "construction"),
+    (13, "fence", (190, 153, 153), "construction"),
+    (17, "pole", (153, 153, 153), "object"),
+    (19, "light", (250, 170, 30), "object"),
+    (20, "sign", (220, 220, 0), "object"),
+    (21, "vegetation", (107, 142, 35), "nature"),
+    (22, "terrain", (152, 251, 152), "nature"),
+    (23, "sky", (70, 130, 180), "sky"),
+    (24, "person", (220, 20, 60), "human"),
+    (25, "rider", (255, 0, 0), "human"),
+    (26, "car", (0, 0, 142), "vehicle"),
+    (27, "truck", (0, 0, 70), "vehicle"),
+    (28, "bus", (0, 60, 100), "vehicle"),
+    (31, "train", (0, 80, 100), "vehicle"),
+    (32, "motorcycle", (0, 0, 230), "vehicle"),
+    (33, "bicycle", (119, 11, 32), "vehicle"),
+)
+CLASSES = {raw: name for raw, name, _, _ in _ROWS}
+COLOURS = {name: colour for _, name, colour, _ in _ROWS}
+_SUPER = {name: super_class for _, name, _, super_class in _ROWS}
+# Super-classes wear the colour of their most common member.
+_SUPER_COLOURS = {
+    "flat": (128, 64, 128),
+    "construction": (70, 70, 70),
+    "object": (153, 153, 153),
+    "nature": (107, 142, 35),
+    "sky": (70, 130, 180),
+    "human": (220, 20, 60),
+    "vehicle": (0, 0, 142),
+}
+# Super-classes as its category column has them: also of ids outside the 19 (parking, rail track; guard rail, bridge,
+# tunnel; pole group; caravan, trailer).
+CATEGORIES = {
+    **{raw: super_class for raw, _, _, super_class in _ROWS},
+    9: "flat", 10: "flat", 14: "construction", 15: "construction", 16: "construction", 18: "object",
+    29: "vehicle", 30: "vehicle",
+}  # fmt: skip
 
 
 class Cityscapes(FilesBuilder, skip_registration=True):
@@ -51,3 +98,25 @@ def _of_all_cities(folder: Path, ending: str, complaints: Complaints) -> dict[st
         complaints.add(f"{folder}: holds no folders of cities")
     found = [listed(city, (ending,), complaints) for city in cities]
     return {name: file for files in found if files for name, file in files.items()} or None
+
+
+def raw_ids(space: LabelSpace) -> np.ndarray | None:
+    """Maps train ids to the raw ids of Cityscapes, as its test server expects them: (256,) uint8, 255 -> 0.
+
+    None for a label space with classes that Cityscapes does not have, or has several ids for.
+    """
+    raw = {name: index for index, name in CLASSES.items()}
+    if not set(space.classes) <= raw.keys():
+        return None
+    table = np.zeros(256, np.uint8)
+    table[: space.num_classes] = [raw[name] for name in space.classes]
+    return table
+
+
+DATASET = Dataset(
+    builder=Cityscapes,
+    classes=CLASSES,
+    space="cityscapes19",
+    spaces=(make_label_space("cityscapes19", COLOURS), make_label_space("super7", _SUPER_COLOURS, members=_SUPER)),
+    tables={"super7": CATEGORIES},
+)

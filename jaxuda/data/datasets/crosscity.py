@@ -15,6 +15,10 @@ from typing import ClassVar
 import tensorflow_datasets as tfds
 
 from jaxuda.data.building import Complaints, FilesBuilder, Item, listed, paired
+from jaxuda.data.datasets import Dataset
+from jaxuda.data.datasets.cityscapes import CLASSES
+from jaxuda.data.datasets.synthia import COMMON
+from jaxuda.data.labels import make_label_space
 
 CITIES = ("rio", "rome", "taipei", "tokyo")
 _IMAGES = (".jpg", ".jpeg", ".png")
@@ -45,3 +49,12 @@ class Crosscity(FilesBuilder, skip_registration=True):
         result = {"train": paired(train, complaints), "test": paired(test, complaints, label=labels)}
         complaints.raise_any()
         return result
+
+
+DATASET = Dataset(
+    builder=Crosscity,
+    classes=CLASSES,
+    space="crosscity13",
+    spaces=(make_label_space("crosscity13", COMMON),),
+    apart=True,
+)

@@ -26,6 +26,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jaxuda.data.building import Complaints, FilesBuilder, Item
+from jaxuda.data.datasets import Dataset
 from jaxuda.data.labels import IGNORE
 from jaxuda.errors import UserError
 
@@ -267,3 +268,6 @@ def _is_bytes(value: Any) -> bool:
 def _complain_of_repeats(values: list, what: str, complaints: Complaints) -> None:
     for value in sorted({v for v in values if values.count(v) > 1}):
         complaints.add(f"{what} {value} appears more than once")
+
+
+DATASET = Dataset(builder=Folder)  # what its ids stand for is said by classes.json

@@ -8,6 +8,8 @@ another size than their image and are resized to it.
 from pathlib import Path
 
 from jaxuda.data.building import Complaints, FilesBuilder, Item, listed, paired
+from jaxuda.data.datasets import Dataset
+from jaxuda.data.datasets.cityscapes import CATEGORIES, CLASSES
 
 
 class Gta5(FilesBuilder, skip_registration=True):
@@ -30,3 +32,6 @@ class Gta5(FilesBuilder, skip_registration=True):
         items = paired(images, complaints, label=listed(manual_dir / "labels", (".png",), complaints))
         complaints.raise_any()
         return {"train": items}
+
+
+DATASET = Dataset(builder=Gta5, classes=CLASSES, space="cityscapes19", tables={"super7": CATEGORIES})

@@ -1,18 +1,38 @@
 """Mapillary Vistas v1.2: streets from all over the world (Neuhold et al., ICCV 2017), images of any size.
 
 The manual folder holds {training,validation}/images/*.jpg and {training,validation}/labels/*.png, palette PNGs
-whose index is the id: the place of the category in config_v1.2.json. Used with the 7 super-classes of
-`jaxuda.data.labels`. Published: 18,000 training and 2,000 validation images.
+whose index is the id: the place of the category in config_v1.2.json. Read in 7 super-classes. Published: 18,000
+training and 2,000 validation images.
 """
 
 import json
 from pathlib import Path
 
 from jaxuda.data.building import Complaints, FilesBuilder, Item, listed, paired
-from jaxuda.data.labels import MAPILLARY
+from jaxuda.data.datasets import Dataset
 
 _SPLITS = {"train": "training", "val": "validation"}
 _CONFIG = "config_v1.2.json"
+# Categories in the order of their ids, with the super-class of those that have one, as published with DADA.
+_ROWS = (
+    ("bird", ""), ("ground animal", ""), ("curb", "construction"), ("fence", "construction"),
+    ("guard rail", "construction"), ("barrier", "construction"), ("wall", "construction"), ("bike lane", "flat"),
+    ("crosswalk - plain", "flat"), ("curb cut", "flat"), ("parking", "flat"), ("pedestrian area", "flat"),
+    ("rail track", "flat"), ("road", "flat"), ("service lane", "flat"), ("sidewalk", "flat"),
+    ("bridge", "construction"), ("building", "construction"), ("tunnel", "construction"), ("person", "human"),
+    ("bicyclist", "human"), ("motorcyclist", "human"), ("other rider", "human"),
+    ("lane marking - crosswalk", "flat"), ("lane marking - general", "flat"), ("mountain", ""), ("sand", ""),
+    ("sky", "sky"), ("snow", ""), ("terrain", "flat"), ("vegetation", "nature"), ("water", ""), ("banner", ""),
+    ("bench", ""), ("bike rack", ""), ("billboard", ""), ("catch basin", ""), ("cctv camera", ""),
+    ("fire hydrant", ""), ("junction box", ""), ("mailbox", ""), ("manhole", ""), ("phone booth", ""),
+    ("pothole", "object"), ("street light", "object"), ("pole", "object"), ("traffic sign frame", "object"),
+    ("utility pole", "object"), ("traffic light", "object"), ("traffic sign (back)", "object"),
+    ("traffic sign (front)", "object"), ("trash can", ""), ("bicycle", "vehicle"), ("boat", "vehicle"),
+    ("bus", "vehicle"), ("car", "vehicle"), ("caravan", "vehicle"), ("motorcycle", "vehicle"),
+    ("on rails", "vehicle"), ("other vehicle", "vehicle"), ("trailer", "vehicle"), ("truck", "vehicle"),
+    ("wheeled slow", "vehicle"), ("car mount", ""), ("ego vehicle", ""), ("unlabeled", ""),
+)  # fmt: skip
+CATEGORIES = tuple(name for name, _ in _ROWS)
 
 
 class Mapillary(FilesBuilder, skip_registration=True):
@@ -25,7 +45,7 @@ class Mapillary(FilesBuilder, skip_registration=True):
 
     def raw_ids(self) -> range:
         """All categories, unlabelled ones included."""
-        return range(len(MAPILLARY))
+        return range(len(CATEGORIES))
 
     def items(self, manual_dir: Path) -> dict[str, list[Item]]:
         """Lists both splits; where config_v1.2.json lies beside them, its categories must be ours."""
@@ -48,9 +68,17 @@ def _check_categories(file: Path, complaints: Complaints) -> None:
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         complaints.add(f"{file}: cannot be read ({error!r})")
         return
-    for index, (theirs, ours) in enumerate(zip(names, MAPILLARY, strict=False)):
+    for index, (theirs, ours) in enumerate(zip(names, CATEGORIES, strict=False)):
         if theirs != ours:
             complaints.add(f"{file}: category {index} is '{theirs}', in v1.2 it is '{ours}'; other versions do not do")
             return
-    if len(names) != len(MAPILLARY):
-        complaints.add(f"{file}: has {len(names)} categories, v1.2 has {len(MAPILLARY)}; other versions do not do")
+    if len(names) != len(CATEGORIES):
+        complaints.add(f"{file}: has {len(names)} categories, v1.2 has {len(CATEGORIES)}; other versions do not do")
+
+
+DATASET = Dataset(
+    builder=Mapillary,
+    classes=dict(enumerate(CATEGORIES)),
+    space="super7",
+    tables={"super7": {index: super_class for index, (_, super_class) in enumerate(_ROWS) if super_class}},
+)

@@ -17,6 +17,8 @@ import tensorflow_datasets as tfds
 
 from jaxuda.data import encoding
 from jaxuda.data.building import Tally
+from jaxuda.data.datasets import Dataset
+from jaxuda.data.datasets.cityscapes import COLOURS
 from jaxuda.data.scenes.look import finish
 from jaxuda.data.scenes.plan import STATISTICS
 from jaxuda.data.scenes.scene import paint_scene
@@ -92,3 +94,6 @@ class Scenes:
             }
             self.tally.add(record, np.bincount(label.ravel(), minlength=256))
             yield index, record
+
+
+DATASET = Dataset(builder=Streets, classes=dict(enumerate(COLOURS)), space="cityscapes19")

@@ -17,6 +17,23 @@ import numpy as np
 
 from jaxuda.data import encoding, png
 from jaxuda.data.building import Complaints, FilesBuilder, Item, listed, paired
+from jaxuda.data.datasets import Dataset
+from jaxuda.data.datasets.cityscapes import COLOURS
+from jaxuda.data.labels import make_label_space
+
+_CLASSES = {
+    1: "sky", 2: "building", 3: "road", 4: "sidewalk", 5: "fence", 6: "vegetation", 7: "pole", 8: "car",
+    9: "sign", 10: "person", 11: "bicycle", 12: "motorcycle", 15: "light", 17: "rider", 19: "bus",
+    21: "wall",
+}  # fmt: skip
+# As published with DADA: lane markings (22) are flat; wall, rider, bus and motorcycle are ignored.
+_SUPER = {
+    1: "sky", 2: "construction", 3: "flat", 4: "flat", 5: "construction", 6: "nature", 7: "object",
+    8: "vehicle", 9: "object", 10: "human", 11: "vehicle", 15: "object", 22: "flat",
+}  # fmt: skip
+_SIXTEEN = {name: colour for name, colour in COLOURS.items() if name not in ("terrain", "truck", "train")}
+# What SYNTHIA, Cityscapes and Cross-City have in common.
+COMMON = {name: colour for name, colour in _SIXTEEN.items() if name not in ("wall", "fence", "pole")}
 
 
 class Synthia(FilesBuilder, skip_registration=True):
@@ -53,3 +70,12 @@ class Synthia(FilesBuilder, skip_registration=True):
         )
         complaints.raise_any()
         return {"train": items}
+
+
+DATASET = Dataset(
+    builder=Synthia,
+    classes=_CLASSES,
+    space="synthia16",
+    spaces=(make_label_space("synthia16", _SIXTEEN, starred=tuple(COMMON)), make_label_space("common13", COMMON)),
+    tables={"super7": _SUPER},
+)

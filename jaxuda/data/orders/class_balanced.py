@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from jaxuda.data.labels import IGNORE
+from jaxuda.data.records import class_pixels
 from jaxuda.data.transforms import Record
 from jaxuda.errors import UserError
 
@@ -21,23 +20,9 @@ def order(labelled: Any, unlabelled: Any, count: int, config: Any, artifacts: An
     return class_balanced_order(present, count, config.seed)
 
 
-def classes_of_images(records: Sequence[Record], num_classes: int, threads: int = 4) -> np.ndarray:
-    """Which classes each labelled record shows: (n, C) bool.
-
-    Taken from what `prepare` counted where there is such a list, else every label is decoded once.
-    """
-    stored = records.classes_shown() if hasattr(records, "classes_shown") else None
-    if stored is not None:
-        return stored
-    if hasattr(records, "labels_only"):
-        records = records.labels_only()
-
-    def classes(index: int) -> np.ndarray:
-        counts = np.bincount(records[index]["label"].reshape(-1), minlength=IGNORE + 1)
-        return counts[:num_classes] > 0
-
-    with ThreadPoolExecutor(threads) as pool:
-        return np.array(list(pool.map(classes, range(len(records)))), bool).reshape(-1, num_classes)
+def classes_of_images(records: Sequence[Record], num_classes: int) -> np.ndarray:
+    """Which classes each labelled record shows: (n, C) bool."""
+    return class_pixels(records, num_classes)[:, :-1] > 0
 
 
 def class_balanced_order(present: np.ndarray, draws: int, seed: int, sub_epoch: int = SUB_EPOCH) -> np.ndarray:

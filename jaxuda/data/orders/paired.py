@@ -7,7 +7,6 @@ classes predicted in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ import numpy as np
 
 from jaxuda import files
 from jaxuda.data.input import draw_order
-from jaxuda.data.labels import IGNORE
-from jaxuda.data.records import Records
+from jaxuda.data.records import Records, class_pixels
 from jaxuda.data.transforms import Record
 from jaxuda.errors import UserError
 
@@ -29,16 +27,10 @@ def order(labelled: Records, unlabelled: Records, count: int, config: Any, artif
     return partners(folder, labelled, unlabelled, count, config.seed, config.pairing_pool)
 
 
-def class_shares(records: Sequence[Record], num_classes: int, threads: int = 4) -> np.ndarray:
-    """How much of each labelled record every class covers: (n, C) float32 in 0..1. Decodes every record once."""
-
-    def shares(index: int) -> np.ndarray:
-        label = records[index]["label"]
-        return np.bincount(label.reshape(-1), minlength=IGNORE + 1)[:num_classes] / label.size
-
-    with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(shares, range(len(records))))
-    return np.array(found, np.float32).reshape(-1, num_classes)
+def class_shares(records: Sequence[Record], num_classes: int) -> np.ndarray:
+    """How much of each labelled record every class covers: (n, C) float32 in 0..1."""
+    pixels = class_pixels(records, num_classes)
+    return (pixels[:, :-1] / pixels.sum(1, keepdims=True)).astype(np.float32)
 
 
 def coverage(candidates: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from jaxuda.data.labels import label_space
+from jaxuda.data.datasets.cityscapes import COLOURS
 
-CLASS = {name: index for index, name in enumerate(label_space("cityscapes19").classes)}
+CLASS = {name: index for index, name in enumerate(COLOURS)}
 
 SUPER = 2  # pictures are drawn at this multiple and averaged down; labels take every second pixel
 THIN = 3  # least width of poles, lights and signs, in pixels of the final picture
