@@ -9,7 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxuda.methods import fada
-from jaxuda.models.deeplab import DeepLabV2, Outputs
+from jaxuda.models import Outputs
+from jaxuda.models.deeplab import DeepLabV2
 
 MODEL = DeepLabV2(3, "resnet18", "torchvision", width=4)
 CONFIG = ConfigDict({"discriminator_width": 4, "align_corners": True, "temperature": 1.8})
@@ -26,7 +27,7 @@ def inputs() -> tuple:
 
 def term(name: str, player, ours, theirs, our_logits, their_logits) -> jax.Array:
     images = {"image": jnp.zeros((2, 32, 48, 3))}
-    sides = [(Outputs(x, None, f, None), images) for x, f in ((our_logits, ours), (their_logits, theirs))]
+    sides = [(Outputs(x, f), images) for x, f in ((our_logits, ours), (their_logits, theirs))]
     return fada.adversarial_terms(player, *sides, MODEL, CONFIG, None)[name]
 
 
