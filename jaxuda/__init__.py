@@ -11,18 +11,20 @@ __version__ = "0.1.0"
 __all__ = ["load"]
 
 
-def load(checkpoint: str) -> Predictor:
+def load(checkpoint: str, network: str = "") -> Predictor:
     """A trained network: `load("runs/minent-streets-seed0/adapt").predict(image)` gives labels and probabilities.
 
     Args:
       checkpoint: the folder of a training stage, finished or running; its last whole checkpoint is taken.
+      network: which one, where the method has several ("student", "teacher"); default: the one that was evaluated.
 
     Returns:
-      See `jaxuda.predictor.Predictor`.
+      See `jaxuda.inference.predictor.Predictor`.
 
     Raises:
-      jaxuda.errors.UserError: there is no such stage, or it has no whole checkpoint.
+      jaxuda.errors.UserError: there is no such stage, it has no whole checkpoint or no such network, or its network or
+        method is code outside jaxuda that has not been imported.
     """
     from jaxuda.inference import predictor  # here: `import jaxuda` and the command line's help must not wait for JAX
 
-    return predictor.load(checkpoint)
+    return predictor.load(checkpoint, network)

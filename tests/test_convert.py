@@ -17,12 +17,12 @@ from configs import minent, sdca
 from jaxuda import convert
 from jaxuda.cli import MISTAKE
 from jaxuda.errors import UserError
+from jaxuda.inference import conversion
 from jaxuda.inference.restore import restore
 from jaxuda.interop import load_torch, read_tensors, save_torch
 from jaxuda.interop.tensor_files import pth_bytes
-from jaxuda.interop.torch_checkpoint import PLCA_ORDER
 from jaxuda.main import main
-from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.models.deeplab import PLCA_ORDER, DeepLabV2
 from jaxuda.pipeline import stages
 from jaxuda.training import checkpoints, weights
 
@@ -73,7 +73,7 @@ def test_run_starts_from_imagenet_weights(data: dict, tmp_path: Path, capsys) ->
     assert command in message and "config.source_only.init, config.oracle.init" in message
 
     file, variables = torchvision_file(tmp_path / "resnet18.pth")
-    convert.import_imagenet(file, "resnet18", str(data["data_dir"]), model=TINY)
+    conversion.import_imagenet(file, "resnet18", str(data["data_dir"]), model=TINY)
     assert "not used: 1: fc.weight" in capsys.readouterr().out
     words.append("--config.pipeline=('source_only',)")
     assert main(["jaxuda", *words]) == 0
@@ -139,14 +139,14 @@ def test_initialisation_from_caffe(tmp_path: Path, capsys) -> None:
     save_torch(variables, model, tmp_path / "init.pth", "one_level")
     state = {f"Scale.{name}": array for name, array in read_tensors(tmp_path / "init.pth").items()}
     (tmp_path / "init.pth").write_bytes(pth_bytes(state))
-    folder = convert.import_imagenet(tmp_path / "init.pth", "resnet101-caffe", str(tmp_path), model=model)
+    folder = conversion.import_imagenet(tmp_path / "init.pth", "resnet101-caffe", str(tmp_path), model=model)
     assert "not used: 8: layer5.conv2d_list." in capsys.readouterr().out
     arrays, _ = checkpoints.read_variables(folder / "checkpoints")
-    fitted, _ = weights.fit(arrays, jax.tree.map(np.zeros_like, variables), "file")
+    fitted, _ = weights.fit(arrays, jax.tree.map(np.zeros_like, variables), model, "file")
     assert_same(fitted["params"]["backbone"], variables["params"]["backbone"])
     assert not any(np.any(array) for array in fitted["params"]["head"].values())
     with pytest.raises(UserError, match="comes from Caffe"):
-        convert.import_imagenet(tmp_path / "init.pth", "resnet101-torchvision", str(tmp_path), model=model)
+        conversion.import_imagenet(tmp_path / "init.pth", "resnet101-torchvision", str(tmp_path), model=model)
 
 
 def test_vgg_of_torchvision_keeps_its_pools_in_its_numbers(tmp_path: Path) -> None:
@@ -161,9 +161,9 @@ def test_vgg_of_torchvision_keeps_its_pools_in_its_numbers(tmp_path: Path) -> No
         state[f"features.{place}.weight"] = layer["kernel"].transpose(3, 2, 0, 1)
         state[f"features.{place}.bias"] = layer["bias"]
     (tmp_path / "vgg.pth").write_bytes(pth_bytes(state))
-    folder = convert.import_imagenet(tmp_path / "vgg.pth", "vgg16-caffe", str(tmp_path), model=model)
+    folder = conversion.import_imagenet(tmp_path / "vgg.pth", "vgg16-caffe", str(tmp_path), model=model)
     arrays, _ = checkpoints.read_variables(folder / "checkpoints")
-    fitted, notes = weights.fit(arrays, jax.tree.map(np.zeros_like, variables), "file")
+    fitted, notes = weights.fit(arrays, jax.tree.map(np.zeros_like, variables), model, "file")
     for name in convolutions:
         assert_same(fitted["params"]["backbone"][name], variables["params"]["backbone"][name])
     assert not np.any(fitted["params"]["backbone"]["fc6"]["kernel"])
@@ -204,7 +204,7 @@ def test_classes_of_plca_are_brought_to_our_order(tmp_path: Path) -> None:
 def test_order_of_16_plca_classes() -> None:
     # Terrain (9), truck (14) and train (16) are not among them, and not among PLCA_ORDER's first 16.
     sixteen = [i for i in range(19) if i not in (9, 14, 16)]
-    assert [sixteen[i] for i in convert._plca_order(16)] == list(PLCA_ORDER[:16])
+    assert [sixteen[i] for i in DeepLabV2(16).torch_layouts()["plca"].order] == list(PLCA_ORDER[:16])
 
 
 @pytest.mark.parametrize(
@@ -293,9 +293,10 @@ def test_start_that_does_not_fit_or_is_not_there(data: dict, tmp_path: Path, cap
         ({"blocks": (1, 1, 2, 1)}, r"layer3_1\S*: missing in the checkpoint, \(32,\) in the network"),
         ({"blocks": (1, 1, 1, 0)}, r"layer4_0\S*: \(64,\) in the checkpoint, missing in the network"),
     ):
-        network = jax.eval_shape(TINY.clone(**other).init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+        model = TINY.clone(**other)
+        network = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
         with pytest.raises(UserError, match=rf"start does not fit[\s\S]*{difference}"):
-            weights.fit(arrays, network, str(folder))
+            weights.fit(arrays, network, model, str(folder))
 
     words = ["jaxuda", *tiny.arguments("source_only", workdir=tmp_path / "run", **data)]
     for place in ("none", "file.pth"):

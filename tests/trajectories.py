@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from updates import begin, update
 
 from jaxuda import methods
-from jaxuda.interop.torch_checkpoint import LAYOUTS, load_torch, to_torch, torch_name
+from jaxuda.interop.torch_checkpoint import load_torch, to_torch
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.optimizers import make_optimizer
 from jaxuda.training.state import TrainState
@@ -23,7 +23,7 @@ def start(model: DeepLabV2, layout: str) -> dict:
     shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 65, 65, 3)))
     parts: dict = {}
     for path, leaf in flax.traverse_util.flatten_dict(shapes).items():
-        key = torch_name(path, model, LAYOUTS[layout])
+        key = model.torch_layouts()[layout].name(path)
         # SDCA's files keep two dictionaries, and its keys are seeded without their names.
         part, _, inner = key.partition(".") if layout == "split" else ("", "", key)
         parts.setdefault(part, []).append((inner, to_torch(np.empty(leaf.shape, bool)).shape))
@@ -34,7 +34,8 @@ def start(model: DeepLabV2, layout: str) -> dict:
 def by_torch_name(tree: dict, collection: str, model: DeepLabV2, layout: str) -> dict[str, np.ndarray]:
     """The leaves of `params` or `batch_stats` in double precision, by their torch name."""
     flat = flax.traverse_util.flatten_dict({collection: tree})
-    return {torch_name(p, model, LAYOUTS[layout]): np.asarray(leaf, np.float64) for p, leaf in flat.items()}
+    name = model.torch_layouts()[layout].name
+    return {name(path): np.asarray(leaf, np.float64) for path, leaf in flat.items()}
 
 
 def run(

@@ -10,27 +10,20 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import flax.linen as nn
 import numpy as np
 
 from jaxuda import files
 from jaxuda.errors import UserError
-from jaxuda.models.deeplab import DeepLabV2
 
 REMEDY = "run the stage that makes them again, with this network and label space (--from_stage NAME)"
-
-
-def network_name(model: DeepLabV2) -> str:
-    """The fields of a network that decide what its features are, as one line of text."""
-    kind = "" if model.backbone == "vgg16" else f" {model.variant}"
-    blocks = "" if model.blocks is None else f", blocks {'-'.join(map(str, model.blocks))}"
-    return f"{model.backbone}{kind}, width {model.width}{blocks}"
 
 
 def write_arrays(
     path: Path,
     arrays: Mapping[str, np.ndarray],
     classes: Sequence[str],
-    network: tuple[DeepLabV2, int] | None = None,
+    network: tuple[nn.Module, int] | None = None,
 ) -> None:
     """Writes `arrays` with the class names beside them, and the network they are of.
 
@@ -43,7 +36,7 @@ def write_arrays(
     identity = {"classes": np.array(classes, dtype=str)}
     if network is not None:
         model, channels = network
-        identity |= {"network": np.array(network_name(model)), "channels": np.int64(channels)}
+        identity |= {"network": np.array(model.describe()), "channels": np.int64(channels)}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays, **identity)
     files.write_bytes(path, buffer.getvalue())
@@ -117,7 +110,7 @@ def read_arrays(
     names: Sequence[str],
     num_classes: int,
     classes: Sequence[str] | None = None,
-    network: tuple[DeepLabV2, int] | None = None,
+    network: tuple[nn.Module, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Reads what `write_arrays` wrote.
 
@@ -138,10 +131,10 @@ def read_arrays(
     arrays, known = load_arrays(path, what, [*names, "network", "channels"] if network else names)
     if network is not None:
         theirs, found = str(arrays.pop("network")), int(arrays.pop("channels"))
-    if network is not None and (theirs, found) != (network_name(network[0]), network[1]):
+    if network is not None and (theirs, found) != (network[0].describe(), network[1]):
         raise UserError(
             f"{path} holds {what} of another network: {theirs}, {found} channels, against "
-            f"{network_name(network[0])}, {network[1]} channels here; {REMEDY}"
+            f"{network[0].describe()}, {network[1]} channels here; {REMEDY}"
         )
     if len(known) != num_classes or (classes is not None and known != tuple(classes)):
         ours = f"{num_classes}" if classes is None else f"{len(classes)} ({', '.join(classes)})"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,6 @@ from flax import traverse_util
 
 from jaxuda.artifacts.arrays import REMEDY, read_arrays, write_arrays
 from jaxuda.errors import UserError
-from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.heads import ProjectionHead
 
 PyTree = Any
@@ -36,7 +36,7 @@ def init_projection(key: jax.Array, kind: str, channels: int) -> PyTree:
 
 
 def write_prototypes(
-    folder: Path, memories: Memories, projection: PyTree, kind: str, model: DeepLabV2, classes: Sequence[str]
+    folder: Path, memories: Memories, projection: PyTree, kind: str, model: nn.Module, classes: Sequence[str]
 ) -> None:
     """Writes `FILE` in `folder`: the memories, and the head whose output they live in."""
     arrays = {name: np.asarray(value) for name, value in memories._asdict().items()}
@@ -45,7 +45,7 @@ def write_prototypes(
 
 
 def read_prototypes(
-    folder: Path, kind: str, model: DeepLabV2, channels: int, classes: Sequence[str] | None = None
+    folder: Path, kind: str, model: nn.Module, channels: int, classes: Sequence[str] | None = None
 ) -> tuple[Memories, PyTree]:
     """Reads what `write_prototypes` wrote, as float NumPy arrays: the memories, and the parameters of the head.
 
@@ -53,7 +53,7 @@ def read_prototypes(
       folder: where `FILE` lies.
       kind: of the projection head that is going to be used with them.
       model, channels: the network that is going to use them, and the number of channels of its features.
-      classes: as in `artefacts.read_arrays`.
+      classes: as in `arrays.read_arrays`.
 
     Raises:
       UserError: the file is missing or damaged, or comes from another network, head or label space.

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import flax.linen as nn
 import numpy as np
 
 from jaxuda.artifacts.arrays import read_arrays, write_arrays
 from jaxuda.losses.contrastive import ClassStatistics
-from jaxuda.models.deeplab import DeepLabV2
 
 FILE = "class_statistics.npz"
 
@@ -22,7 +22,7 @@ class LevelStatistics(NamedTuple):
     logits: ClassStatistics
 
 
-def write_statistics(folder: Path, statistics: LevelStatistics, model: DeepLabV2, classes: Sequence[str]) -> None:
+def write_statistics(folder: Path, statistics: LevelStatistics, model: nn.Module, classes: Sequence[str]) -> None:
     """Writes `FILE` in `folder`, with the network, its number of channels and the class names beside the numbers."""
     arrays = {
         f"{level}_{name}": np.asarray(value)
@@ -33,7 +33,7 @@ def write_statistics(folder: Path, statistics: LevelStatistics, model: DeepLabV2
 
 
 def read_statistics(
-    folder: Path, model: DeepLabV2, channels: int, classes: Sequence[str] | None = None
+    folder: Path, model: nn.Module, channels: int, classes: Sequence[str] | None = None
 ) -> LevelStatistics:
     """Reads what `write_statistics` wrote, as float NumPy arrays.
 

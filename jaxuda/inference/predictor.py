@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
@@ -15,7 +16,6 @@ from ml_collections import FrozenConfigDict
 from jaxuda import data, files, methods
 from jaxuda.errors import UserError
 from jaxuda.inference.restore import restore
-from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.sweeps.scores import (
     input_transform,
     kept_aspect,
@@ -37,7 +37,7 @@ class Predictor(NamedTuple):
     """
 
     classes: tuple[str, ...] | None
-    model: DeepLabV2
+    model: nn.Module
     variables: PyTree
     config: FrozenConfigDict
 
@@ -70,7 +70,7 @@ class Predictor(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled(model: DeepLabV2, method: ModuleType | None, config: FrozenConfigDict) -> tuple[Callable, Callable]:
+def _compiled(model: nn.Module, method: ModuleType | None, config: FrozenConfigDict) -> tuple[Callable, Callable]:
     """`grid(variables)`: (h, w) of the scores; `run(variables, images, rows, columns)`: resized probabilities."""
     scores = make_scores(model, method, config)
 
@@ -81,9 +81,10 @@ def _compiled(model: DeepLabV2, method: ModuleType | None, config: FrozenConfigD
     return functools.partial(score_grid, scores, config=config), run
 
 
-def load(checkpoint: str) -> Predictor:
+def load(checkpoint: str, network: str = "") -> Predictor:
     """The network of a training stage, ready to predict; see `jaxuda.load`."""
-    model, variables, config = restore(checkpoint)
+    model, variables, config = restore(checkpoint, network=network)
+    methods.load(config.train, imported=True)  # if it cannot predict, that is told now
     if config.label_space:
         return Predictor(data.labels.label_space(config.label_space).classes, model, variables, config)
     results = files.read_json(Path(checkpoint).absolute().parent / "results.json")

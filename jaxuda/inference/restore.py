@@ -7,40 +7,56 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
+import flax.linen as nn
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxuda import files, methods, parallel
+from jaxuda import files, methods
 from jaxuda.errors import UserError
-from jaxuda.models import abstract_variables, make_model
-from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.models import abstract_variables, make_model, make_saved_model
 from jaxuda.sweeps.ensemble import Ensemble, Member
 from jaxuda.training import checkpoints
 
 ALL = "all"
-HEAD = "params.head.kernel0"  # the one array of every network whose last axis is the classes
 
 
 def restore(
-    checkpoint: str, num_classes: int | None = None, which: str = "last"
-) -> tuple[DeepLabV2, dict[str, Any], FrozenConfigDict]:
+    checkpoint: str, num_classes: int | None = None, which: str = "last", network: str = ""
+) -> tuple[nn.Module, dict[str, Any], FrozenConfigDict]:
     """The network of a finished or running training stage.
 
     Args:
       checkpoint: the stage's folder.
-      num_classes: of the label space it was trained on; None: as many as its head has.
+      num_classes: of the label space it was trained on; None: as many as its classifier has.
       which: "last", "best" (chosen with target labels), or a step.
+      network: its name, where the stage's method has several ("student", "teacher"); "": the one that was evaluated.
 
     Returns:
       The network, its variables (host arrays), and the stage's resolved config.
 
     Raises:
-      UserError: there is no such stage, or it has no whole checkpoint of this network.
+      UserError: there is no such stage, it has no whole checkpoint of this network, or its network is code outside
+        jaxuda that has not been imported.
     """
     config = stage_config(checkpoint)
-    arrays, _ = checkpoints.read_variables(Path(checkpoint) / "checkpoints", which)
-    model = make_model(config.model, num_classes or arrays[HEAD].shape[-1], imported=True)
+    folder = Path(checkpoint) / "checkpoints"
+    arrays, _ = checkpoints.read_variables(folder, which, network or evaluated_network(config))
+    if num_classes:
+        model = make_model(config.model, num_classes, imported=True)
+    else:
+        model = make_saved_model(config.model, arrays, checkpoint)
     return model, checkpoints.unflatten(arrays, abstract_variables(model, config.evaluation.size), checkpoint), config
+
+
+def evaluated_network(config: FrozenConfigDict) -> str:
+    """The network that a stage's config scores and labels with; stages of earlier builds have one only."""
+    return config.evaluation.get("network", checkpoints.STUDENT)
+
+
+def network_names(checkpoint: str, which: str = "last", network: str = "") -> list[str]:
+    """The networks in a stage's checkpoint: first `network` ("": the one that was evaluated), then the others."""
+    first = network or evaluated_network(stage_config(checkpoint))
+    names = checkpoints.network_names(Path(checkpoint) / "checkpoints", which)
+    return [first, *(name for name in names if name != first)]
 
 
 def stage_config(checkpoint: str) -> FrozenConfigDict:
@@ -77,29 +93,44 @@ def parse_checkpoint(text: str) -> list[tuple[str, str]]:
 
 
 def make_ensemble(
-    config: ConfigDict, chosen: list[tuple[str, str]], num_classes: int, overrides: Mapping[str, Any]
+    chosen: list[tuple[str, str]],
+    num_classes: int,
+    label_space: str,
+    test: ConfigDict,
+    overrides: Mapping[str, Any],
+    network: str = "",
 ) -> tuple[Ensemble, list[Any]]:
-    """The networks of several checkpoints as one, averaged as `config.test` says, and their variables.
+    """The networks of several checkpoints as one, and their variables.
 
     Each sees images as in its own training's evaluation, but for the fields of `evaluation` that `overrides` sets.
+
+    Args:
+      chosen: see `parse_checkpoint`.
+      num_classes, label_space: the classes, and the name of their label space ("": the source's own).
+      test: what is averaged, the section `config.test`.
+      overrides: what the command line sets, by dotted field.
+      network: of each checkpoint; "": the one that `overrides` asks for, else as for `restore`.
+
+    Raises:
+      UserError: the checkpoints are of other classes, there are not as many weights, or as for `restore`.
     """
-    weights = tuple(config.test.weights) or (1.0,) * len(chosen)
+    weights = tuple(test.weights) or (1.0,) * len(chosen)
     if len(weights) != len(chosen):
         raise UserError(f"config.test.weights has {len(weights)} weights, but --checkpoint names {len(chosen)}")
+    network = network or overrides.get("evaluation.network", "")
     members, variables = [], []
     for (folder, which), weight in zip(chosen, weights, strict=True):
-        theirs, ours = (space or "its source" for space in (stage_config(folder).label_space, config.label_space))
+        theirs, ours = (space or "its source" for space in (stage_config(folder).label_space, label_space))
         if theirs != ours:
             raise UserError(
                 f"{folder} was trained on the classes of {theirs}, this config has those of {ours}: use the config "
                 "it was trained with"
             )
-        model, arrays, trained = restore(folder, num_classes, which)
-        members.append(
-            Member(model, methods.load(trained.train, imported=True), _with_asked(trained, overrides), weight)
-        )
+        model, arrays, trained = restore(folder, num_classes, which, network)
+        method = methods.load(trained.train, imported=True)
+        members.append(Member(model, method, _with_asked(trained, overrides), weight))
         variables.append(arrays)
-    return Ensemble(members, flip=config.test.flip, scales=tuple(config.test.scales)), variables
+    return Ensemble(members, flip=test.flip, scales=tuple(test.scales)), variables
 
 
 def _with_asked(trained: FrozenConfigDict, overrides: Mapping[str, Any]) -> FrozenConfigDict:
@@ -119,12 +150,13 @@ def _with_asked(trained: FrozenConfigDict, overrides: Mapping[str, Any]) -> Froz
     return FrozenConfigDict(config)
 
 
-def ensemble_devices(config: ConfigDict, ensemble: Ensemble) -> list[jax.Device]:
-    batch = ensemble.members[0].config.evaluation.batch
-    return parallel.chooseensemble_devices(batch, config.devices, config.platform, "--config.evaluation.batch")
+def title(members: list[tuple[str, str]], every: bool, network: str = "") -> str:
+    """The heading of a column: of one checkpoint or of an ensemble; with `every`, of one step among others.
 
-
-def title(members: list[tuple[str, str]], every: bool) -> str:
+    `network` is named where it is not the one that was evaluated.
+    """
+    beside = f" ({network})" if network else ""
     if every:
-        return f"step {members[0][1]}"
-    return " + ".join(Path(folder).name + ("" if which == "last" else f":{which}") for folder, which in members)
+        return f"step {members[0][1]}{beside}"
+    names = (Path(folder).name + ("" if which == "last" else f":{which}") for folder, which in members)
+    return " + ".join(names) + beside

@@ -1,14 +1,11 @@
 """Weights of published torch networks as variables of ours.
 
-One function, `torch_name`, says what a leaf of our tree is called in a torch state dict; everything else
-follows from it in both directions. Published networks differ only in where they put the backbone and the
-heads (`LAYOUTS`).
+A `Layout` says what a variable of one of our networks is called in a torch state dict; everything else follows from it
+in both directions. The networks themselves bring their layouts (`torch_layouts`, see `jaxuda.models`).
 """
 
-import functools
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,33 +19,29 @@ from jaxuda import files
 from jaxuda.errors import UserError
 from jaxuda.interop.pickles import shown
 from jaxuda.interop.tensor_files import pth_bytes, read_tensors, safetensors_bytes
-from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.models.discriminator import FCDiscriminator
-from jaxuda.models.vgg import BLOCKS, NEW_LAYERS
 
 
 class Layout(NamedTuple):
-    """Where a torch network keeps its parts; `{}` stands for the index of the head's convolution."""
+    """How the torch files of one kind name the variables of a network.
 
-    backbone: str
-    head: str
-    aux_head: str = ""
-    pools: int = 3  # of a VGG: those that still take a place in its list of layers
+    name: path of a variable ("params", "backbone", "conv1", "kernel") -> its torch name; None where these files have no
+      place for it.
+    anchor: the torch name by which such a file is known; "": none is looked for.
+    parts: first words of the names; a .pth file keeps a dict for each. (): one dict for all.
+    order: for each class of the file, our index of it; (): the classes have our order.
+    reads_maps: the network reads not images but maps, as many as the layer called `anchor` has inputs.
+    """
+
+    name: Callable[[tuple[str, ...]], str | None]
+    anchor: str
+    parts: tuple[str, ...] = ()
+    order: tuple[int, ...] = ()
+    reads_maps: bool = False
 
 
-# Tried in this order: the first whose main head is in the state dict is used.
-LAYOUTS = {
-    "two_level": Layout("", "layer6.conv2d_list.{}", "layer5.conv2d_list.{}"),  # MinEnt, AdvEnt, DADA and kin
-    "one_level": Layout("", "layer5.conv2d_list.{}"),  # LFASS
-    "split": Layout("feature_extractor.backbone.", "classifier.conv2d_list.{}"),  # SDCA
-    "plca": Layout("backbone.", "classifier.0.convs.{}.0"),
-}
-# Published PLCA networks order the classes in their own way: Cityscapes train id of each of their classes. Those for
-# SYNTHIA have the first 16.
-PLCA_ORDER = (10, 2, 0, 1, 4, 8, 5, 13, 7, 11, 18, 17, 6, 12, 15, 3, 9, 14, 16)
 _WRAPPERS = ("module", "Scale")
-_FIRST_OF_RESNET = "layer1.0.conv1.weight"
-_LEAVES = {
+# What torch calls the arrays of a layer.
+LEAVES = {
     "kernel": "weight",
     "scale": "weight",
     "bias": "bias",
@@ -57,11 +50,10 @@ _LEAVES = {
 }
 # CFContra's projection head, a Sequential of linear, ReLU, linear.
 _PROJECTION = {
-    f"{layer}.{leaf}": f"head.{place}.{_LEAVES[leaf]}"
+    f"{layer}.{leaf}": f"head.{place}.{LEAVES[leaf]}"
     for layer, place in (("linear0", 0), ("linear1", 2))
     for leaf in ("kernel", "bias")
 }
-_DEPTH = {"enc1": "enc4_1", "enc2": "enc4_2", "enc3": "enc4_3", "dec": "dec4"}
 
 
 class Match(NamedTuple):
@@ -86,7 +78,7 @@ def load_torch(source: Mapping[str, Any] | str | os.PathLike, model: nn.Module) 
       source: a .pth or .safetensors file, which is read without running anything in it, or a state dict: torch
         name -> array, or, as in SDCA's files, part ("feature_extractor", "classifier") -> such a dict.
         Convolutions are (out, in, kh, kw). Names may begin with "module.", and lie below a name of their own.
-      model: a `DeepLabV2` or an `FCDiscriminator`. Classes stay in the order of the file (see `PLCA_ORDER`).
+      model: a network or an `FCDiscriminator`. Classes stay in the order of the file (see `Layout.order`).
 
     Returns:
       {"params", "batch_stats"} of float32 arrays (without "batch_stats" where the model has none).
@@ -103,47 +95,66 @@ def load_torch(source: Mapping[str, Any] | str | os.PathLike, model: nn.Module) 
     return as_variables(match.leaves)
 
 
+def torch_layouts(model: nn.Module) -> dict[str, Layout]:
+    """The layouts of a network; one that brings none is named by the paths of its variables."""
+    if hasattr(model, "torch_layouts"):
+        return model.torch_layouts()
+    return {"paths": Layout(lambda path: ".".join((*path[1:-1], LEAVES.get(path[-1], path[-1]))), "")}
+
+
 def match_network(state: Mapping[str, np.ndarray], model: nn.Module) -> tuple[Match, str]:
     """All of a network's variables, and the name of the layout that the file has.
 
     Raises:
-      UserError: it has no pixel classifier that is known.
+      UserError: the file has none of the network's layouts.
     """
-    layout, prefix = _find_layout(state, model)
-    shapes = _shapes(model, state)
-    names = {path: prefix + torch_name(path, model, LAYOUTS.get(layout, Layout("", ""))) for path in shapes}
-    return _match(state, names, shapes), layout
+    layouts = torch_layouts(model)
+    layout, prefix = _find_layout(state, layouts, f"{type(model).__name__} that is known")
+    shapes = _shapes(model, layouts[layout], state)
+    match = _match(state, layouts[layout], prefix, shapes)
+    homeless = [".".join(path[1:]) for path in shapes if layouts[layout].name(path) is None]
+    return match._replace(missing=[*match.missing, *homeless]), layout
 
 
-def match_backbone(state: Mapping[str, np.ndarray], model: DeepLabV2) -> Match:
-    """The variables of a network's backbone alone, from a classifier of images or any network for segmentation.
+def match_backbone(state: Mapping[str, np.ndarray], model: nn.Module) -> Match:
+    """The variables of a network's backbone alone, from an image classifier or any network for segmentation.
 
-    Of torchvision's VGG-16 they are those without fc6 and fc7, which are new layers.
+    Layers for which the files of image classifiers have no place are left out.
 
     Raises:
       UserError: it has no backbone of this kind.
     """
-    vgg = model.backbone == "vgg16"
-    # torchvision's VGG has its convolutions below "features", SDCA's below "backbone".
-    firsts = {"features.0.weight": "features.", "backbone.0.weight": "backbone."} if vgg else {_FIRST_OF_RESNET: ""}
-    found = [(name, first) for first in firsts for name in state if name == first or name.endswith(f".{first}")]
-    if not found:
-        raise UserError(
-            f"the checkpoint has no backbone of the kind {model.backbone} (looked for {', '.join(firsts)}); "
-            f"its first entries are {[shown(name) for name in list(state)[:3]]}"
-        )
-    name, first = min(found, key=lambda pair: len(pair[0]))
-    classifier = first.startswith("features")
-    layout = Layout(name.removesuffix(first) + firsts[first], "", pools=4 if classifier else 3)
-    shapes = {path: shape for path, shape in _shapes(model, state).items() if path[1] == "backbone"}
-    if classifier:
-        shapes = {path: shape for path, shape in shapes.items() if path[2] not in NEW_LAYERS}
-    return _match(state, {path: torch_name(path, model, layout) for path in shapes}, shapes)
+    layouts = model.backbone_layouts()
+    layout, prefix = _find_layout(state, layouts, f"backbone of the kind {model.describe()}")
+    shapes = {path: shape for path, shape in _shapes(model, layouts[layout], state).items() if path[1] == "backbone"}
+    return _match(state, layouts[layout], prefix, shapes)
 
 
-def _match(
-    state: Mapping[str, np.ndarray], names: dict[tuple[str, ...], str], shapes: dict[tuple[str, ...], tuple[int, ...]]
-) -> Match:
+def _find_layout(state: Mapping[str, np.ndarray], layouts: Mapping[str, Layout], what: str) -> tuple[str, str]:
+    """Name of the first layout that a file has, and the name that everything lies below ("" or one ending in a dot)."""
+    for name, layout in layouts.items():
+        found = [entry for entry in state if f".{entry}".endswith(f".{layout.anchor}")]
+        if found or not layout.anchor:
+            return name, min(found, key=len).removesuffix(layout.anchor) if layout.anchor else ""
+    anchors = ", ".join(layout.anchor for layout in layouts.values())
+    raise UserError(
+        f"the torch checkpoint has no {what} (looked for {anchors}); its first entries are "
+        f"{[shown(name) for name in list(state)[:3]]}"
+    )
+
+
+def _shapes(model: nn.Module, layout: Layout, state: Mapping[str, np.ndarray]) -> dict[tuple[str, ...], tuple]:
+    """Path -> shape of every variable, found without computing anything."""
+    channels = 3
+    if layout.reads_maps:
+        channels = next(array.shape[1] for name, array in state.items() if f".{name}".endswith(f".{layout.anchor}"))
+    image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(variables).items()}
+
+
+def _match(state: Mapping[str, np.ndarray], layout: Layout, prefix: str, shapes: dict[tuple[str, ...], tuple]) -> Match:
+    names = {path: prefix + name for path in shapes if (name := layout.name(path)) is not None}
     leaves, misshapen = {}, []
     for path, name in names.items():
         if name not in state:
@@ -202,8 +213,8 @@ def raise_problems(match: Match, model: nn.Module) -> None:
     if problems:
         listed = "\n  ".join(problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else []))
         raise UserError(
-            f"the torch checkpoint does not fit {type(model).__name__}; compare the fields of config.model"
-            f" (backbone, variant, num_classes, aux, depth, head_bias) with it:\n  {listed}"
+            f"the torch checkpoint does not fit {type(model).__name__}; compare its classes and the fields of "
+            f"config.model ({', '.join(getattr(model, 'SHAPE_FIELDS', ('width',)))}) with it:\n  {listed}"
         )
 
 
@@ -223,100 +234,61 @@ def save_torch(
 
     Args:
       variables: {"params", "batch_stats"}.
-      model: the `DeepLabV2` or `FCDiscriminator` that they belong to.
+      model: the network or `FCDiscriminator` that they belong to.
       path: ends in .pth (for `torch.load`, with weights_only=True too) or .safetensors.
-      layout: one of `LAYOUTS`; None for that of the published network that is most like `model`.
+      layout: one of the network's; None for that of the published network that is most like `model`.
       more: torch name -> array of what else belongs into the file.
 
     Raises:
-      UserError: the file's name ends otherwise, it cannot be written, or the layout has no place for a head.
+      UserError: the file's name ends otherwise, it cannot be written, or the layout is unknown or has no place for
+        some of the variables.
     """
     path = Path(path)
     if path.suffix not in (".pth", ".safetensors"):
         raise UserError(f"{path}: say the format by the file's name, which must end in .pth or .safetensors")
-    place = Layout("", "") if isinstance(model, FCDiscriminator) else LAYOUTS[layout or published_layout(model)]
-    if getattr(model, "aux", False) and not place.aux_head:
-        raise UserError(f"the layout '{layout}' has no second head, as model.aux=True has: use 'two_level'")
+    layouts = torch_layouts(model)
+    layout = layout or published_layout(model)
+    if layout not in layouts:
+        raise UserError(
+            f"the layout '{layout}' is none of {type(model).__name__}'s: choose one of {', '.join(layouts)}"
+        )
     flat = flax.traverse_util.flatten_dict(dict(variables))
-    arrays = {torch_name(leaf, model, place): to_torch(np.asarray(value)) for leaf, value in flat.items()}
+    if homeless := [leaf[1] for leaf in flat if layouts[layout].name(leaf) is None]:
+        fitting = ", ".join(name for name, each in layouts.items() if None not in map(each.name, flat))
+        raise UserError(f"the layout '{layout}' has no place for the network's {homeless[0]}: use {fitting}")
+    arrays = {layouts[layout].name(leaf): to_torch(np.asarray(value)) for leaf, value in flat.items()}
     arrays |= more or {}
-    content = safetensors_bytes(arrays) if path.suffix == ".safetensors" else pth_bytes(_parts(arrays, place))
+    content = safetensors_bytes(arrays) if path.suffix == ".safetensors" else pth_bytes(_parts(arrays, layouts[layout]))
     try:
         files.write_bytes(path, content)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def published_layout(model: DeepLabV2) -> str:
+def published_layout(model: nn.Module) -> str:
     """The layout of the published network that is most like `model`."""
-    if model.aux or model.depth:
-        return "two_level"
-    if not model.head_bias:
-        return "plca"
-    if model.backbone == "vgg16" or model.variant == "torchvision":
-        return "split"
-    return "one_level" if model.backbone == "resnet18" else "two_level"
+    return model.published_layout() if hasattr(model, "published_layout") else next(iter(torch_layouts(model)))
 
 
 def _parts(arrays: dict[str, np.ndarray], layout: Layout) -> dict[str, Any]:
-    """SDCA's files hold one dict for each part, the others one for all."""
-    if layout != LAYOUTS["split"]:
+    """One dict for each part of the layout, or one for all."""
+    if not layout.parts:
         return arrays
-    parts: dict[str, Any] = {"feature_extractor": {}, "classifier": {}}
+    parts: dict[str, Any] = {part: {} for part in layout.parts}
     for name, array in arrays.items():
         part, _, inner = name.partition(".")
         parts[part][inner] = array
     return parts
 
 
-def torch_name(path: tuple[str, ...], model: nn.Module, layout: Layout) -> str:
-    """Torch name of one leaf of our variables.
-
-    Args:
-      path: keys from the root, for instance ("params", "backbone", "layer1_0", "conv1", "kernel").
-      model: the network the leaf belongs to.
-      layout: where the torch network keeps its parts (not used for a discriminator).
-    """
-    part, *inner, leaf = path[1:]
-    if isinstance(model, FCDiscriminator):
-        return f"{2 * int(part.removeprefix('conv'))}.{_LEAVES[leaf]}"  # activations take the odd places
-    if part in ("head", "aux_head"):
-        kind, index = leaf[:-1], leaf[-1]
-        return f"{getattr(layout, part).format(index)}.{_LEAVES[kind]}"
-    if part == "depth":
-        return f"{_DEPTH[inner[0]]}.{_LEAVES[leaf]}"
-    if model.backbone == "vgg16":
-        inner = [str(_vgg_places(tuple(model.blocks or BLOCKS), layout.pools)[inner[0]])]
-    else:
-        inner = [_torch_module(name) for name in inner]
-    return f"{layout.backbone}{'.'.join(inner)}.{_LEAVES[leaf]}"
-
-
 def from_torch(array: np.ndarray) -> np.ndarray:
-    """(out, in, kh, kw) -> (kh, kw, in, out); vectors stay."""
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+    """(out, in, kh, kw) -> (kh, kw, in, out), (out, in) -> (in, out); vectors stay."""
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T if array.ndim == 2 else array
 
 
 def to_torch(array: np.ndarray) -> np.ndarray:
-    """(kh, kw, in, out) -> (out, in, kh, kw); vectors stay."""
-    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
-
-
-def _torch_module(name: str) -> str:
-    name = {"downsample_conv": "downsample.0", "downsample_bn": "downsample.1"}.get(name, name)
-    return re.sub(r"^(layer\d)_(\d+)$", r"\1.\2", name)
-
-
-@functools.cache
-def _vgg_places(blocks: tuple[int, ...], pools: int) -> dict[str, int]:
-    """Index of each convolution in torch's flat list of convolutions, activations and the first pools."""
-    places, place = {}, 0
-    for stage, count in enumerate(blocks):
-        for index in range(count):
-            places[f"conv{stage + 1}_{index + 1}"] = place
-            place += 2
-        place += stage < pools
-    return places | {"fc6": place, "fc7": place + 2}
+    """(kh, kw, in, out) -> (out, in, kh, kw), (in, out) -> (out, in); vectors stay."""
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T if array.ndim == 2 else array
 
 
 def clean(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -338,30 +310,3 @@ def _flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
-
-
-def _find_layout(state: Mapping[str, np.ndarray], model: nn.Module) -> tuple[str, str]:
-    """Name of the layout, and the name that everything lies below ("" or one that ends in a dot)."""
-    if isinstance(model, FCDiscriminator):
-        return "", ""
-    for name, layout in LAYOUTS.items():
-        head = f"{layout.head.format(0)}.weight"
-        if found := [entry for entry in state if entry == head or entry.endswith(f".{head}")]:
-            return name, min(found, key=len).removesuffix(head)
-    heads = ", ".join(layout.head.format(0) for layout in LAYOUTS.values())
-    raise UserError(
-        f"the torch checkpoint has no pixel classifier that is known (looked for {heads}); "
-        f"its first entries are {[shown(name) for name in list(state)[:3]]}"
-    )
-
-
-def _shapes(model: nn.Module, state: Mapping[str, np.ndarray]) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path -> shape of every variable, found without computing anything."""
-    channels = 3
-    if isinstance(model, FCDiscriminator):
-        channels = state["0.weight"].shape[1] if "0.weight" in state else 1
-    elif not isinstance(model, DeepLabV2):
-        raise UserError(f"torch weights can be read for DeepLabV2 and FCDiscriminator, not {type(model).__name__}")
-    image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(variables).items()}

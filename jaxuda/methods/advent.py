@@ -23,8 +23,7 @@ from jaxuda.losses.adversarial import SOURCE, TARGET, domain_bce
 from jaxuda.losses.entropy import entropy_map
 from jaxuda.methods import Carry, Keys, Start
 from jaxuda.methods.supervised import forward, supervised_loss, upsample
-from jaxuda.models import output_shapes
-from jaxuda.models.deeplab import Outputs
+from jaxuda.models import Outputs, output_shapes
 from jaxuda.models.discriminator import FCDiscriminator
 
 PyTree = Any

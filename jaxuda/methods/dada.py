@@ -23,8 +23,7 @@ from jaxuda.losses.adversarial import SOURCE
 from jaxuda.losses.depth import berhu
 from jaxuda.methods import Carry, Keys, Start, advent
 from jaxuda.methods.supervised import forward, supervised_loss, upsample
-from jaxuda.models import output_shapes
-from jaxuda.models.deeplab import Outputs
+from jaxuda.models import Outputs, output_shapes
 
 PyTree = Any
 

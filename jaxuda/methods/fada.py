@@ -23,8 +23,7 @@ from jax.lax import stop_gradient
 from jaxuda.losses.adversarial import SOURCE, TARGET, class_domain_ce
 from jaxuda.methods import Carry, Keys, Start
 from jaxuda.methods.supervised import forward, supervised_loss, upsample
-from jaxuda.models import output_shapes
-from jaxuda.models.deeplab import Outputs
+from jaxuda.models import Outputs, output_shapes
 from jaxuda.models.discriminator import ClassDiscriminator
 
 PyTree = Any

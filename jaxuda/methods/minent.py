@@ -14,7 +14,7 @@ import jax
 from jaxuda.losses.entropy import entropy_loss
 from jaxuda.methods import Carry, Keys
 from jaxuda.methods.supervised import forward, source_pass, upsample
-from jaxuda.models.deeplab import Outputs
+from jaxuda.models import Outputs
 
 PyTree = Any
 

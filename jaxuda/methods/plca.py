@@ -116,5 +116,5 @@ def predict(variables: PyTree, images: jax.Array, *, model: Any, config: Any) ->
         return jax.nn.softmax(outputs.main)
     head = model.classifier(model.num_classes)
     features = aggregate(outputs.features, "cosine", share)
-    logits = head.apply({"params": variables["params"]["head"]}, features).astype(outputs.main.dtype)
+    logits = head.apply({"params": variables["params"][model.CLASSIFIERS[0]]}, features).astype(outputs.main.dtype)
     return aggregate(jax.nn.softmax(logits), "kl", share)

@@ -21,8 +21,7 @@ from jaxuda.losses.reduction import masked_mean
 from jaxuda.losses.segmentation import IGNORE
 from jaxuda.methods import Carry, Keys, Start
 from jaxuda.methods.supervised import forward, supervised_loss
-from jaxuda.models import output_shapes
-from jaxuda.models.deeplab import Outputs
+from jaxuda.models import Outputs, output_shapes
 from jaxuda.models.layers import resize_labels
 
 PyTree = Any

@@ -9,7 +9,7 @@ import jax
 
 from jaxuda.losses.segmentation import cross_entropy, lovasz_softmax
 from jaxuda.methods import Carry, Keys
-from jaxuda.models.deeplab import Outputs
+from jaxuda.models import Outputs
 from jaxuda.models.layers import resize_bilinear, resize_labels
 
 PyTree = Any

@@ -1,25 +1,159 @@
-"""One file per network family, with the layers and heads that they share; found by its name in `config.model.name`."""
+"""One file per network family, found by its name in `config.model.name`, with the layers and heads that they share.
+
+A family is a module, of this package or (by its dotted path) of the user's own, with the function
+
+    make(fields, num_classes) -> a Flax module
+
+fields: the section `config.model` without `name`; it has the field `dtype`, the others are the family's own.
+num_classes: C.
+
+The Flax module has
+
+    num_classes, dtype, axis_name
+        Fields. dtype: what it computes in; parameters, statistics and outputs are at least float32. axis_name: the
+        device axis over which batch statistics reduce while training; the step sets it with `clone`.
+    __call__(images, train=False, index=None) -> Outputs
+        images: (N, H, W, 3) float, normalised. train: batch statistics are used and moved, and layers draw at random.
+        index: (N,) int32, the place of each example in the global batch, for `layers.Dropout` and `layers.DropPath`.
+        Variables are in the collections "params" and "batch_stats". What weights of image classifiers fill is
+        params["backbone"].
+    CLASSIFIERS
+        The parts of the parameters that end in classes: that of `Outputs.main`, then that of `Outputs.aux` where there
+        is one. The last axis of all their arrays is the classes.
+    classifier(num_classes) -> a Flax module
+        A head like the network's own: with the parameters of CLASSIFIERS[0] it maps `Outputs.features` to
+        `Outputs.main`.
+    parameter_group(path) -> str
+        The optimizer's group of the parameter at a path ("backbone", "conv1", "kernel"); see `jaxuda.optimizers`.
+    describe() -> str
+        What decides what the features are, as one line: artifacts are only used with the network that they are of.
+    SHAPE_FIELDS
+        The fields of `config.model` that decide the shapes of the variables, for messages.
+
+Optional, for published weights:
+
+    torch_layouts() -> {name: Layout} and published_layout() -> name
+        How torch files name the variables, in the order in which a file is compared with them, and the one that is
+        written; see `jaxuda.interop.torch_checkpoint`. Default: the paths of the variables.
+    backbone_layouts() -> {name: Layout}
+        The same for params["backbone"] in the files of image classifiers. None of them has a place for NEW_LAYERS, the
+        layers of the backbone that start anew.
+    IMAGENET = {name: Pretrained}, imagenet_name(fields, preprocess) -> name, imagenet_problem(name, sha256, entries)
+        In the family's module, of jaxuda alone: the public ImageNet weights, which of them a network starts from, and
+        why a file that is given for them is another ("" if it may be them).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxuda import plugins
+from jaxuda.errors import UserError
 
 PyTree = Any
+# What every network has; see above.
+_CONTRACT = (
+    *("num_classes", "dtype", "axis_name", "CLASSIFIERS", "SHAPE_FIELDS"),
+    *("classifier", "parameter_group", "describe"),
+)
+
+
+class Outputs(NamedTuple):
+    """Everything a method may need, at network resolution (h, w), never bfloat16.
+
+    main: (N, h, w, C) logits.
+    features: (N, h, w, A), what the main classifier reads.
+    aux: (N, h, w, C) logits of a second level, or None.
+    depth: (N, h, w, 1) predicted inverse depth, or None.
+    levels: the maps (N, h_i, w_i, A_i) of all stages of the backbone, the finest first, or None.
+    """
+
+    main: jax.Array
+    features: jax.Array
+    aux: jax.Array | None = None
+    depth: jax.Array | None = None
+    levels: tuple[jax.Array, ...] | None = None
+
+
+class Pretrained(NamedTuple):
+    """Public ImageNet weights of a backbone.
+
+    fields: of `config.model`, the network that they fit.
+    file, publisher: what to get, and from whom.
+    family: the network family; filled in by `pretrained`.
+    """
+
+    fields: Mapping[str, Any]
+    file: str
+    publisher: str
+    family: str = ""
+
+
+def load_family(fields: Mapping[str, Any], *, imported: bool = False) -> ModuleType:
+    """The module of the family that a section `config.model` names; see `plugins.load` for `imported`."""
+    # Folders of earlier builds name none: theirs is DeepLab.
+    return plugins.load(__name__, "make", fields.get("name", "deeplab"), "model.name", imported=imported)
 
 
 def make_model(fields: Mapping[str, Any], num_classes: int, *, imported: bool = False) -> nn.Module:
-    """The network that `config.model` describes; see `plugins.load` for `imported`."""
-    fields = dict(fields)
-    family = plugins.load(__name__, "make", fields.pop("name", "deeplab"), "model.name", imported=imported)
-    return family.make(fields, num_classes)
+    """The network that `config.model` describes.
+
+    Args:
+      fields: that section.
+      num_classes: C.
+      imported: see `plugins.load`.
+
+    Raises:
+      UserError: there is no such family, it does not know a field, or its network lacks a part of the contract.
+    """
+    family = load_family(fields, imported=imported)
+    try:
+        model = family.make({name: value for name, value in fields.items() if name != "name"}, num_classes)
+    except TypeError as error:
+        raise UserError(f"config.model does not fit the network '{fields.get('name')}': {error}") from error
+    if lacking := [name for name in _CONTRACT if not hasattr(model, name)]:
+        raise UserError(f"the network model.name={fields.get('name')!r} lacks {', '.join(lacking)} (see jaxuda.models)")
+    return model
+
+
+def make_saved_model(fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray], where: str) -> nn.Module:
+    """The network of a checkpoint, for as many classes as its classifier has.
+
+    Args:
+      fields: the section `model` of the stage's config.
+      arrays: by dotted path, as `checkpoints.read_variables` gives them.
+      where: names the checkpoint in messages.
+
+    Raises:
+      UserError: as for `make_model`; or the checkpoint has no classifier of this network.
+    """
+    model = make_model(fields, 1, imported=True)
+    classes = saved_classes(arrays, model.CLASSIFIERS[0])
+    if classes is None:
+        raise UserError(f"{where} holds no '{model.CLASSIFIERS[0]}': it is of another network or method")
+    return model.clone(num_classes=classes)
+
+
+def saved_classes(arrays: Mapping[str, Any], part: str) -> int | None:
+    """The number of classes of a classifier among arrays by dotted path; None if it is not there."""
+    return next((array.shape[-1] for name, array in arrays.items() if name.startswith(f"params.{part}.")), None)
+
+
+def pretrained() -> dict[str, Pretrained]:
+    """All public ImageNet weights that jaxuda knows, by name."""
+    found = {}
+    for name in plugins.names(__name__, "make"):
+        known = getattr(plugins.load(__name__, "make", name, "model.name"), "IMAGENET", {})
+        found |= {weights: entry._replace(family=name) for weights, entry in known.items()}
+    return found
 
 
 def abstract_variables(model: nn.Module, size: tuple[int, int]) -> PyTree:
@@ -28,7 +162,7 @@ def abstract_variables(model: nn.Module, size: tuple[int, int]) -> PyTree:
     return jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
 
 
-def output_shapes(model: nn.Module, size: tuple[int, int]) -> Any:
+def output_shapes(model: nn.Module, size: tuple[int, int]) -> Outputs:
     """The `Outputs` of one image of `size` (height, width) as shapes and types, without computing them."""
     image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     return jax.eval_shape(model.init_with_output, jax.random.key(0), image)[0]

@@ -1,7 +1,8 @@
 """DeepLab-v2 (Chen et al., TPAMI 2018) as the adaptation literature uses it: one class for every method."""
 
 import functools
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,28 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxuda.errors import UserError
+from jaxuda.interop.torch_checkpoint import LEAVES, Layout
+from jaxuda.models import Outputs, Pretrained
 from jaxuda.models.layers import BatchNorm, Conv, conv2d_sum, head_init
 from jaxuda.models.resnet import DEPTHS, VARIANTS, ResNet
-from jaxuda.models.vgg import VGG
+from jaxuda.models.vgg import BLOCKS, NEW_LAYERS, VGG
 
 BACKBONES = (*DEPTHS, "vgg16")
 HEAD_DILATIONS = (6, 12, 18, 24)
-
-
-class Outputs(NamedTuple):
-    """Everything a method may need, at network resolution (h, w), about an eighth of the image; never
-    bfloat16.
-
-    main: (N, h, w, C) logits.
-    aux: (N, h, w, C) logits of the level on the third stage, or None.
-    features: (N, h, w, A), the input of the main head's convolutions; with the depth branch the fused ones.
-    depth: (N, h, w, 1) predicted inverse depth, or None.
-    """
-
-    main: jax.Array
-    aux: jax.Array | None
-    features: jax.Array
-    depth: jax.Array | None
 
 
 class Head(nn.Module):
@@ -112,14 +99,15 @@ class DeepLabV2(nn.Module):
     remat: bool = False
     axis_name: str | None = None
 
-    # The parts of the parameters that end in classes: "head" of `Outputs.main`, "aux_head" of `Outputs.aux`.
     CLASSIFIERS = ("head", "aux_head")
+    NEW_LAYERS = NEW_LAYERS
+    SHAPE_FIELDS = ("backbone", "variant", "width", "blocks", "aux", "depth", "head_bias")
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, index: jax.Array | None = None) -> Outputs:
         """Maps normalised images (N, H, W, 3) to `Outputs`; training with norm="batch" moves batch_stats.
 
-        `index`, the examples' places in the global batch, is for networks that draw at random.
+        Nothing is drawn at random, so that `index` is not used.
         """
         self._check_fields()
         conv = functools.partial(Conv, dtype=self.dtype)
@@ -142,7 +130,7 @@ class DeepLabV2(nn.Module):
         aux = head(name="aux_head")(middle) if self.aux else None
         # Resizing, softmax and statistics downstream need more than bfloat16.
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        return jax.tree.map(lambda x: x.astype(wide), Outputs(main, aux, features, depth))
+        return jax.tree.map(lambda x: x.astype(wide), Outputs(main, features, aux, depth))
 
     def classifier(self, num_classes: int) -> Head:
         """A head like the network's own, which maps `Outputs.features` to logits of `num_classes` classes."""
@@ -158,6 +146,45 @@ class DeepLabV2(nn.Module):
         if layer.startswith("downsample"):
             return "shortcut"
         return "block" if path[1].startswith("layer") else "stem"
+
+    def describe(self) -> str:
+        """The fields that decide what the features are, as one line of text."""
+        kind = "" if self.backbone == "vgg16" else f" {self.variant}"
+        blocks = "" if self.blocks is None else f", blocks {'-'.join(map(str, self.blocks))}"
+        return f"{self.backbone}{kind}, width {self.width}{blocks}"
+
+    def torch_layouts(self) -> dict[str, Layout]:
+        """How published files name the variables; `Layout.order` holds for the numbers of classes that PLCA has."""
+        return {
+            name: Layout(
+                functools.partial(_torch_name, self, places),
+                f"{places.head.format(0)}.weight",
+                parts=("feature_extractor", "classifier") if name == "split" else (),
+                order=_plca_order(self.num_classes) if name == "plca" else (),
+            )
+            for name, places in PLACES.items()
+        }
+
+    def published_layout(self) -> str:
+        """The layout of the published network that is most like this one."""
+        if self.aux or self.depth:
+            return "two_level"
+        if not self.head_bias:
+            return "plca"
+        if self.backbone == "vgg16" or self.variant == "torchvision":
+            return "split"
+        return "one_level" if self.backbone == "resnet18" else "two_level"
+
+    def backbone_layouts(self) -> dict[str, Layout]:
+        """How files of image classifiers, and of any network for segmentation, name the backbone."""
+        if self.backbone != "vgg16":
+            name = functools.partial(_torch_name, self, Places("", ""))
+            return {"resnet": Layout(name, "layer1.0.conv1.weight")}
+        # torchvision's VGG has its convolutions below "features", and all of its pools among them.
+        return {
+            name: Layout(functools.partial(_torch_name, self, Places(f"{name}.", "", pools=pools)), f"{name}.0.weight")
+            for name, pools in (("features", 4), ("backbone", 3))
+        }
 
     def _check_fields(self) -> None:
         for field, value, known in (
@@ -179,3 +206,123 @@ def make(fields: Mapping[str, Any], num_classes: int) -> DeepLabV2:
     """The network of `config.model`, whose fields are those of `DeepLabV2`."""
     blocks = fields.get("blocks")
     return DeepLabV2(num_classes=num_classes, **{**fields, "blocks": None if blocks is None else tuple(blocks)})
+
+
+# Published weights ------------------------------------------------------------------------------------------
+
+
+class Places(NamedTuple):
+    """Where the published files of one kind keep the parts; `{}` stands for the index of the head's convolution."""
+
+    backbone: str
+    head: str
+    aux_head: str = ""
+    pools: int = 3  # of a VGG: those that still take a place in its list of layers
+
+
+# In this order a file is compared with them.
+PLACES = {
+    "two_level": Places("", "layer6.conv2d_list.{}", "layer5.conv2d_list.{}"),  # MinEnt, AdvEnt, DADA and kin
+    "one_level": Places("", "layer5.conv2d_list.{}"),  # LFASS
+    "split": Places("feature_extractor.backbone.", "classifier.conv2d_list.{}"),  # SDCA
+    "plca": Places("backbone.", "classifier.0.convs.{}.0"),
+}
+# Published PLCA networks order the classes in their own way: Cityscapes train id of each of their classes. Those for
+# SYNTHIA have the first 16.
+PLCA_ORDER = (10, 2, 0, 1, 4, 8, 5, 13, 7, 11, 18, 17, 6, 12, 15, 3, 9, 14, 16)
+_DEPTH = {"enc1": "enc4_1", "enc2": "enc4_2", "enc3": "enc4_3", "dec": "dec4"}
+
+
+def _torch_name(model: DeepLabV2, places: Places, path: tuple[str, ...]) -> str | None:
+    """The torch name of one variable; None where the files have no place for it."""
+    part, *inner, leaf = path[1:]
+    if part in model.CLASSIFIERS:
+        place = getattr(places, part)
+        return f"{place.format(leaf[-1])}.{LEAVES[leaf[:-1]]}" if place else None
+    if part == "depth":
+        return f"{_DEPTH[inner[0]]}.{LEAVES[leaf]}"
+    if model.backbone == "vgg16":
+        numbers = _vgg_numbers(tuple(model.blocks or BLOCKS), places.pools)
+        return f"{places.backbone}{numbers[inner[0]]}.{LEAVES[leaf]}" if inner[0] in numbers else None
+    modules = {"downsample_conv": "downsample.0", "downsample_bn": "downsample.1"}
+    names = [re.sub(r"^(layer\d)_(\d+)$", r"\1.\2", modules.get(name, name)) for name in inner]
+    return f"{places.backbone}{'.'.join(names)}.{LEAVES[leaf]}"
+
+
+@functools.cache
+def _vgg_numbers(blocks: tuple[int, ...], pools: int) -> dict[str, int]:
+    """Index of each convolution in torch's flat list of convolutions, activations and the first pools."""
+    numbers, number = {}, 0
+    for stage, count in enumerate(blocks):
+        for index in range(count):
+            numbers[f"conv{stage + 1}_{index + 1}"] = number
+            number += 2
+        number += stage < pools
+    # An image classifier, which has four pools, goes on with layers of another kind.
+    new = {} if pools > 3 else {name: number + 2 * index for index, name in enumerate(NEW_LAYERS)}
+    return numbers | new
+
+
+def _plca_order(num_classes: int) -> tuple[int, ...]:
+    """For each class of a published PLCA network, our index of it; () where none has as many classes."""
+    if num_classes not in (16, 19):
+        return ()
+    ids = PLCA_ORDER[:num_classes]
+    return tuple(sorted(ids).index(id_) for id_ in ids)  # of 16: train ids without those of terrain, truck and train
+
+
+_RESNET18 = {"backbone": "resnet18", "variant": "torchvision"}
+_RESNET50 = {"backbone": "resnet50", "variant": "torchvision"}
+_RESNET101 = {"backbone": "resnet101", "variant": "torchvision"}
+IMAGENET = {
+    "resnet18": Pretrained(_RESNET18, "resnet18-f37072fd.pth", "torchvision"),
+    "resnet50-torchvision": Pretrained(_RESNET50, "resnet50-0676ba61.pth", "torchvision"),
+    "resnet101-torchvision": Pretrained(_RESNET101, "resnet101-63fe2227.pth", "torchvision"),
+    "resnet101-caffe": Pretrained(
+        _RESNET101 | {"variant": "caffe"},
+        "DeepLab_resnet_pretrained_imagenet.pth",
+        "the ADVENT repository's releases",
+    ),
+    "vgg16-caffe": Pretrained({"backbone": "vgg16", "variant": "caffe"}, "vgg16-00b39a1b.pth", "jcjohnson/pytorch-vgg"),
+    "vgg16-torchvision": Pretrained(
+        {"backbone": "vgg16", "variant": "torchvision"}, "vgg16-397923af.pth", "torchvision"
+    ),
+}
+# First digits of the SHA-256 of torchvision's ImageNet weights, as in their files' names. They expect RGB in 0..1,
+# and bottlenecks that stride in their 3x3: in a network of the caffe kind they would train badly without a word.
+_TORCHVISION = {
+    *("5d3b4d8f", "63fe2227", "cd907fc2", "19c8e357", "0676ba61", "11ad3fa6"),
+    "397923af",
+}
+
+
+def imagenet_name(fields: Mapping[str, Any], preprocess: str) -> str:
+    """Which of `IMAGENET` a network with these fields and this normalisation of its images starts from.
+
+    Raises:
+      UserError: there are none for it.
+    """
+    backbone, variant = fields["backbone"], fields["variant"]
+    if backbone == "resnet18":
+        return backbone  # published in one kind only; the LFASS experiments use it in a network of the caffe kind
+    if backbone == "vgg16":
+        variant = "torchvision" if preprocess == "imagenet" else "caffe"
+    if f"{backbone}-{variant}" not in IMAGENET:
+        raise UserError(
+            f"no ImageNet weights are known for config.model.backbone={backbone} of the variant {variant} (known: "
+            f"{', '.join(IMAGENET)}): choose one of those, or init=scratch"
+        )
+    return f"{backbone}-{variant}"
+
+
+def imagenet_problem(name: str, sha256: str, entries: Sequence[str]) -> str:
+    """Why a file is not the one of `IMAGENET`, from its checksum and the names of its tensors; "" if it may be."""
+    published = IMAGENET[name]
+    if name.endswith("-caffe") and sha256[:8] in _TORCHVISION:
+        return (
+            f"is torchvision's {published.fields['backbone']}, not {name}, which is another network: get "
+            f"{published.file} from {published.publisher}, or set the config's model.variant and preprocess for it"
+        )
+    if name.endswith("-torchvision") and any("Scale" in entry.split(".") for entry in entries):
+        return f"comes from Caffe, and {name} is another network: get {published.file}"
+    return ""

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxuda.interop.torch_checkpoint import LEAVES, Layout
 from jaxuda.models.layers import Conv
 
 
@@ -46,6 +47,14 @@ class FCDiscriminator(nn.Module):
             if index < len(widths) - 1:
                 x = nn.leaky_relu(x, 0.2)
         return x.astype("float32") if self.dtype == "bfloat16" else x
+
+    def torch_layouts(self) -> dict[str, Layout]:
+        """How published files name the variables: a list of layers, in which activations take the odd places."""
+
+        def name(path: tuple[str, ...]) -> str:
+            return f"{2 * int(path[1].removeprefix('conv'))}.{LEAVES[path[2]]}"
+
+        return {"sequential": Layout(name, "0.weight", reads_maps=True)}
 
 
 class ClassDiscriminator(nn.Module):

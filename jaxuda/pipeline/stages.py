@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxuda import files
+from jaxuda import files, methods
 from jaxuda.data.records import Domains
 from jaxuda.errors import UserError
+from jaxuda.models import load_family
 from jaxuda.training import checkpoints, weights
 
 SHARED = (
@@ -207,12 +208,21 @@ def with_control(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def import_named(config: ConfigDict) -> None:
+    """Imports the user's own modules that a config names: work folders may then name them too (see `plugins.load`)."""
+    load_family(config.model)
+    for name in config.pipeline:
+        if "." in config.get(name, {}).get("train", ""):
+            methods.load(config[name].train)
+
+
 def plan(config: ConfigDict, workdir: Path, domains: Domains) -> list[Stage]:
     """The stages of `config.pipeline` in order; an oracle is left out where the target has no labels.
 
     Raises:
       UserError: a stage is not defined, or starts from one that does not come before it.
     """
+    import_named(config)
     stages: dict[str, Stage] = {}
     for name in config.pipeline:
         if name not in config:
@@ -332,6 +342,7 @@ def _trained_with(folder: Path) -> str:
     method = files.read_json(folder / "stage.json")["identity"].get("train")
     if method is None:
         raise UserError(f"{folder} holds a backbone alone, which cannot label images")
+    methods.load(method, imported=True)
     return method
 
 

@@ -7,13 +7,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
-from jaxuda import data
+from jaxuda import data, parallel
 from jaxuda.errors import UserError
-from jaxuda.inference.restore import ALL, ensemble_devices, make_ensemble, parse_checkpoint, title
+from jaxuda.inference.restore import ALL, make_ensemble, network_names, parse_checkpoint, title
 from jaxuda.metrics import iou_table
 from jaxuda.pipeline import domains
+from jaxuda.pipeline.stages import import_named
+from jaxuda.sweeps.ensemble import Ensemble
 from jaxuda.sweeps.evaluate import make_ensemble_evaluator
 from jaxuda.sweeps.predict import ImageFiles, ensemble_predictions, write_predictions
 
@@ -21,22 +24,35 @@ from jaxuda.sweeps.predict import ImageFiles, ensemble_predictions, write_predic
 def evaluate(config: ConfigDict, checkpoint: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Prints IoU on the evaluation split of `config`: of a stage, of each of its checkpoints, or of an ensemble.
 
+    Other networks of a stage (its method's teacher) are scored beside the one that was evaluated in training.
+
     Args:
       config: the datasets, and in `config.test` what is averaged.
       checkpoint: see `parse_checkpoint`.
       overrides: what the command line sets, "evaluation.size" and the like; a network's own settings hold otherwise.
     """
+    import_named(config)
     records, classes = _evaluation_split(config)
     chosen = parse_checkpoint(checkpoint)
     each = [[one] for one in chosen] if checkpoint.endswith(f":{ALL}") else [chosen]
     columns = {}
     for members in each:
-        ensemble, variables = make_ensemble(config, members, len(classes), overrides)
-        devices = ensemble_devices(config, ensemble)
-        confusion = make_ensemble_evaluator(ensemble, devices)(variables, records).confusion
-        columns[title(members, every=len(each) > 1)] = confusion
+        asked = overrides.get("evaluation.network", "")
+        networks = network_names(*members[0], asked) if len(members) == 1 else [""]
+        for network in networks:
+            ensemble, variables = make_ensemble(
+                members, len(classes), config.label_space, config.test, overrides, network
+            )
+            confusion = make_ensemble_evaluator(ensemble, _devices(config, ensemble))(variables, records).confusion
+            beside = "" if network == networks[0] else network
+            columns[title(members, every=len(each) > 1, network=beside)] = confusion
     print(f"IoU in % of {checkpoint} on {records.name}{_manner(config, overrides)}\n")
     print(iou_table(columns, classes))
+
+
+def _devices(config: ConfigDict, ensemble: Ensemble) -> list[jax.Device]:
+    batch = ensemble.members[0].config.evaluation.batch
+    return parallel.choose_devices(batch, config.devices, config.platform, "--config.evaluation.batch")
 
 
 def _evaluation_split(config: ConfigDict) -> tuple[data.Records, tuple[str, ...]]:
@@ -81,14 +97,15 @@ def predict(
     """
     if not images:
         raise UserError("say which images: --images DIR or --images 'DIR/*.png' (quoted, or the shell expands it)")
+    import_named(config)
     found = ImageFiles(images)
     chosen = parse_checkpoint(checkpoint)
     if checkpoint.endswith(f":{ALL}"):
         raise UserError("images are labelled with one checkpoint, or with several named ones as an ensemble")
     space = data.labels.label_space(config.label_space) if config.label_space else _source_space(config)
-    ensemble, variables = make_ensemble(config, chosen, space.num_classes, overrides)
+    ensemble, variables = make_ensemble(chosen, space.num_classes, config.label_space, config.test, overrides)
     folder = Path(workdir or chosen[0][0]) / "predictions"
-    labelled = ensemble_predictions(ensemble, variables, found, ensemble_devices(config, ensemble))
+    labelled = ensemble_predictions(ensemble, variables, found, _devices(config, ensemble))
     written = write_predictions(labelled, folder, space)
     print(f"{len(found)} predictions in {' and '.join(map(str, written))}")
 

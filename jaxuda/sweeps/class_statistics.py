@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,6 @@ from jaxuda.data.records import Domains
 from jaxuda.data.transforms import resize_nearest
 from jaxuda.losses.contrastive import empty_statistics, update_statistics
 from jaxuda.losses.segmentation import IGNORE
-from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import normalise, resize_labels
 from jaxuda.training.logs import progress_bar
 
@@ -32,7 +32,7 @@ def run(
     domains: Domains,
     folder: Path,
     *,
-    model: DeepLabV2,
+    model: nn.Module,
     method: Any,
     config: Any,
     devices: list[jax.Device],
@@ -56,7 +56,7 @@ def run(
 
 
 def collect(
-    variables: PyTree, source: data.Records, *, model: DeepLabV2, config: Any, devices: list[jax.Device]
+    variables: PyTree, source: data.Records, *, model: nn.Module, config: Any, devices: list[jax.Device]
 ) -> LevelStatistics:
     """The statistics of `source`, on the host, whatever the number of devices.
 

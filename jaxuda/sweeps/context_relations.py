@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 from sklearn.cluster import DBSCAN
@@ -26,7 +27,6 @@ from jaxuda.data.threads import map_ahead
 from jaxuda.data.transforms import resize_nearest
 from jaxuda.errors import UserError
 from jaxuda.models import output_shapes
-from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.sweeps.relation_sheet import draw_sheet, is_single
 from jaxuda.training.logs import progress_bar
 
@@ -52,7 +52,7 @@ def run(
     domains: Domains,
     folder: Path,
     *,
-    model: DeepLabV2,
+    model: nn.Module,
     method: Any,
     config: Any,
     devices: list[jax.Device],

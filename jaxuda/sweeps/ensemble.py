@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 
-from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.sweeps.scores import (
     kept_aspect,
     make_scores,
@@ -27,7 +27,7 @@ Passes = list[dict[str, Any]]  # one for each network and input size: "image", "
 class Member(NamedTuple):
     """A network, the method it was trained with, its stage's config, and its weight in the average."""
 
-    model: DeepLabV2
+    model: nn.Module
     method: ModuleType
     config: Any
     weight: float = 1.0

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,6 @@ from jaxuda import files, parallel
 from jaxuda.data.records import EASY, HARD, Domains, write_split
 from jaxuda.errors import UserError
 from jaxuda.losses.entropy import entropy_map
-from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import resize_bilinear
 from jaxuda.sweeps.scores import make_scores, probabilities, shown_pixels, sweep
 from jaxuda.training.logs import progress_bar
@@ -35,7 +35,7 @@ def run(
     domains: Domains,
     folder: Path,
     *,
-    model: DeepLabV2,
+    model: nn.Module,
     method: Any,
     config: Any,
     devices: list[jax.Device],

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxuda import data, parallel
 from jaxuda.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
-from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.sweeps.ensemble import Ensemble, Member, Passes
 from jaxuda.sweeps.scores import probabilities, shown_pixels
 from jaxuda.training.logs import progress_bar
@@ -36,7 +36,7 @@ class Evaluation(NamedTuple):
 
 
 def make_evaluator(
-    model: DeepLabV2, method: ModuleType, config: Any, devices: list[jax.Device]
+    model: nn.Module, method: ModuleType, config: Any, devices: list[jax.Device]
 ) -> Callable[[PyTree, data.Records], Evaluation]:
     """`evaluate(variables, records) -> Evaluation`, compiled once for all its calls.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,6 @@ from jaxuda import files, parallel
 from jaxuda.data import encoding, labels
 from jaxuda.data.datasets import cityscapes
 from jaxuda.errors import UserError
-from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.sweeps.ensemble import Ensemble, Member, Passes
 from jaxuda.training.logs import progress_bar
 
@@ -62,7 +62,7 @@ class ImageFiles(Sequence):
 
 
 def predictions(
-    variables: PyTree, images: Sequence, *, model: DeepLabV2, method: Any, config: Any
+    variables: PyTree, images: Sequence, *, model: nn.Module, method: Any, config: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The id and the (H, W) uint8 train ids of each image in turn, at its own size.
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,6 @@ from jaxuda.data.transforms import fitted_size, resize_nearest
 from jaxuda.errors import UserError
 from jaxuda.losses.contrastive import image_means, nearest_prototype_labels
 from jaxuda.losses.segmentation import IGNORE
-from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.heads import ProjectionHead
 from jaxuda.models.layers import normalise, resize_labels
 from jaxuda.sweeps.scores import image_masks
@@ -44,7 +44,7 @@ def run(
     domains: Domains,
     folder: Path,
     *,
-    model: DeepLabV2,
+    model: nn.Module,
     method: Any,
     config: Any,
     devices: list[jax.Device],
@@ -81,7 +81,7 @@ def run(
         (folder / PROGRESS.format(name)).unlink()
 
 
-def _make_means(model: DeepLabV2, config: Any) -> dict[str, Callable]:
+def _make_means(model: nn.Module, config: Any) -> dict[str, Callable]:
     """By domain, the compiled function from variables and a batch to what `_sums` gives."""
     head = ProjectionHead(config.projection, model.dtype)
 
@@ -174,7 +174,7 @@ def _arrays(batch: dict[str, Any], size: tuple[int, int], fit: bool) -> dict[str
     return arrays
 
 
-def _feature_channels(model: DeepLabV2, variables: PyTree, config: Any) -> int:
+def _feature_channels(model: nn.Module, variables: PyTree, config: Any) -> int:
     width, height = config.evaluation.size
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     return jax.eval_shape(model.apply, variables, images).features.shape[-1]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,6 @@ from jaxuda import files, parallel
 from jaxuda.data.labels import LabelSpace
 from jaxuda.data.pseudo import LABELS, write_pseudo_label
 from jaxuda.data.records import Domains, Subset
-from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import resize_bilinear
 from jaxuda.sweeps.scores import (
     kept_aspect,
@@ -44,7 +44,7 @@ def run(
     domains: Domains,
     folder: Path,
     *,
-    model: DeepLabV2,
+    model: nn.Module,
     method: Any,
     config: Any,
     devices: list[jax.Device],

@@ -6,20 +6,20 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxuda import data
 from jaxuda.data.transforms import Transform, fitted_size
-from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import interpolation_matrix, normalise
 
 PyTree = Any
 BUCKET = 32  # images of mixed sizes share compiled code when they round up to the same multiple of this
 
 
-def make_scores(model: DeepLabV2, method: ModuleType, config: Any) -> Callable[[PyTree, jax.Array], jax.Array]:
+def make_scores(model: nn.Module, method: ModuleType, config: Any) -> Callable[[PyTree, jax.Array], jax.Array]:
     """`scores(variables, images)`: (N, H, W, 3) uint8 to what is upsampled before the argmax, (N, h, w, C).
 
     That is logits, or the probabilities of a method that has its own `predict`.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,6 @@ import numpy as np
 from jaxuda import files, parallel
 from jaxuda.data.orders.paired import FILE
 from jaxuda.data.records import Domains
-from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.sweeps.scores import make_scores, score_grid, shown_pixels, sweep
 from jaxuda.training.logs import progress_bar
 
@@ -25,7 +25,7 @@ def run(
     domains: Domains,
     folder: Path,
     *,
-    model: DeepLabV2,
+    model: nn.Module,
     method: Any,
     config: Any,
     devices: list[jax.Device],

@@ -239,7 +239,7 @@ def read_variables(folder: Path, which: str = LAST, network: str = STUDENT) -> t
     saved, step = _open(folder, which)
     arrays = saved.read(step)
     saved.close()
-    networks = files.read_json(folder / str(step) / NETWORKS) or {STUDENT: _STUDENT}
+    networks = _networks(folder, step)
     if network not in networks:
         raise UserError(f"{folder / str(step)} has no network '{network}' (it has: {', '.join(networks)})")
     found = {}
@@ -251,6 +251,17 @@ def read_variables(folder: Path, which: str = LAST, network: str = STUDENT) -> t
             if name == origin or name.startswith(f"{origin}.")
         }
     return found, step
+
+
+def network_names(folder: Path, which: str = LAST) -> list[str]:
+    """The networks in the checkpoint that `read_variables` would read; raises UserError as it does."""
+    saved, step = _open(folder, which)
+    saved.close()
+    return list(_networks(folder, step))
+
+
+def _networks(folder: Path, step: int) -> dict[str, dict[str, str]]:
+    return files.read_json(folder / str(step) / NETWORKS) or {STUDENT: _STUDENT}
 
 
 def _places(state: PyTree, networks: Mapping[str, PyTree]) -> dict[str, dict[str, str]]:

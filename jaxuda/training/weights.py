@@ -8,43 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax
 import numpy as np
 
-from jaxuda import files
+from jaxuda import files, models
 from jaxuda.data.records import root
 from jaxuda.errors import UserError
-from jaxuda.models.vgg import NEW_LAYERS
 from jaxuda.training import checkpoints
 
 PyTree = Any
+IMAGENET = models.pretrained()
 
 
-class Network(NamedTuple):
-    """A backbone that ImageNet weights are published for, and the public file.
-
-    backbone, variant: as in config.model.
-    file, publisher: what to get, and from whom.
-    """
-
-    backbone: str
-    variant: str
-    file: str
-    publisher: str
-
-
-IMAGENET = {
-    "resnet18": Network("resnet18", "torchvision", "resnet18-f37072fd.pth", "torchvision"),
-    "resnet50-torchvision": Network("resnet50", "torchvision", "resnet50-0676ba61.pth", "torchvision"),
-    "resnet101-torchvision": Network("resnet101", "torchvision", "resnet101-63fe2227.pth", "torchvision"),
-    "resnet101-caffe": Network(
-        "resnet101", "caffe", "DeepLab_resnet_pretrained_imagenet.pth", "the ADVENT repository's releases"
-    ),
-    "vgg16-caffe": Network("vgg16", "caffe", "vgg16-00b39a1b.pth", "jcjohnson/pytorch-vgg"),
-    "vgg16-torchvision": Network("vgg16", "torchvision", "vgg16-397923af.pth", "torchvision"),
-}
+def published(network: str) -> models.Pretrained:
+    """The entry of `IMAGENET`; raises UserError if there is none."""
+    if network not in IMAGENET:
+        raise UserError(f"no ImageNet weights are known for '{network}' (known: {', '.join(IMAGENET)})")
+    return IMAGENET[network]
 
 
 def network_name(config: Any) -> str:
@@ -56,17 +38,13 @@ def network_name(config: Any) -> str:
     Raises:
       UserError: there are none for its network.
     """
-    backbone, variant = config.model.backbone, config.model.variant
-    if backbone == "resnet18":
-        return backbone  # published in one kind only; the LFASS experiments use it in a network of the caffe kind
-    if backbone == "vgg16":
-        variant = "torchvision" if config.preprocess == "imagenet" else "caffe"
-    if f"{backbone}-{variant}" not in IMAGENET:
+    family = models.load_family(config.model)
+    if not hasattr(family, "imagenet_name"):
         raise UserError(
-            f"no ImageNet weights are known for config.model.backbone={backbone} of the variant {variant} (known: "
-            f"{', '.join(IMAGENET)}): choose one of those, or init=scratch"
+            f"no ImageNet weights are known for config.model.name={config.model.name} (known: {', '.join(IMAGENET)}): "
+            "choose the network of one of those, or init=scratch"
         )
-    return f"{backbone}-{variant}"
+    return family.imagenet_name(config.model, config.preprocess)
 
 
 def imagenet_folder(network: str, data_dir: str) -> Path:
@@ -77,17 +55,17 @@ def imagenet_folder(network: str, data_dir: str) -> Path:
 def convert_command(network: str, data_dir: str) -> str:
     """What makes them, with the public file in the current folder."""
     where = f" --data_dir {data_dir}" if data_dir else ""
-    return f"python -m jaxuda.convert {IMAGENET[network].file} --imagenet {network}{where}"
+    return f"python -m jaxuda.convert {published(network).file} --imagenet {network}{where}"
 
 
 def missing(network: str, data_dir: str) -> str:
     """What to do if the weights of a network are not there; empty if they are."""
-    folder = imagenet_folder(network, data_dir)
+    public, folder = published(network), imagenet_folder(network, data_dir)
     if (folder / "stage.json").exists():
         return ""
     return (
-        f"the ImageNet weights {network} are not in {folder}; get {IMAGENET[network].file} from "
-        f"{IMAGENET[network].publisher}, then run\n  {convert_command(network, data_dir)}"
+        f"the ImageNet weights {network} are not in {folder}; get {public.file} from {public.publisher}, "
+        f"then run\n  {convert_command(network, data_dir)}"
     )
 
 
@@ -109,8 +87,8 @@ def identity(folder: Path, which: str) -> str:
 def fit(arrays: Mapping[str, np.ndarray], variables: PyTree, model: Any, where: str) -> tuple[PyTree, list[str]]:
     """The variables of a network with as much as possible from a checkpoint.
 
-    The backbone must be there, whole and of the same shape, but for layers that classifiers of images have not. A
-    head of other classes, or that the checkpoint has not, stays as it is in `variables`.
+    The backbone must be there, whole and of the same shape, except for layers that image classifiers lack. A part of
+    another shape, or that the checkpoint lacks (a head of other classes), stays as it is in `variables`.
 
     Args:
       arrays: by dotted path, as `checkpoints.read_variables` gives them.
@@ -125,39 +103,46 @@ def fit(arrays: Mapping[str, np.ndarray], variables: PyTree, model: Any, where: 
       UserError: the backbone is another.
     """
     flat = flax.traverse_util.flatten_dict(variables, sep=".")
-    unlike, anew = [], {}
+    new = tuple(f"backbone.{layer}" for layer in getattr(model, "NEW_LAYERS", ()))
+    unlike, anew = [], []
     for name, leaf in flat.items():
-        part, layer = name.split(".")[1:3]
         shape = arrays[name].shape if name in arrays else None
+        part = _part(name, new)
         if shape == leaf.shape:
             continue
-        if part != "backbone":
-            anew[part] = name
-        elif shape is None and layer in NEW_LAYERS:
-            anew[f"backbone.{layer}"] = name
+        if part != "backbone" and (shape is None or part not in new):
+            anew.append(part)
         else:
             unlike.append(f"{name}: {shape or 'missing'} in the checkpoint, {leaf.shape} in the network")
     extra = sorted(arrays.keys() - flat.keys())
-    for name in extra:
-        if name.split(".")[1] == "backbone" and name.split(".")[2] not in NEW_LAYERS:
-            unlike.append(f"{name}: {arrays[name].shape} in the checkpoint, missing in the network")
+    unlike += [
+        f"{name}: {arrays[name].shape} in the checkpoint, missing in the network"
+        for name in extra
+        if _part(name, new) == "backbone"
+    ]
     if unlike:
         more = [f"... and {len(unlike) - 8} more"] if len(unlike) > 8 else []
         listed = "\n  ".join(unlike[:8] + more)
         raise UserError(
-            f"{where} does not fit the network; compare the fields of config.model (backbone, variant, width, blocks) "
+            f"{where} does not fit the network; compare the fields of config.model ({', '.join(model.SHAPE_FIELDS)}) "
             f"with it:\n  {listed}"
         )
-    taken = {name: arrays[name] for name in flat if not any(name.split(".", 1)[1].startswith(f"{p}.") for p in anew)}
-    notes = [_why_anew(part, arrays, flat) for part in anew]
-    unused = sorted({name.split(".")[1] for name in extra})
+    taken = {name: arrays[name] for name in flat if _part(name, new) not in anew}
+    notes = [_why_anew(part, arrays, flat, model) for part in dict.fromkeys(anew)]
+    unused = dict.fromkeys(name.split(".")[1] for name in extra)
     notes += [f"{part} of the checkpoint is not used" for part in unused]
     return flax.traverse_util.unflatten_dict(flat | taken, sep="."), notes
 
 
-def _why_anew(part: str, arrays: Mapping[str, np.ndarray], flat: Mapping[str, Any]) -> str:
-    kernel = f"params.{part}.kernel0"
-    if kernel in arrays and kernel in flat and arrays[kernel].shape[-1] != flat[kernel].shape[-1]:
-        old, new = arrays[kernel].shape[-1], flat[kernel].shape[-1]
-        return f"{part} starts anew: the checkpoint's is for {old} classes, this network has {new}"
+def _part(name: str, new: tuple[str, ...]) -> str:
+    """What of a network is taken or starts anew as a whole: "backbone", one of its layers `new`, "head", ..."""
+    path = name.split(".", 1)[1]
+    return next((layer for layer in new if path.startswith(f"{layer}.")), path.split(".")[0])
+
+
+def _why_anew(part: str, arrays: Mapping[str, np.ndarray], flat: Mapping[str, Any], model: Any) -> str:
+    if part in model.CLASSIFIERS:
+        old, new = models.saved_classes(arrays, part), models.saved_classes(flat, part)
+        if old is not None and old != new:
+            return f"{part} starts anew: the checkpoint's is for {old} classes, this network has {new}"
     return f"{part} starts anew: the checkpoint has none that fits"

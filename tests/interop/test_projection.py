@@ -60,7 +60,9 @@ def test_in_and_out_again(network: dict, axes: int, tmp_path: Path, capsys) -> N
     told = capsys.readouterr().out
     assert "with a projection head" in told and "not used" not in told and f"taken:    {len(state)} tensors" in told
 
-    arrays, _ = checkpoints.read_variables(tmp_path / "in" / "checkpoints")
+    saved = checkpoints.Checkpoints(tmp_path / "in" / "checkpoints", read_only=True)
+    arrays = saved.read(0)
+    saved.close()
     params = {
         f"linear{index}": {leaf: arrays[f"params.projection.linear{index}.{leaf}"] for leaf in ("kernel", "bias")}
         for index in (0, 1)

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from jaxuda.errors import UserError
 from jaxuda.interop import load_torch, pickles, read_tensors
 from jaxuda.interop.tensor_files import pth_bytes, safetensors_bytes
-from jaxuda.interop.torch_checkpoint import LAYOUTS, to_torch, torch_name
+from jaxuda.interop.torch_checkpoint import to_torch
 from jaxuda.models.deeplab import DeepLabV2
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -40,7 +40,7 @@ ARRAYS = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array([1, -
 
 def tiny_state() -> dict[str, np.ndarray]:
     shapes = flax.traverse_util.flatten_dict(jax.eval_shape(TINY.init, jax.random.key(0), np.zeros((1, 32, 32, 3))))
-    names = {torch_name(path, TINY, LAYOUTS["one_level"]): leaf.shape for path, leaf in shapes.items()}
+    names = {TINY.torch_layouts()["one_level"].name(path): leaf.shape for path, leaf in shapes.items()}
     return state_dict([[name, to_torch(np.empty(shape)).shape] for name, shape in names.items()])
 
 

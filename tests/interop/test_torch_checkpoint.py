@@ -6,7 +6,7 @@ from golden_weights import golden_keys, random_variables, state_dict
 
 from jaxuda.errors import UserError
 from jaxuda.interop import load_torch
-from jaxuda.interop.torch_checkpoint import LAYOUTS, from_torch, to_torch, torch_name
+from jaxuda.interop.torch_checkpoint import from_torch, to_torch
 from jaxuda.models.deeplab import DeepLabV2
 
 SMALL = DeepLabV2(3, backbone="resnet18", width=8, dilated=False)
@@ -16,7 +16,7 @@ def small_state():
     """A torch state dict of SMALL, made by running the names backwards."""
     variables = random_variables(SMALL, np.zeros((1, 32, 32, 3), np.float32))
     flat = flax.traverse_util.flatten_dict(variables)
-    names = {path: torch_name(path, SMALL, LAYOUTS["one_level"]) for path in flat}
+    names = {path: SMALL.torch_layouts()["one_level"].name(path) for path in flat}
     return variables, {names[path]: to_torch(np.asarray(leaf)) for path, leaf in flat.items()}
 
 
@@ -31,7 +31,7 @@ def test_every_key_of_a_published_network_has_its_place():
     keys = golden_keys("model_sdca_r101")
     model = DeepLabV2(19, variant="torchvision", norm="frozen", norm_eps=0.0)
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
-    names = [torch_name(path, model, LAYOUTS["split"]) for path in flax.traverse_util.flatten_dict(shapes)]
+    names = [model.torch_layouts()["split"].name(path) for path in flax.traverse_util.flatten_dict(shapes)]
     expected = [f"{part}.{key}" for part, pairs in keys.items() for key, _ in pairs]
     assert sorted(names) == sorted(expected)
 
@@ -56,7 +56,7 @@ def test_wrong_number_of_classes_shows_torch_shapes():
 
 
 def test_unknown_checkpoint_is_refused():
-    with pytest.raises(UserError, match="no pixel classifier"):
+    with pytest.raises(UserError, match="no DeepLabV2 that is known"):
         load_torch({"encoder.weight": np.zeros(3)}, SMALL)
 
 

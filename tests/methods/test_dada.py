@@ -13,7 +13,7 @@ from trajectories import by_torch_name, run
 from updates import begin
 
 from jaxuda.errors import UserError
-from jaxuda.interop.torch_checkpoint import LAYOUTS, load_torch, to_torch, torch_name
+from jaxuda.interop.torch_checkpoint import load_torch, to_torch
 from jaxuda.methods import dada
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.discriminator import FCDiscriminator
@@ -66,7 +66,7 @@ def _run(config: ConfigDict, steps: int = 5) -> tuple[list[TrainState], list[dic
 
 
 def _disc_name(path: tuple[str, ...]) -> str:
-    return torch_name(path, DISCRIMINATOR, LAYOUTS["two_level"])
+    return DISCRIMINATOR.torch_layouts()["sequential"].name(path)
 
 
 def _tensors(state: TrainState) -> dict[str, np.ndarray]:

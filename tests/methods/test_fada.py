@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from jaxuda.losses.adversarial import SOURCE, TARGET
 from jaxuda.methods import fada
-from jaxuda.models.deeplab import DeepLabV2, Outputs
+from jaxuda.models import Outputs
+from jaxuda.models.deeplab import DeepLabV2
 
 MODEL = DeepLabV2(3, "resnet18", "torchvision", width=4)
 CONFIG = ConfigDict({"discriminator_width": 4, "align_corners": True, "temperature": 1.8})
@@ -33,7 +34,7 @@ def term(name: str, player, ours, theirs, our_logits, their_logits) -> jax.Array
     )
     player, seen = (stop(player), features) if name == "adv" else (player, stop(features))
     domain = TARGET if name == "d_target" else SOURCE
-    outputs, images = Outputs(logits, None, features, None), jnp.zeros((2, 32, 48, 3))
+    outputs, images = Outputs(logits, features), jnp.zeros((2, 32, 48, 3))
     return fada.discriminate(player, seen, outputs, images, domain, MODEL, CONFIG, None)
 
 

@@ -10,7 +10,7 @@ from golden_weights import golden, golden_keys, state_dict
 from ml_collections import ConfigDict
 from trajectories import by_torch_name, run
 
-from jaxuda.interop.torch_checkpoint import LAYOUTS, load_torch, to_torch, torch_name
+from jaxuda.interop.torch_checkpoint import load_torch, to_torch
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.discriminator import FCDiscriminator
 from jaxuda.training.state import TrainState
@@ -79,7 +79,7 @@ def _check_discriminators(arrays: dict, run: str, states: list, metrics: list) -
 
     def tensors(state: TrainState) -> dict[str, np.ndarray]:
         return {
-            f"d_{level}.{torch_name(path, FCDiscriminator(), LAYOUTS['two_level'])}": np.asarray(leaf)
+            f"d_{level}.{FCDiscriminator().torch_layouts()['sequential'].name(path)}": np.asarray(leaf)
             for level, player in state.params["discriminator"].items()
             for path, leaf in flax.traverse_util.flatten_dict({"params": player}).items()
         }

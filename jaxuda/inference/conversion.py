@@ -1,0 +1,214 @@
+"""Networks between torch's files and folders like those of finished stages. Nothing in a file is run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxuda import files
+from jaxuda.errors import UserError
+from jaxuda.inference.restore import evaluated_network, stage_config
+from jaxuda.interop import read_tensors, save_torch
+from jaxuda.interop.torch_checkpoint import (
+    Match,
+    as_variables,
+    clean,
+    match_backbone,
+    match_network,
+    match_projection,
+    projection_state,
+    published_layout,
+    raise_problems,
+    torch_layouts,
+)
+from jaxuda.models import abstract_variables, load_family, make_model, make_saved_model, output_shapes
+from jaxuda.training import checkpoints, weights
+
+PyTree = Any
+Say = Callable[[str], None]
+
+
+def import_imagenet(
+    path: Path, network: str, data_dir: str = "", model: nn.Module | None = None, say: Say = print
+) -> Path:
+    """Converts ImageNet weights to where `init="imagenet"` looks for them.
+
+    Args:
+      path: a .pth or .safetensors file with the backbone of `network`; a classifier in it is left out.
+      network: one of `weights.IMAGENET`.
+      data_dir: as in a config.
+      model: the network, where it is a reduced one.
+      say: told what is in the file, and what was taken from it.
+
+    Returns:
+      The folder written.
+
+    Raises:
+      UserError: the file is refused or damaged, is of another network, or the folder is taken.
+    """
+    public = weights.published(network)
+    fields = {"name": public.family, **public.fields}
+    model = model or make_model(fields, 1)
+    folder = weights.imagenet_folder(network, data_dir)
+    source, state = _read(path, say)
+    if problem := load_family(fields).imagenet_problem(network, source["sha256"], source["names"]):
+        raise UserError(f"{path} {problem}")
+    match = match_backbone(state, model)
+    raise_problems(match._replace(unused=[]), model)
+    _account(match, say)
+    identity = {"imagenet": network, "model": dict(public.fields)}
+    _write(folder, as_variables(match.leaves), identity, source, say)
+    say(f'configs with init="imagenet" and this network find it there ({network})')
+    return folder
+
+
+def import_checkpoint(path: Path, stage: ConfigDict, num_classes: int, folder: Path, say: Say = print) -> None:
+    """Converts a published checkpoint of a whole network to a folder like that of a finished stage.
+
+    Args:
+      path: a .pth or .safetensors file.
+      stage: the resolved settings of the training stage that the checkpoint could be of.
+      num_classes: of its label space.
+      folder: where to.
+      say: told what is in the file, and what was taken from it.
+
+    Raises:
+      UserError: the file is refused or damaged, is of another network, or the folder is taken.
+    """
+    model = make_model(stage.model, num_classes)
+    source, state = _read(path, say)
+    match, layout = match_network(state, model)
+    raise_problems(match._replace(unused=[]), model)
+    variables, projection = as_variables(match.leaves), {}
+    if stage.get("projection", "none") == "mlp":
+        channels = output_shapes(model, stage.evaluation.size[::-1]).features.shape[-1]
+        projection, taken = match_projection(state, channels)
+        match = match._replace(unused=[name for name in match.unused if name not in taken])
+        say(f"{'with' if taken else 'without'} a projection head")
+    _account(match, say, more=len(projection))
+    if order := torch_layouts(model)[layout].order:
+        variables = _reordered(variables, model, np.argsort(order))
+        say(f"its classes were brought from the order of '{layout}' to ours")
+    identity = json.loads(stage.to_json())
+    identity["evaluation"]["network"] = checkpoints.STUDENT  # whatever else the method has, the file holds one network
+    _write(folder, variables, identity, source, say, projection)
+
+
+def export(folder: Path, path: Path, layout: str = "", say: Say = print) -> None:
+    """Writes the last checkpoint of a stage as a torch file: the network that was evaluated.
+
+    Args:
+      folder: of a training stage, or what `import_checkpoint` wrote.
+      path: FILE.pth or FILE.safetensors.
+      layout: one of the network's; "" for that of the published network that is most like it.
+      say: told what was written.
+
+    Raises:
+      UserError: there is no such stage, the file cannot be written, or as for `restore`.
+    """
+    config = stage_config(str(folder))
+    arrays, step = checkpoints.read_variables(folder / "checkpoints", network=evaluated_network(config))
+    model = make_saved_model(config.model, arrays, str(folder))
+    variables = checkpoints.unflatten(arrays, abstract_variables(model, config.evaluation.size), str(folder))
+    layout = layout or published_layout(model)
+    if layout in torch_layouts(model) and (order := torch_layouts(model)[layout].order):
+        variables = _reordered(variables, model, np.array(order))
+        say(f"its classes were brought to the order of '{layout}'")
+    head = _projection(folder / "checkpoints", step, say) if config.get("projection", "none") != "none" else {}
+    save_torch(variables, model, path, layout, head)
+    say(f"{path}: step {step} of {folder}, named as in the layout '{layout}'; torch.load(..., weights_only=True)")
+
+
+def _read(path: Path, say: Say) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What the file is, and its tensors by clean names."""
+    tensors = read_tensors(path)
+    source = {"file": path.name, "sha256": files.sha256(path), "names": list(tensors)}
+    size = sum(array.nbytes for array in tensors.values()) / 2**20
+    say(f"{path}: {len(tensors)} tensors, {size:.1f} MiB, SHA-256 {source['sha256'][:16]}...")
+    return source, clean(tensors)
+
+
+def _account(match: Match, say: Say, more: int = 0) -> None:
+    """Tells where every entry went; `more` are taken beside those of the network."""
+    say(f"taken:    {len(match.leaves) + more} tensors")
+    if match.unused:
+        say(f"not used: {len(match.unused)}: {', '.join(match.unused)}")
+    say("missing:  none")
+
+
+def _write(
+    folder: Path,
+    variables: PyTree,
+    identity: dict[str, Any],
+    source: dict[str, Any],
+    say: Say,
+    projection: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """A folder like that of a finished stage, whole or not there; with the parameters of a projection head, if any."""
+    players = {"projection": flax.traverse_util.unflatten_dict(projection, sep=".")} if projection else {}
+    flat = flax.traverse_util.flatten_dict(jax.device_get({**variables, **players}), sep=".")
+    checksum = _checksum(flat)
+    if (record := files.read_json(folder / "stage.json")) is not None:
+        if record.get("weights") == checksum and record["identity"] == identity:
+            say(f"already converted: {folder}")
+            return
+        raise UserError(f"{folder} holds other weights ({record['name']}): remove it, or choose another place")
+    aside = folder.with_name(f".{folder.name}.converting")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        saved = checkpoints.Checkpoints(aside / "checkpoints")
+        params = {"model": variables["params"], **players}
+        state = {"params": params, "batch_stats": variables.get("batch_stats", {})}
+        saved.save(0, jax.device_get(state))
+        saved.close()
+        origin = {"file": source["file"], "sha256": source["sha256"]}
+        record = {"name": source["file"], "status": "done", "fingerprint": checksum, "weights": checksum}
+        files.write_json(aside / "stage.json", record | {"origin": origin, "identity": identity})
+        os.replace(aside, folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    say(f"written:  {folder}")
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """Of names, shapes and numbers; the same wherever and whenever a file is converted."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        total.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        total.update(array.data)
+    return total.hexdigest()
+
+
+def _projection(folder: Path, step: int, say: Say) -> dict[str, np.ndarray]:
+    """The projection head in a checkpoint by its torch names; empty if it has none, or one that no file has."""
+    saved, prefix = checkpoints.Checkpoints(folder, read_only=True), "params.projection."
+    arrays = {name: array for name, array in saved.read(step).items() if name.startswith(prefix)}
+    saved.close()
+    state = projection_state({name.removeprefix(prefix): array for name, array in arrays.items()}) if arrays else {}
+    if state is None:
+        say("its projection head is left out: only the kind 'mlp' was ever published")
+    return state or {}
+
+
+def _reordered(variables: PyTree, model: nn.Module, order: np.ndarray) -> PyTree:
+    """Class i of the new classifiers is class order[i] of the old ones."""
+    params = {
+        part: jax.tree.map(lambda x: np.asarray(x)[..., order], tree) if part in model.CLASSIFIERS else tree
+        for part, tree in variables["params"].items()
+    }
+    return {**variables, "params": params}
