@@ -44,7 +44,7 @@ def start(
       UserError: that checkpoint is gone or of another network, or the method cannot start.
     """
     model_key, method_key = jax.random.split(jax.random.key(task.config.seed))
-    images = jnp.zeros((1, *jax.tree.leaves(batch)[0].shape[1:]), jnp.float32)
+    images = jnp.zeros((1, *batch["source"]["image"].shape[1:]), jnp.float32)
     variables = jax.device_get(jax.jit(partial(model.init, train=False))(model_key, images))
     zeros = to_float(jax.tree.map(jnp.zeros_like, batch), task.config.preprocess)
     begin = partial(method_start, method, method_key, model, zeros, task.config, task.artifacts, task.weights)
