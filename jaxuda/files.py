@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: atomic writes, checksums, and the lock on a work folder."""
+"""Files that are either complete or missing: atomic writes, checksums, and the lock of a work folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxuda.errors import UserError
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replaces `path` in one step: readers see the old content or all of the new."""
+    """Replaces `path` in one step: readers see either the old content or the whole new content."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as file:
@@ -29,14 +29,14 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file `name` in a folder; raises UserError where a name out of a dataset would lead anywhere else."""
+    """The file `name` in a folder; raises UserError if a name from a dataset would lead anywhere else."""
     if not name or name.startswith(".") or set(name) & set("/\\\0") or len(name.encode(errors="replace")) > 240:
         raise UserError(f"{ascii(name)[:200]} cannot be the name of a file in {folder}: give the image another name")
     return folder / name
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Removes what killed runs left of `write_bytes` anywhere in a folder that nobody else writes to."""
+    """Removes the temporary files of killed runs from a folder to which no other process writes."""
     for aside in folder.rglob(".*.tmp"):
         aside.unlink(missing_ok=True)
 
@@ -72,7 +72,7 @@ def write_json_lines(path: Path, rows: list[dict]) -> None:
 
 
 def append_json_line(path: Path, row: dict) -> None:
-    """One more line; it begins a line of its own even where a killed run has left half of one."""
+    """Appends one line; it starts on a new line even if a killed run left an unfinished one."""
     with open(path, "ab+") as file:
         start = b"\n" if file.tell() and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n" else b""
         file.write(start + json.dumps(row).encode() + b"\n")
@@ -85,17 +85,17 @@ def sha256(path: Path) -> str:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """Relative path -> checksum of every file in a folder; empty if there is no such folder."""
+    """Relative path -> checksum of every file in a folder; empty if the folder does not exist."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): sha256(path) for path in found}
 
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Holds a work folder for this process; the system lets go of it however the process ends.
+    """Locks a work folder for this process; the system releases the lock when the process ends for any reason.
 
     Raises:
-      UserError: another process holds it (its pid and host are named), or the folder cannot be written.
+      UserError: another process holds the lock (its pid and host are named), or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,13 +15,13 @@ def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int
     """Counts (C, C) int32: row = label, column = prediction.
 
     Args:
-      labels: integers of any shape; everything outside 0..C-1 (255 above all) is ignored.
+      labels: integers of any shape; values outside 0..C-1 (usually 255) are ignored.
       predictions: integers 0..C-1 of the same shape.
       num_classes: C.
     """
     labels, predictions = labels.astype(jnp.int32).ravel(), predictions.astype(jnp.int32).ravel()
     valid = (labels >= 0) & (labels < num_classes)
-    # Ignored pixels fall into one further bin that is cut off.
+    # Ignored pixels are counted in one extra bin, which is dropped.
     cell = jnp.where(valid, labels * num_classes + predictions, num_classes**2)
     return jnp.bincount(cell, length=num_classes**2 + 1)[:-1].reshape(num_classes, num_classes)
 
@@ -44,7 +44,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def pixel_accuracy(confusion: np.ndarray) -> float:
-    """Share of the labelled pixels that are predicted right, 0..1."""
+    """Share of the labelled pixels that are predicted correctly, 0..1."""
     total = np.sum(confusion)
     return float(np.trace(confusion) / total) if total else float("nan")
 

@@ -1,12 +1,12 @@
-"""Devices and processes: one train step on all of them. The only file that knows about pmap.
+"""Devices and processes: one train step on all of them. Only this file uses pmap.
 
-A training state lives once per device (leading axis = device), a batch is cut along its first axis. With a
-single device nothing is stacked and the step is plainly jitted.
+Each device has a copy of the training state (leading axis = device); a batch is split along its first axis. With a
+single device nothing is stacked, and the step is compiled by plain jit.
 
-Several processes each hold their own devices and run the same program in the same order. A list of devices is always
-of this process; the others have as many. Everything on disk is written by the first process (`on_first`) in a folder
-that all can read; what they tell each other beside gradients (`exchange`) goes through the service that brought them
-together, which may wait for hours where a collective of the devices would give up.
+Each of several processes has its own devices and runs the same program in the same order. A list of devices always
+means those of this process; the other processes have the same number. The first process writes all files (`on_first`),
+to a folder that all can read. All data but gradients is exchanged (`exchange`) through the coordination service of
+JAX, which can wait for hours; a collective of the devices would time out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # jax offers the service that processes meet at nowhere else
+from jax._src import distributed  # the coordination service has no public interface in jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -27,42 +27,42 @@ from jaxuda.errors import UserError
 
 PyTree = Any
 AXIS = "device"
-PATIENCE = 7 * 24 * 3600 * 1000  # milliseconds that processes wait for each other; one that dies ends the others
-_exchanges = itertools.count()  # what processes tell each other is named by its number, the same in all of them
+PATIENCE = 7 * 24 * 3600 * 1000  # milliseconds that processes wait for each other; if one dies, the others end
+_exchanges = itertools.count()  # numbers of the exchanges, the same in all processes; they name the exchanged values
 
 
 def start_processes(coordinator: str = "", count: int = 0, index: int | None = None) -> None:
-    """Brings this process together with the others of the run; to be called before JAX looks for devices.
+    """Connects this process with the others of the run; call it before JAX looks for devices.
 
     Args:
-      coordinator: "host:port" of the first process; "" (and 0, None): as the cluster says (Slurm, Open MPI, TPU).
-      count: of processes.
-      index: of this one, from 0.
+      coordinator: "host:port" of the first process; "" (with 0, None): ask the cluster (Slurm, Open MPI, TPU).
+      count: number of processes.
+      index: index of this process, from 0.
 
     Raises:
-      UserError: there is no such cluster, some of the three are missing, or the others cannot be reached.
+      UserError: no cluster was found, only some of the three are given, or the other processes cannot be reached.
     """
     given = [bool(coordinator), bool(count), index is not None]
     if any(given) and not all(given):
         raise UserError(
             "--coordinator HOST:PORT, --processes N and --process K belong together: give all three or none"
         )
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
+    jax.config.update("jax_enable_preemption_service", False)  # it would replace our handler of SIGTERM
     try:
         if all(given):
-            # The cluster would give each process one device; who names the processes names the devices too.
+            # A detected cluster would give each process one device; here the user chooses the devices too.
             jax.distributed.initialize(coordinator, count, index, cluster_detection_method="deactivate")
         else:
             jax.distributed.initialize()
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"the processes of this run could not meet ({error}): start them with srun or mpirun, or give each "
+            f"the processes of this run could not connect ({error}): start them with srun or mpirun, or give each "
             "--coordinator HOST:PORT --processes N --process K"
         ) from error
 
 
 def is_first() -> bool:
-    """Whether this process writes and talks. Without other processes it is; no device is touched then."""
+    """Whether this process writes files and messages. Always true for a single process; no device is touched then."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
@@ -73,13 +73,13 @@ def exchange(value: Any) -> list[Any]:
     client, number, mine = distributed.global_state.client, next(_exchanges), jax.process_index()
     client.key_value_set(f"jaxuda/{number}/{mine}", json.dumps(value))
     told = [client.blocking_key_value_get(f"jaxuda/{number}/{k}", PATIENCE) for k in range(jax.process_count())]
-    # All are here, so that all have read what was told before.
+    # All processes have arrived here, so all have read the values of the exchange before.
     client.key_value_delete(f"jaxuda/{number - 1}/{mine}")
     return [json.loads(text) for text in told]
 
 
 def on_first(work: Callable[[], Any]) -> Any:
-    """What `work` (plain JSON) returns in the first process, for all, which wait for it.
+    """Runs `work` in the first process and returns its result (plain JSON) in all; the others wait for it.
 
     Raises:
       UserError: in all processes, if `work` raised one in the first.
@@ -102,29 +102,29 @@ def on_first(work: Callable[[], Any]) -> Any:
 
 
 def from_first(tree: PyTree) -> PyTree:
-    """A host pytree as the first process has it; the others bring one with the same shapes and types."""
+    """The first process's host pytree, in all processes; the others pass one with the same shapes and dtypes."""
     if jax.process_count() == 1:
         return tree
-    exchange(None)  # the devices would not wait for long
+    exchange(None)  # wait here: a collective of the devices would time out
     return multihost_utils.broadcast_one_to_all(tree)
 
 
 def choose_devices(
     batch: int, requested: int = 0, platform: str = "", field: str = "the stage's field `batch`"
 ) -> list[jax.Device]:
-    """The devices of this process that its part of a global batch of `batch` is spread over.
+    """The devices of this process that compute its part of the global batch.
 
     Args:
       batch: examples per step, all devices of all processes together.
-      requested: how many devices the user asked for (`config.devices`), of each process; 0 = the largest number that
-        divides.
+      requested: how many devices of each process the user asked for (`config.devices`); 0 = the largest number that
+        divides the batch.
       platform: "gpu" or "cpu" if the user insists (`config.platform`), "" for whatever JAX finds.
-      field: what the messages call the field that `batch` comes from.
+      field: how messages name the field that `batch` comes from.
 
     Raises:
       UserError: JAX runs on another platform, or `requested` is too many or does not divide the batch.
     """
-    # All processes must choose the same number, whatever they have.
+    # All processes must choose the same number, however many devices they have.
     processes = jax.process_count()
     devices = jax.local_devices()[: min(len(jax.local_devices(process_index=k)) for k in range(processes))]
     found = devices[0].platform
@@ -134,7 +134,7 @@ def choose_devices(
             f"(for NVIDIA: pip install 'jax[cuda13]') and check the driver, or set --config.platform={found}"
         )
     if requested > len(devices):
-        raise UserError(f"config.devices={requested}, but only {len(devices)} {found} device(s) are here")
+        raise UserError(f"config.devices={requested}, but there are only {len(devices)} {found} device(s)")
     if batch % processes:
         raise UserError(f"a batch of {batch} does not divide over {processes} processes: change {field}")
     batch //= processes
@@ -151,9 +151,9 @@ def choose_devices(
 def compile_step(step: Callable, devices: list[jax.Device]) -> Callable:
     """`step(state, constants, seed, batch, axis_name=...) -> (state, metrics)` compiled for `devices`.
 
-    The state is donated. The compiled function takes and gives states as `replicate` makes them, takes constants
-    likewise and batches as `shard` makes them, and gives metrics with a leading device axis when there are several
-    devices. The seed is a plain number, an argument, so that runs of several seeds share a program.
+    The state is donated. The compiled function takes state and constants as `replicate` makes them and a batch as
+    `shard` makes it. It returns the new state in the same form, and metrics, with a leading device axis if there are
+    several devices. The seed is an argument, a plain number, so that runs of several seeds share a program.
     """
     if not _stacked(devices):
         return jax.jit(partial(step, axis_name=None), donate_argnums=0)
@@ -163,13 +163,13 @@ def compile_step(step: Callable, devices: list[jax.Device]) -> Callable:
     )
     if devices[0].platform != "cpu":
         return compiled
-    # Steps that queue up on fake CPU devices share one thread pool, where their collectives can wait for each
-    # other for ever.
+    # Steps that are queued on simulated CPU devices share one thread pool, where their collectives can wait for
+    # each other forever.
     return lambda *arguments: jax.block_until_ready(compiled(*arguments))
 
 
 def _stacked(devices: list[jax.Device]) -> bool:
-    """Whether arrays of a step have a leading device axis."""
+    """Whether the arrays of a step have a leading device axis."""
     return len(devices) > 1 or jax.process_count() > 1
 
 
@@ -185,13 +185,13 @@ def first(tree: PyTree, devices: list[jax.Device]) -> PyTree:
     """The inverse of `replicate`, as host arrays: what the first device holds (all hold the same)."""
     if not _stacked(devices):
         return jax.device_get(tree)
-    # Not x[0]: indexing would be a computation of all devices for every array.
+    # Not x[0]: indexing would run a computation on all devices for every array.
     return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[0], tree)
 
 
 def shard(batch: PyTree, devices: list[jax.Device]) -> PyTree:
     """This process's host batch on the devices for `compile_step`: (N, ...) becomes (devices, N / devices, ...) if
-    several."""
+    there are several."""
     if not _stacked(devices):
         return jax.device_put(batch, devices[0])
     cut = jax.tree.map(lambda x: x.reshape(len(devices), x.shape[0] // len(devices), *x.shape[1:]), batch)
@@ -203,12 +203,12 @@ def _sharding(devices: list[jax.Device]) -> NamedSharding:
 
 
 def spread(batch: PyTree, devices: list[jax.Device]) -> PyTree:
-    """A host batch cut over `devices` for plainly jitted code, whose work then follows the data."""
+    """A host batch split over `devices`, for plain jit, which computes on the devices that hold the data."""
     return jax.device_put(batch, _sharding(devices))
 
 
 def everywhere(tree: PyTree, devices: list[jax.Device]) -> PyTree:
-    """A host pytree whole on each of `devices`, to be used beside `spread` batches."""
+    """A copy of a host pytree on each of `devices`, for use with `spread` batches."""
     return jax.device_put(tree, NamedSharding(Mesh(np.asarray(devices), (AXIS,)), PartitionSpec()))
 
 

@@ -74,7 +74,7 @@ def test_damage_is_found(saved: Checkpoints, state: TrainState, tmp_path: Path, 
 
 def test_nothing_whole(saved: Checkpoints, state: TrainState, tmp_path: Path) -> None:
     assert saved.newest() is None
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no valid checkpoint"):
         read_variables(tmp_path)
     with pytest.raises(UserError, match="its stage has not run"):
         read_variables(tmp_path / "missing")
@@ -90,7 +90,7 @@ def test_variables_of_the_model_alone(saved: Checkpoints, state: TrainState, tmp
 def test_other_network_is_named(state: TrainState) -> None:
     with pytest.raises(UserError, match=r"here: 'b' has shape \(2,\), this network needs \(3,\)"):
         unflatten({"b": np.zeros(2)}, {"b": np.zeros(3)}, "here")
-    with pytest.raises(UserError, match="here holds no 'b'"):
+    with pytest.raises(UserError, match="here has no 'b'"):
         unflatten({}, {"b": np.zeros(3)}, "here")
 
 
@@ -103,6 +103,6 @@ def test_full_disk_while_writing(saved: Checkpoints, state: TrainState, tmp_path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(saved._manager, "save", fail)
-    with pytest.raises(UserError, match="make room"):
+    with pytest.raises(UserError, match="free some space"):
         saved.save(2, state)
     assert saved.newest() == 1

@@ -183,7 +183,7 @@ def test_eval_of_every_checkpoint_and_of_ensembles(finished: Path, data: dict, t
     for checkpoint, more, complaint in (
         (f"{adapt},{source}", "--config.test.weights=(1.0,)", "has 1 weights, but --checkpoint names 2"),
         (f"{adapt}:all,{source}", "", "is no ensemble"),
-        (f"{adapt}:5000", "", "it is not there"),
+        (f"{adapt}:5000", "", "it does not exist"),
         (
             f"{adapt}",
             "--config.label_space=cityscapes19",
@@ -266,7 +266,7 @@ def test_damaged_checkpoint_is_reported_and_the_one_before_used(finished: Path, 
     file.write_bytes(content)
     assert main(["jaxuda", *tiny.arguments("minent", workdir=workdir, **data)]) == 0
     told = capsys.readouterr().out
-    assert "6 is left out: the content of" in told and "oracle: continues from step 4" in told
+    assert "6 is skipped: the content of" in told and "oracle: continues from step 4" in told
     assert_same_states(workdir, finished)
 
 
@@ -291,7 +291,7 @@ def test_full_disk_loses_nothing(finished: Path, data: dict, tmp_path, capsys, m
     words = ["jaxuda", *tiny.arguments("minent", workdir=workdir, **data)]
     assert main(words) == MISTAKE
     message = capsys.readouterr().err
-    assert "cannot save the checkpoint of step 4" in message and "make room" in message
+    assert "cannot save the checkpoint of step 4" in message and "free some space" in message
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", usage)
     assert main(words) == 0
     assert "source_only: continues from step 3" in capsys.readouterr().out
@@ -360,7 +360,7 @@ def test_damage_in_a_finished_stage_is_found(finished: Path, data: dict, tmp_pat
     shutil.copytree(finished, workdir)
     words = ["jaxuda", *tiny.arguments("minent", workdir=workdir, **data)]
     (workdir / "source_only" / "checkpoints" / "6" / "default" / "_METADATA").write_text("{")
-    with pytest.raises(UserError, match=r"the last checkpoint .* is damaged or gone \(that of step 4 is there\)"):
+    with pytest.raises(UserError, match=r"last checkpoint .* is damaged or missing \(found that of step 4 instead\)"):
         checkpoints.read_variables(workdir / "source_only" / "checkpoints")
     shutil.rmtree(workdir / "adapt")
     assert main(words) == MISTAKE

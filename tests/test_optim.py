@@ -85,7 +85,7 @@ def test_each_group_moves_as_its_settings_say() -> None:
 
 def test_an_unknown_group_is_named() -> None:
     params = {"projection": {"kernel": jnp.zeros(())}}
-    with pytest.raises(UserError, match=r"projection\.kernel is of the group 'projection'.*it has: stem, block"):
+    with pytest.raises(UserError, match=r"projection\.kernel is in the group 'projection'.*it has: stem, block"):
         make_optimizer(Settings(), DeepLabV2(3)).init(params)
 
 

@@ -1,1 +1,1 @@
-"""Losses: pure functions of arrays, each with the value over all devices of `axis_name`."""
+"""Losses: pure functions of arrays. Each returns the value over all devices of `axis_name`."""

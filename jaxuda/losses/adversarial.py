@@ -24,12 +24,12 @@ def domain_bce(logits: jax.Array, domain: int, *, axis_name: str | None = None) 
 
 
 def class_domain_ce(logits: jax.Array, probs: jax.Array, domain: int, *, axis_name: str | None = None) -> jax.Array:
-    """Cross-entropy of logits over the classes of both domains against soft labels in one (FADA, equations 4 to 7).
+    """Cross-entropy over the classes of both domains, with soft labels in one domain (FADA, equations 4 to 7).
 
     Args:
       logits: (..., 2C) float: the C source classes, then the C target classes.
       probs: (..., C), the soft labels; they need not sum to 1.
-      domain: 0 = source, 1 = target: where the soft labels stand; the other domain's are 0.
+      domain: 0 = source, 1 = target: the domain of the soft labels; those of the other domain are 0.
       axis_name: device axis over which the mean is taken.
 
     Returns:
@@ -40,6 +40,6 @@ def class_domain_ce(logits: jax.Array, probs: jax.Array, domain: int, *, axis_na
     """
     classes = probs.shape[-1]
     if logits.shape != (*probs.shape[:-1], 2 * classes):
-        raise ValueError(f"logits {logits.shape} do not have two channels for each of the soft labels' {probs.shape}")
+        raise ValueError(f"logits {logits.shape} must have twice as many channels as the soft labels {probs.shape}")
     log_probs = jax.nn.log_softmax(logits)[..., domain * classes : (domain + 1) * classes]
     return masked_mean(-jnp.sum(probs * log_probs, axis=-1), axis_name=axis_name)

@@ -1,12 +1,12 @@
 """Cycle association of pixels between two images, and the smoothness that goes with it.
 
 Kang et al., Pixel-Level Cycle Association: A New Perspective for Domain Adaptive Semantic Segmentation, NeurIPS
-2020. A source pixel i goes to the target pixel j* it resembles most, and that one back to the source pixel i* it
-resembles most; where the cycle ends in the class it started in, both steps are made more likely.
+2020. A source pixel i goes to its most similar target pixel j*, and j* goes back to its most similar source pixel i*.
+Where the cycle ends in the class in which it started, the loss makes both steps more likely.
 
-The similarities of all L source with all L target pixels never exist: they are computed in blocks of columns, reduced,
-and computed again, tile by tile, in the gradient. Memory grows with L * block. A block's columns are complete in it;
-rows are pieced together over the blocks.
+The matrix of similarities of all L source pixels with all L target pixels is never stored: it is computed in blocks of
+columns, reduced, and computed again, tile by tile, in the gradient. Memory grows with L * block. A block holds whole
+columns; the values of rows are accumulated over the blocks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HIGHEST = lax.Precision.HIGHEST
 
 
 class Cycle(NamedTuple):
-    """Where each source position goes and comes back to; L_s and L_t count positions row by row.
+    """The cycle of each source position; positions are numbered row by row, 0..L_s-1 and 0..L_t-1.
 
     target: (N, L_s) int32, j*(i), in 0..L_t-1.
     source: (N, L_s) int32, i*(j*(i)), in 0..L_s-1.
@@ -55,7 +55,7 @@ def cycle_association(
 
     A position is positive if it is labelled and its cycle ends in its own class. Image n of the source is associated
     with image n of the target, after aggregation of the target (`aggregate`). See `cycle` for a and b. The published
-    loss is clamped at 100, which it cannot reach: a and b are largest entries of softmax rows.
+    loss is clamped at 100, which it cannot reach, since a and b are the largest entries of softmax rows.
 
     Args:
       source: (N, h, w, A) float features, or probabilities with "kl"; (P, A) for a single pair.
@@ -64,7 +64,7 @@ def cycle_association(
       metric: "cosine", or "kl" between class distributions.
       aggregation: share of the aggregated map in the target, 0..1.
       axis_name: device axis over which the mean is taken.
-      block: columns of similarities that exist at a time.
+      block: number of columns of similarities that are held at a time.
 
     Returns:
       Scalar; 0 if no position is positive.
@@ -83,7 +83,7 @@ def cycle_association(
 
 
 def positive(found: Cycle, labels: jax.Array) -> jax.Array:
-    """(N, L_s) bool: which cycles end in the class they started in; `labels` (N, L_s) int32, 255 = ignore."""
+    """(N, L_s) bool: which cycles end in the class in which they start; `labels` (N, L_s) int32, 255 = ignore."""
     return (labels != IGNORE) & (jnp.take_along_axis(labels, found.source, axis=1) == labels)
 
 
@@ -93,9 +93,9 @@ def cycle(
     """Follows every source position to the target and back.
 
     a(i, .) is the softmax over target positions of row i of the similarities, contrast-normalised: the row's mean is
-    taken off and it is divided by its standard deviation, both constants in the gradient. b(j, .) is the same from
-    target position j over source positions; with "kl", which is not symmetric, from -KL(q_j || p_i). Of equal
-    similarities the first counts.
+    subtracted, and the row is divided by its standard deviation; both are constants in the gradient. b(j, .) is the
+    same from target position j over source positions; with "kl", which is not symmetric, it uses -KL(q_j || p_i). Of
+    equal similarities the first is taken.
 
     Args and errors as for `cycle_association`.
     """
@@ -104,10 +104,10 @@ def cycle(
     if source.ndim != target.ndim or source.ndim not in (2, 4) or source.shape[-1] != target.shape[-1]:
         raise UserError(
             f"source map {source.shape} and target map {target.shape} cannot be associated: both must be (N, h, w, A) "
-            "or (P, A), with equally many channels"
+            "or (P, A), with the same number of channels"
         )
     if source.ndim == 4 and len(source) != len(target):
-        raise UserError(f"source map {source.shape} and target map {target.shape} must hold equally many images")
+        raise UserError(f"source map {source.shape} and target map {target.shape} must have the same number of images")
     source, target = _pairs(source), aggregate(_pairs(target), metric, aggregation, block)
 
     def one_pair(source: jax.Array, target: jax.Array) -> Cycle:
@@ -121,13 +121,13 @@ def aggregate(maps: jax.Array, metric: str = "cosine", share: float = 0.5, block
     """Spatial aggregation (1 - share) x + share W x of each image with itself (equation 7).
 
     Row j of W is the softmax over all positions of the similarities of position j, contrast-normalised with "cosine",
-    as they are with "kl".
+    unchanged with "kl".
 
     Args:
       maps: (N, h, w, A) or (N, L, A) float.
       metric: "cosine" or "kl".
       share: 0..1; 0 returns the maps themselves.
-      block: columns of similarities that exist at a time.
+      block: number of columns of similarities that are held at a time.
 
     Returns:
       Like `maps`.
@@ -141,11 +141,11 @@ def aggregate(maps: jax.Array, metric: str = "cosine", share: float = 0.5, block
 def smoothness(logits: jax.Array, threshold: float = 10.0, axis_name: str | None = None) -> jax.Array:
     """Label-smoothing regulariser: with l = -mean_c log p_c, the mean of (l / threshold - 1) l (section 3.4).
 
-    The bracket is constant in the gradient; a threshold of 0 leaves it out.
+    The bracket is constant in the gradient; a threshold of 0 drops it.
 
     Args:
       logits: (..., C) float.
-      threshold: l below it is raised, above it lowered.
+      threshold: the loss raises l below it and lowers l above it.
       axis_name: device axis over which the mean is taken.
 
     Returns:
@@ -166,7 +166,7 @@ def _pairs(maps: jax.Array) -> jax.Array:
 
 
 class _Sides(NamedTuple):
-    """One image in its similarities: its map (L, A), and 1 / length of each row (L,) or, for "kl", its logarithm."""
+    """What similarities need of one image. map: (L, A). other: 1 / length of each row (L,), or log(map) for "kl"."""
 
     map: jax.Array
     other: jax.Array
@@ -176,14 +176,14 @@ def _sides(maps: jax.Array, metric: str) -> _Sides:
     if metric == "kl":
         return _Sides(maps, jnp.log(maps + 1e-10))
     squares, tiny = jnp.sum(jnp.square(maps), axis=-1), jnp.asarray(1e-24, maps.dtype)
-    # Rows of zeros resemble nothing and get no gradient. Scaling the products instead of the maps saves a copy.
+    # Rows of zeros have similarity 0 with all and get no gradient. Scaling the products, not the maps, saves a copy.
     return _Sides(maps, jnp.where(squares > tiny, lax.rsqrt(jnp.maximum(squares, tiny)), 0))
 
 
 def _similarities(rows: _Sides, columns: _Sides, metric: str) -> tuple[jax.Array, jax.Array]:
-    """(P, Q) similarities twice: as seen from the rows, and as seen from the columns.
+    """Similarities (P, Q) twice: for the softmax of each row, and for the softmax of each column.
 
-    Of -KL(p || q) only sum p log q is kept: the rest is constant for the one who looks, and drops out of its softmax.
+    -KL(p || q) is reduced to sum p log q: the rest does not depend on the index that the softmax runs over.
     """
     if metric == "kl":
         return _product(rows.map, columns.other), _product(rows.other, columns.map)
@@ -203,21 +203,21 @@ class _Choice(NamedTuple):
 
 
 class _Softmax(NamedTuple):
-    """What is needed to compute entries of a softmax anew: exp((s - best) * sharpness - surprise); (L,) each."""
+    """What is needed to compute entries of a softmax again: exp((s - best) * sharpness - surprise); each is (L,)."""
 
     best: jax.Array
     sharpness: jax.Array
     surprise: jax.Array
 
     def __call__(self, similarities: jax.Array, axis: int) -> jax.Array:
-        """Probabilities where `axis` of the (P, Q) similarities is the one that sums to 1."""
+        """Probabilities (P, Q) of similarities (P, Q); they sum to 1 over `axis`."""
         best, sharpness, surprise = (jnp.expand_dims(field, axis) for field in self)
         return jnp.exp((similarities - best) * sharpness - surprise)
 
 
 def _sharpness(squares: jax.Array, count: int, best: jax.Array) -> jax.Array:
-    """1 / (unbiased standard deviation + 1e-10) from the sum of `count` centred squares; 0, all are equally likely,
-    where that is rounding."""
+    """1 / (unbiased standard deviation + 1e-10) from the sum of `count` centred squares; 0 (all entries are equally
+    likely) where the deviation is only a rounding error."""
     deviation = jnp.sqrt(squares / max(count - 1, 1))
     noise = 8 * jnp.finfo(best.dtype).eps * (1 + jnp.abs(best))
     return jnp.where(deviation > noise, 1 / (deviation + 1e-10), 0)
@@ -231,7 +231,7 @@ def _first(similarities: jax.Array, best: jax.Array, axis: int) -> jax.Array:
 
 
 def _column_softmax(similarities: jax.Array, normalised: bool) -> _Softmax:
-    """Over the rows of each column, all of which must be there."""
+    """The softmax of each column; `similarities` must hold all rows."""
     best = jnp.max(similarities, axis=0)
     sharpness = jnp.ones_like(best)
     if normalised:
@@ -244,7 +244,7 @@ def _column_softmax(similarities: jax.Array, normalised: bool) -> _Softmax:
 
 
 def _over_blocks(length: int, block: int, body: Callable[[PyTree, Any, int], PyTree], carry: PyTree) -> PyTree:
-    """`carry = body(carry, start, size)` for consecutive blocks of 0..length-1, the last one maybe smaller."""
+    """`carry = body(carry, start, size)` for consecutive blocks of 0..length-1; the last one may be smaller."""
     full = length // block
     if full:
         carry = lax.fori_loop(0, full, lambda k, carry: body(carry, k * block, block), carry)
@@ -278,7 +278,7 @@ def _best_forward(rows: _Sides, columns: _Sides, metric: str, block: int) -> tup
     ints, floats = functools.partial(jnp.zeros, dtype=jnp.int32), functools.partial(jnp.zeros, dtype=dtype)
 
     def both(carry: tuple, start: Any, size: int) -> tuple:
-        """Finishes columns, and carries best, index, mean and centred squares of the rows."""
+        """Finishes the columns of a block; carries best, index, mean and centred squares of the rows."""
         (best, index, mean, squares), down_index, down = carry
         across, upright = _similarities(rows, _cut(columns, start, size), metric)
         found = _column_softmax(upright, normalised=True)
@@ -309,7 +309,7 @@ def _best_forward(rows: _Sides, columns: _Sides, metric: str, block: int) -> tup
 def _best_backward(metric: str, block: int, saved: tuple, gradients: tuple[_Choice, _Choice]) -> tuple:
     """d surprise / d s = sharpness * (probability - 1[best]); one tile of similarities at a time."""
     rows, columns, (there, back), (row_softmax, column_softmax) = saved
-    # Each position's gradient, its softmax and its choice, to be cut together.
+    # Gradient, softmax and choice of each position, to be cut together.
     per_row = gradients[0].surprise * row_softmax.sharpness, row_softmax, there.index
     per_column = gradients[1].surprise * column_softmax.sharpness, column_softmax, back.index
 
@@ -361,9 +361,9 @@ def _aggregate_forward(sides: _Sides, metric: str, share: float, block: int) -> 
 
 
 def _aggregate_backward(metric: str, share: float, block: int, saved: tuple, gradient: jax.Array) -> tuple:
-    """Tiles on and above the diagonal: each serves its rows, which look at its columns, and its columns likewise.
+    """Goes over the tiles on and above the diagonal: each serves the softmax of its rows and that of its columns.
 
-    With g the gradient of the result, s_jk the similarity of k as j sees it, and W_jk its softmax: dW_jk =
+    With g the gradient of the result, s_jk the similarity of k in row j, and W_jk its softmax in that row: dW_jk =
     share g_j . x_k and ds_jk = sharpness_j W_jk (dW_jk - sum_k W_jk dW_jk), the sum being share g_j . (W x)_j.
     """
     sides, mixed, softmax = saved
@@ -381,7 +381,7 @@ def _aggregate_backward(metric: str, share: float, block: int, saved: tuple, gra
         d_down = share * _product(rows.map, column_gradient) - column_offset
         d_down *= column_weights * column_softmax.sharpness
         d_rows, d_columns = pull((d_across, d_down))
-        # What is looked at also moves the result as a value.
+        # The gradient through x_k as a value in the sum W x.
         row_values = share * jnp.matmul(column_weights, column_gradient, precision=_HIGHEST)
         column_values = share * jnp.matmul(row_weights.T, row_gradient, precision=_HIGHEST)
         carry = _add(carry, d_rows._replace(map=d_rows.map + row_values), top)
@@ -391,7 +391,7 @@ def _aggregate_backward(metric: str, share: float, block: int, saved: tuple, gra
         if len(x) > block:
             above = lambda k, carry: tile(carry, k * block, block, left, width, 1.0)  # noqa: E731
             carry = lax.fori_loop(0, left // block, above, carry)
-        # On the diagonal each look counts twice, once for its row and once for its column.
+        # A tile on the diagonal counts each pair twice, once for its row and once for its column.
         return tile(carry, left, width, left, width, 0.5)
 
     start = _Sides((1 - share) * gradient, jnp.zeros_like(sides.other))

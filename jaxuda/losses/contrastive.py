@@ -1,11 +1,11 @@
-"""Contrast of pixels with what is remembered of each class: its distribution (SDCA) or its prototype (CFContra).
+"""Contrast of pixels with the distribution (SDCA) or the prototype (CFContra) of each class.
 
 SDCA: Li et al., Semantic Distribution-aware Contrastive Adaptation for Semantic Segmentation, arXiv 2105.05013.
 CFContra: coarse-to-fine contrastive adaptation with one memory of class prototypes for each domain. A memory is
 (C, A) float with rows of unit length; the row of a class that was never seen is zero.
 
-Everything is a product of (pixels x classes) with (pixels x channels) matrices: nothing of size pixels x
-classes x channels, or of pixels x pixels, exists at any time.
+Everything is a product of (pixels x classes) and (pixels x channels) matrices: no array of size pixels x classes x
+channels, or pixels x pixels, is ever built.
 """
 
 from typing import NamedTuple
@@ -25,8 +25,8 @@ class ClassStatistics(NamedTuple):
 
     mean: (C, A) float.
     var: (C, A) float, biased; only the diagonal of the covariance is kept.
-    count: (C,) float, number of pixels. Not an integer: long trainings would overflow 32 bits, while as a weight
-      of past against new pixels a rounded count does no harm.
+    count: (C,) float, number of pixels. Not an integer: a long training would overflow 32 bits. The count only weighs
+      past pixels against new ones, so that rounding does no harm.
     """
 
     mean: jax.Array
@@ -53,7 +53,7 @@ def update_statistics(
       stats: (C, A) statistics.
       features: (N, h, w, A) or (P, A) float.
       labels: (N, h, w) or (P,) integers in 0..C-1, or 255 = ignore.
-      axis_name: device axis; the batch is then the joined one of all devices.
+      axis_name: device axis; the batch is then that of all devices together.
 
     Returns:
       Statistics of the same shapes and dtypes.
@@ -70,7 +70,7 @@ def update_statistics(
     count = (count if axis_name is None else lax.psum(count, axis_name)).astype(features.dtype)
     divisor = jnp.maximum(count, 1)[:, None]
     mean = total(features) / divisor
-    # The centre comes from all devices before anything is squared: sums of squares would cancel in float32.
+    # The mean over all devices is subtracted before squaring: differences of sums of squares would cancel in float32.
     centred = features - jnp.matmul(weights, mean, precision=_HIGHEST)
     var = total(jnp.square(centred)) / divisor
 
@@ -85,17 +85,17 @@ def update_statistics(
 def distribution_contrast(
     features: jax.Array, labels: jax.Array, stats: ClassStatistics, tau: float, axis_name: str | None = None
 ) -> jax.Array:
-    """Contrastive loss against infinitely many draws from every class's distribution, in closed form.
+    """Contrastive loss against infinitely many samples of the distribution of every class, in closed form.
 
     With features, means and variances scaled to unit length (hats), for pixel i and class c
     l_ic = (f^_i . mean^_c + 1/(2 tau) sum_a f^_ia^2 var^_ca) / tau; the loss is the mean over labelled pixels of
-    -log softmax(l_i)[y_i] + 1/(2 tau^2) sum_a f^_ia^2 var^_{y_i,a}  (the paper's pixel loss with the covariances
-    diagonal). At the paper's tau of 100 its value stays within 2 / tau of log C.
+    -log softmax(l_i)[y_i] + 1/(2 tau^2) sum_a f^_ia^2 var^_{y_i,a}  (the paper's pixel loss with diagonal
+    covariances). At the paper's tau of 100 its value stays within 2 / tau of log C.
 
     Args:
       features: (N, h, w, A) or (P, A) float.
       labels: (N, h, w) or (P,) integers in 0..C-1, or 255 = ignore.
-      stats: (C, A) statistics, constants here; a class never seen is all zero and counts as a negative with l = 0.
+      stats: (C, A) statistics, constants here; a class that was never seen is all zero: a negative with l = 0.
       tau: temperature, above 0.
       axis_name: device axis over which the mean is taken.
 
@@ -116,7 +116,7 @@ def distribution_contrast(
 def prototype_contrast(
     features: jax.Array, labels: jax.Array, memory: jax.Array, temperature: float, axis_name: str | None = None
 ) -> jax.Array:
-    """Contrast of pixels with class prototypes (CFContra): each is drawn to its own and away from the others.
+    """Contrast of pixels with class prototypes (CFContra): a pixel moves to its own prototype, away from the others.
 
     With f^ the features scaled to unit length, the loss is the mean over labelled pixels of
     -log(softmax_c(f^ . memory_c / temperature)[label] + 1e-6). Classes that were never seen take no part in the
@@ -134,7 +134,7 @@ def prototype_contrast(
     """
     features = _unit(_flat(features))
     memory = lax.stop_gradient(memory).astype(features.dtype)
-    # Not minus infinity: before any class is seen there would be no softmax at all.
+    # Not minus infinity: before any class has been seen, the softmax would be NaN.
     logits = jnp.matmul(features, memory.T, precision=_HIGHEST) / temperature
     probs = jax.nn.softmax(jnp.where(_seen(memory), logits, jnp.finfo(logits.dtype).min))
     members = _members(labels, memory.shape[0]) & _seen(memory)
@@ -145,15 +145,15 @@ def prototype_contrast(
 def class_centres(
     features: jax.Array, labels: jax.Array, num_classes: int, axis_name: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Unit-length mean, over the images that show a class, of the class's mean feature in each (CFContra).
+    """Class centres (CFContra): the mean feature of a class in each image that shows it, averaged, at unit length.
 
-    Every image counts alike, however many pixels of the class it has. Carries no gradient.
+    All images have the same weight, however many pixels of the class they have. Carries no gradient.
 
     Args:
       features: (N, h, w, A) float, or (P, A) for a single image.
       labels: (N, h, w) or (P,) integers in 0..C-1, or 255 = ignore.
       num_classes: C.
-      axis_name: device axis; the batch is then the joined one of all devices.
+      axis_name: device axis; the batch is then that of all devices together.
 
     Returns:
       (C, A) centres, zero for a class without pixels, and (C,) bool: whether a class has pixels.
@@ -165,9 +165,9 @@ def class_centres(
 
 
 def image_means(features: jax.Array, labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
-    """What `class_centres` sums up: (C, A) sum over images of class means, (C,) int32 how many images have the class.
+    """The sums of `class_centres`: (C, A) sum over images of class means, (C,) int32 number of images with the class.
 
-    Arguments as there.
+    The arguments are the same.
     """
     images = features.shape[0] if features.ndim > 2 else 1
     flat = _flat(lax.stop_gradient(features))
@@ -184,8 +184,8 @@ def update_memory(memory: jax.Array, centres: jax.Array, present: jax.Array, mom
     """Prototypes moved towards a batch's class centres: memory_c <- unit(momentum memory_c + (1 - momentum) centre_c).
 
     Args:
-      memory: (C, A) prototypes. A class that was never seen takes the centre as it is.
-      centres, present: as `class_centres` gives them; classes that are not present stay as they are.
+      memory: (C, A) prototypes. The prototype of a class that was never seen becomes the centre.
+      centres, present: as `class_centres` returns them; classes that are not present stay as they are.
       momentum: 0..1; 0.9 in the published experiments.
 
     Returns:
@@ -201,22 +201,22 @@ def nearest_prototype_labels(
     """The class of the nearest prototype in Euclidean distance, where it is clearly nearer than the second (CFContra).
 
     A pixel is labelled if the second smallest distance minus the smallest is at least `margin`. Classes that were
-    never seen are no candidates; with fewer than two candidates there is nothing to tell apart, and no label.
+    never seen are no candidates; with fewer than two candidates no pixel is labelled.
 
     Args:
       features: (..., A) float, such as (N, h, w, A).
       memory: (C, A) prototypes.
-      margin: 0 labels every pixel. The prototypes have unit length and the features have not: what a margin means
-        depends on the length of the features, unless `normalise`.
+      margin: 0 labels every pixel. The prototypes have unit length, the features do not: the effect of a margin
+        depends on the length of the features, unless `normalise` is set.
       normalise: compares features scaled to unit length.
 
     Returns:
-      (...) int32 labels, 255 where two prototypes are about as near. Carries no gradient.
+      (...) int32 labels, 255 where two prototypes are about equally near. Carries no gradient.
     """
     flat = _flat(lax.stop_gradient(features))
     flat = _unit(flat) if normalise else flat
     memory = lax.stop_gradient(memory).astype(flat.dtype)
-    # Squared distances without |f|^2, which they have in common: the differences of large ones would cancel.
+    # Squared distances without |f|^2, which all have in common: differences of large numbers would cancel.
     far = jnp.finfo(flat.dtype).max / 4
     scores = jnp.sum(jnp.square(memory), axis=-1) - 2 * jnp.matmul(flat, memory.T, precision=_HIGHEST)
     scores = jnp.where(_seen(memory), scores, far)
@@ -237,7 +237,7 @@ def _flat(features: jax.Array) -> jax.Array:
 
 
 def _seen(memory: jax.Array) -> jax.Array:
-    """(C,) bool: the classes of which a memory has a prototype."""
+    """(C,) bool: the classes for which a memory has a prototype."""
     return jnp.any(memory != 0, axis=-1)
 
 

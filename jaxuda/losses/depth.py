@@ -1,4 +1,4 @@
-"""Regression of depth."""
+"""Depth regression."""
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,14 @@ def berhu(prediction: jax.Array, target: jax.Array, *, axis_name: str | None = N
 
     Args:
       prediction: (N, H, W, 1) or (N, H, W) float.
-      target: (N, H, W), same unit.
+      target: (N, H, W), in the same unit.
       axis_name: device axis over which the maximum and the mean are taken.
 
     Returns:
       Scalar; 0 where prediction and target agree everywhere.
     """
     difference = prediction.reshape(target.shape) - target
-    error = difference * jnp.sign(difference)  # unlike abs without a gradient at 0
+    error = difference * jnp.sign(difference)  # unlike abs, this has no gradient at 0
     threshold = 0.2 * global_max(error, axis_name)
     divisor = 2 * jnp.where(threshold > 0, threshold, 1)
     quadratic = (jnp.square(error) + jnp.square(threshold)) / divisor

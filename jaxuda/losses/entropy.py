@@ -8,7 +8,7 @@ from jaxuda.losses.reduction import masked_mean
 
 
 def entropy_map(probs: jax.Array) -> jax.Array:
-    """Weighted self-information -p log2(p + 1e-30) / log2(C) of probabilities (..., C), in that shape."""
+    """Weighted self-information -p log2(p + 1e-30) / log2(C) of probabilities (..., C), in the same shape."""
     return -probs * jnp.log2(probs + 1e-30) / jnp.log2(jnp.asarray(probs.shape[-1], probs.dtype))
 
 
@@ -26,14 +26,14 @@ def entropy_loss(probs: jax.Array, *, axis_name: str | None = None) -> jax.Array
 
 
 def adaptive_entropy(probs: jax.Array, opening: float | jax.Array, *, axis_name: str | None = None) -> jax.Array:
-    """Entropy above a margin: what is aligned well already is left alone (Huang et al., CrCDA, ECCV 2020).
+    """Entropy above a margin, so that well aligned entries get no gradient (Huang et al., CrCDA, ECCV 2020).
 
-    With e = `entropy_map(probs)` and R = opening * mean of e over positions and classes, a constant in the gradient:
-    mean over positions of sum over classes of max(e - R, 0).
+    With e = `entropy_map(probs)` and R = opening * mean of e over positions and classes, a constant in the gradient,
+    the loss is the mean over positions of the sum over classes of max(e - R, 0).
 
     Args:
       probs: (..., C) float probabilities.
-      opening: of the margin, from 1 (entries below the mean entropy do not count) to 0 (`entropy_loss`).
+      opening: size of the margin, from 1 (entries below the mean entropy do not count) to 0 (`entropy_loss`).
       axis_name: device axis over which both means are taken.
 
     Returns:

@@ -1,7 +1,7 @@
-"""How losses reduce over devices: sums and counts travel, then they are divided.
+"""How losses reduce over devices: sums and counts are added over the devices, then they are divided.
 
 Every loss returns the global value, the same on each device. A step that differentiates it and takes `pmean`
-of the gradients once gets the gradient that a single device computes on the joined batch.
+of the gradients once gets the gradient that a single device computes on the whole batch.
 """
 
 import jax
@@ -22,14 +22,13 @@ def global_max(x: jax.Array, axis_name: str | None = None) -> jax.Array:
 
 
 def masked_mean(values: jax.Array, mask: jax.Array | None = None, axis_name: str | None = None) -> jax.Array:
-    """Mean of `values` where `mask` (bool, same shape; None: everywhere) over all devices; 0 if nothing is
-    left.
+    """Mean of `values` where `mask` (bool, same shape; None: everywhere) over all devices; 0 if the mask is empty.
 
     Masked entries must be finite for their gradient to be zero rather than NaN.
     """
     if mask is None:
         mask = jnp.ones(values.shape, bool)
     total = global_sum(jnp.where(mask, values, 0), axis_name)
-    # Counting in integers: a float32 sum of ones stops being exact at 2**24 pixels.
+    # The count is an integer: a float32 sum of ones is not exact beyond 2**24 pixels.
     count = global_sum(mask.astype(jnp.int32), axis_name)
     return total / jnp.maximum(count, 1).astype(total.dtype)

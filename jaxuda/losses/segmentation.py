@@ -14,12 +14,12 @@ IGNORE = 255
 def cross_entropy(
     logits: jax.Array, labels: jax.Array, *, weights: Sequence[float] = (), axis_name: str | None = None
 ) -> jax.Array:
-    """Mean over labelled pixels of -log softmax(logits)[label], weighted with the weight of the label.
+    """Mean over labelled pixels of -log softmax(logits)[label], weighted by class.
 
     Args:
       logits: (..., C) float, for instance (N, H, W, C).
       labels: (...) integers in 0..C-1, or 255 = ignore.
-      weights: C of them, of the classes; none: all alike. Only their ratios matter.
+      weights: C class weights; empty: all are the same. Only their ratios matter.
       axis_name: device axis over which the mean is taken.
 
     Returns:
@@ -43,8 +43,8 @@ def lovasz_softmax(probs: jax.Array, labels: jax.Array, *, axis_name: str | None
 
     For each class present in the labels, the errors |1[label = c] - p_c| of all labelled pixels are sorted in
     decreasing order and weighted with the steps of the Jaccard loss; the result is the mean over present
-    classes. With `axis_name` the errors of all devices are sorted together, so that N devices give what one
-    gives.
+    classes. With `axis_name` the errors of all devices are sorted together, so that N devices give the same value
+    as one.
 
     Args:
       probs: (..., C) probabilities, for instance (N, H, W, C).
@@ -59,12 +59,12 @@ def lovasz_softmax(probs: jax.Array, labels: jax.Array, *, axis_name: str | None
     probs = _at_least_float32(probs).reshape(-1, classes).T  # (C, P)
     valid = labels != IGNORE
     hits = labels == jnp.arange(classes)[:, None]
-    # The sign is known, so no absolute value and no kink; unlabelled pixels sort behind all others.
+    # The sign is known, so no absolute value with its kink is needed; unlabelled pixels are sorted last.
     errors = jnp.where(valid, jnp.where(hits, 1 - probs, probs), -1)
 
-    # The weights are constants in the gradient. Kept in the order of the pixels they turn the loss into a
-    # plain dot product: no derivative of a sort, and with several devices each needs only the weights of its
-    # own pixels.
+    # The weights are constants in the gradient. In the order of the pixels they make the loss a plain dot
+    # product: no derivative of a sort is needed, and each of several devices needs only the weights of its own
+    # pixels.
     fixed, owners = lax.stop_gradient(errors), hits
     if axis_name is not None:
         fixed = lax.all_gather(fixed, axis_name, axis=1, tiled=True)

@@ -4,7 +4,7 @@ A family is a module with one function,
 
     make(group, config) -> optax.GradientTransformation
 
-the optimizer of one of `GROUPS`, the groups into which a network sorts its parameters (`parameter_group`).
+which returns the optimizer for one of `GROUPS`. A network puts each of its parameters in a group (`parameter_group`).
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from jaxuda.errors import UserError
 from jaxuda.optimizers.schedules import poly_schedule
 
 PyTree = Any
-# Backbone convolutions are told apart as "stem", "block" and "shortcut" because the published loops moved them a
-# different number of times; "norm" is the affine part of normalisation.
+# Backbone convolutions are divided into "stem", "block" and "shortcut", since the published loops updated each a
+# different number of times per step; "norm" is the affine part of normalisation.
 GROUPS = ("stem", "block", "shortcut", "norm", "head")
 
 
 def make_optimizer(config: Mapping[str, Any], model: Any) -> optax.GradientTransformation:
-    """The optimizer of a training stage: one, partitioned over the groups of everything that learns.
+    """The optimizer of a training stage, partitioned over the groups of all parameters.
 
     Args:
-      config: the stage's settings. Beside what the family reads: `optim.name`, `optim.train_norm` (False freezes the
-        group "norm"), `discriminator_lr` (Adam, where the method has a discriminator) and `train_head` (where it has a
-        projection head: whether that learns, like the other heads).
-      model: the network, which sorts its parameters.
+      config: the stage's settings. Besides the family's own fields it reads `optim.name`, `optim.train_norm` (False
+        freezes the group "norm"), `discriminator_lr` (Adam, where the method has a discriminator) and `train_head`
+        (where it has a projection head: False freezes it, True trains it like the other heads).
+      model: the network, which names the group of each of its parameters.
 
     Raises:
-      UserError: there is no such family. `init` raises one where a parameter is of an unknown group.
+      UserError: the family is unknown. The optimizer's `init` raises one if the group of a parameter is unknown.
     """
     optim = config["optim"]
     family = plugins.load(__name__, "make", optim.get("name", "sgd"), "optim.name")
@@ -50,14 +50,14 @@ def make_optimizer(config: Mapping[str, Any], model: Any) -> optax.GradientTrans
 
     def group(path: tuple, _: Any) -> str:
         module, *rest = (entry.key for entry in path)
-        found = "head"  # also what a method adds beside the network, such as a second classifier
+        found = "head"  # also for what a method adds to the network, such as a second classifier
         if module == "model":
             found = model.parameter_group(tuple(rest))
         elif module in ("discriminator", "projection"):
             found = module
         if found not in transforms:
             raise UserError(
-                f"the parameter {module}.{'.'.join(rest)} is of the group '{found}', which the optimizer does not have "
+                f"the parameter {module}.{'.'.join(rest)} is in the group '{found}', which the optimizer does not have "
                 f"(it has: {', '.join(transforms)})"
             )
         return found

@@ -19,9 +19,9 @@ def make(group: str, config: Any) -> optax.GradientTransformation:
 
     Args:
       group: one of `optimizers.GROUPS`.
-      config: the stage's settings. Read are `lr`, `schedule_steps`, and from `optim`: `head_factor` (heads learn this
-        many times faster), `momentum`, `weight_decay`, `power`, `repeat` (updates per step for "stem", "block",
-        "shortcut") and `repeat_decay`.
+      config: the stage's settings. It reads `lr`, `schedule_steps`, and from `optim`: `head_factor` (the learning rate
+        of heads is this many times larger), `momentum`, `weight_decay`, `power`, `repeat` (updates per step for
+        "stem", "block", "shortcut") and `repeat_decay`.
     """
     optim = config["optim"]
     factor = optim["head_factor"] if group == "head" else 1.0
@@ -31,7 +31,7 @@ def make(group: str, config: Any) -> optax.GradientTransformation:
 
 
 class SGDState(NamedTuple):
-    """step: int32 scalar. momentum: like the parameters."""
+    """step: int32 scalar. momentum: a pytree with the shapes and dtypes of the parameters."""
 
     step: jax.Array
     momentum: PyTree
@@ -53,9 +53,9 @@ def sgd(
       momentum: 0..1.
       weight_decay: added to the gradient before the momentum.
       repeat: how many times the whole update runs per step with the same gradient. The loops of the ADVENT
-        family listed each backbone weight once per enclosing module and so did this without meaning to.
-      repeat_decay: "fresh", each repetition decays from the gradient as it came (torch 1.6 and later);
-        "accumulate", the decayed gradient is what the next repetition starts from (torch 0.4 to 1.2).
+        family did this by accident: they listed each backbone weight once per enclosing module.
+      repeat_decay: "fresh": each repetition adds the decay to the original gradient (torch 1.6 and later);
+        "accumulate": it adds the decay to the decayed gradient of the repetition before (torch 0.4 to 1.2).
     """
     if repeat_decay not in ("fresh", "accumulate"):
         raise UserError(f"config.optim.repeat_decay={repeat_decay} is unknown; choose fresh or accumulate")

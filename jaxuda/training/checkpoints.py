@@ -1,10 +1,10 @@
-"""Orbax checkpoints that are verified: every file's checksum is written beside them and tested on restore.
+"""Orbax checkpoints that are verified: the checksum of every file is written beside them and compared on restore.
 
-Orbax makes a save atomic but restores a flipped byte silently. A checkpoint counts only once its manifest of
-checksums is written; one without is what a killed save left, one that disagrees is damaged. Orbax's manager, which
-reads whatever it finds, is only let at folders that are whole, to write and to clear up. Leaves are stored under their
-path in the state ("params.model.backbone.conv1.kernel"), as host arrays, so that a restore does not depend on the
-number of devices. Of several processes only the first one saves and restores.
+Orbax saves atomically but restores a flipped byte without an error. A checkpoint is valid only once its manifest of
+checksums is written: one without a manifest comes from a killed save, one that differs from its manifest is damaged.
+Orbax's manager reads whatever it finds, so it only gets folders of valid checkpoints, to save and to delete. Leaves are
+stored under their path in the state ("params.model.backbone.conv1.kernel"), as host arrays, so that a restore does not
+depend on the number of devices. Of several processes only the first one saves and restores.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from jaxuda.errors import UserError
 PyTree = Any
 MANIFEST, NETWORKS = "manifest.json", "networks.json"
 LAST, BEST = "last", "best"
-STUDENT = "student"  # the network that learns; a method may have others, such as its EMA teacher
-# Where it is in a checkpoint that does not say: those of converted weights, and of builds before there were others.
+STUDENT = "student"  # the network that is trained; a method may have others, such as its EMA teacher
+# Its place in checkpoints without NETWORKS: those of converted weights, and of releases with one network only.
 _STUDENT = {"params": "params.model", "batch_stats": "batch_stats"}
-# Orbax else waits for all processes of the run.
+# Without this Orbax waits for all processes of the run.
 _ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
 
@@ -46,17 +46,17 @@ class Checkpoints:
     """The checkpoints of one training stage: the latest two, and the best where there are metrics.
 
     Args:
-      folder: where they lie; made if missing, unless `read_only`.
-      report: called with a line of text when a damaged or half-written checkpoint is passed over.
-      read_only: nothing in the folder is touched. Otherwise what is not whole is removed: its step comes again.
-      keep_every: those of every so many steps are kept too; 0: no others.
+      folder: where they are; created if missing, unless `read_only`.
+      report: called with a line of text when a damaged or half-written checkpoint is skipped.
+      read_only: leave the folder as it is. Otherwise invalid checkpoints are removed: their steps run again.
+      keep_every: also keep the checkpoints of every so many steps; 0: no others.
     """
 
     def __init__(
         self, folder: Path, report: Callable[[str], None] = print, read_only: bool = False, keep_every: int = 0
     ):
         self._folder, self._report = Path(folder).absolute(), report
-        # Orbax warns of its own defaults, which tells a user nothing, and logs errors that it raises as well.
+        # Orbax warns about its own defaults, which does not help a user, and logs errors that it also raises.
         logging.set_verbosity(logging.FATAL)
         self._reader = ocp.Checkpointer(_handler(), multiprocessing_options=_ALONE)
         self._manager = None if read_only else self._make_manager(keep_every)
@@ -95,10 +95,10 @@ class Checkpoints:
 
         Args:
           step, state, metrics: see above.
-          networks: the networks in the state by name, each a tree of leaves of the state; kept as a list of places.
+          networks: the networks in the state by name, each a tree of leaves of the state; only their paths are saved.
 
         Raises:
-          UserError: no room on the disk; what was saved before is untouched.
+          UserError: the disk is full; what was saved before is untouched.
         """
         names, leaves, _ = _names(state)
         arrays = {name: np.asarray(leaf) for name, leaf in zip(names, leaves, strict=True)}
@@ -113,15 +113,15 @@ class Checkpoints:
             files.write_json(self._folder / str(step) / NETWORKS, _places(state, networks))
             self._write_manifest(self._folder / str(step))
         except Exception as error:
-            # Orbax and TensorStore wrap the system's error in types of their own; the text is all that stays.
+            # Orbax and TensorStore wrap the system's error in their own types; only its text remains.
             if "No space left" in str(error) or "ENOSPC" in str(error):
                 raise self._full(step, "the disk is full") from error
             raise
 
     def _full(self, step: int, why: str) -> UserError:
         return UserError(
-            f"cannot save the checkpoint of step {step} in {self._folder}: {why}. Nothing saved before is lost: "
-            "make room, then run the same command again, and it continues from the last checkpoint"
+            f"cannot save the checkpoint of step {step} in {self._folder}: {why}. Earlier checkpoints are not lost: "
+            "free some space, then run the same command again, and it continues from the last checkpoint"
         )
 
     def _write_manifest(self, folder: Path) -> None:
@@ -136,9 +136,9 @@ class Checkpoints:
         except UserError:
             return "its manifest is damaged"
         if not folder.is_dir():
-            return "it is not there"
+            return "it does not exist"
         if sums is None:
-            return "its saving was interrupted"
+            return "it was not saved completely"
         if not isinstance(sums, dict) or not sums:
             return "its manifest is damaged"
         for name, expected in sums.items():
@@ -149,7 +149,7 @@ class Checkpoints:
         return None
 
     def newest(self) -> int | None:
-        """The newest step whose checkpoint is whole; newer ones that are not are reported."""
+        """The newest step with a valid checkpoint, or None; newer ones that are not valid are reported."""
         for step in reversed(kept_steps(self._folder)):
             complaint = self._complaint(step)
             if complaint is None:
@@ -158,10 +158,10 @@ class Checkpoints:
         return None
 
     def _leave_out(self, step: int, complaint: str) -> None:
-        self._report(f"checkpoint {self._folder / str(step)} is left out: {complaint}")
+        self._report(f"checkpoint {self._folder / str(step)} is skipped: {complaint}")
 
     def best(self) -> int | None:
-        """The step with the highest mIoU on the target's labels, the last of several; None if nothing was evaluated."""
+        """The step with the highest mIoU on the target's labels (the last of equal ones); None without evaluations."""
         scores = {step: score for step in kept_steps(self._folder) if (score := self._score(step)) is not None}
         return max(scores, key=lambda step: (scores[step], step), default=None)
 
@@ -176,7 +176,7 @@ class Checkpoints:
         """All arrays of a checkpoint by their dotted path.
 
         Raises:
-          UserError: it is damaged or not there.
+          UserError: it is damaged or missing.
         """
         if complaint := self._complaint(step):
             raise UserError(f"checkpoint {self._folder / str(step)} cannot be used: {complaint}")
@@ -190,7 +190,7 @@ class Checkpoints:
         return unflatten(self.read(step), like, str(self._folder / str(step)))
 
     def close(self) -> None:
-        """Lets go of Orbax's threads."""
+        """Ends Orbax's threads."""
         self._reader.close()
         if self._manager is not None:
             self._manager.close()
@@ -208,24 +208,24 @@ def unflatten(arrays: dict[str, np.ndarray], like: PyTree, where: str) -> PyTree
     """Arrays by dotted path as a pytree like `like`.
 
     Raises:
-      UserError: an array is missing or has another shape, named with `where` it came from.
+      UserError: an array is missing or has another shape; the message names it and `where` the arrays come from.
     """
     names, leaves, structure = _names(like)
     for name, leaf in zip(names, leaves, strict=True):
         if name not in arrays:
-            raise UserError(f"{where} holds no '{name}': it is of another network or method")
+            raise UserError(f"{where} has no '{name}': it belongs to another network or method")
         if arrays[name].shape != np.shape(leaf):
             raise UserError(f"{where}: '{name}' has shape {arrays[name].shape}, this network needs {np.shape(leaf)}")
     return jax.tree.unflatten(structure, [arrays[name] for name in names])
 
 
 def kept_steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints in a stage's `checkpoints` folder, whole or not, rising."""
+    """The steps of the checkpoints in a stage's `checkpoints` folder, valid or not, in rising order."""
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
 
 
 def read_variables(folder: Path, which: str = LAST, network: str = STUDENT) -> tuple[dict[str, np.ndarray], int]:
-    """The arrays of a network in a stage's checkpoints, by dotted path from "params." and "batch_stats.".
+    """The arrays of a network by dotted path ("params. ...", "batch_stats. ..."), and the step of their checkpoint.
 
     Args:
       folder: a stage's `checkpoints` folder.
@@ -233,8 +233,8 @@ def read_variables(folder: Path, which: str = LAST, network: str = STUDENT) -> t
       network: its name, where the stage's method has several.
 
     Raises:
-      UserError: there is no whole checkpoint, or that of a finished stage is not the one it ended with; or it has no
-        such network.
+      UserError: there is no valid checkpoint, a finished stage has lost the one with which it ended, or the checkpoint
+        has no such network.
     """
     saved, step = _open(folder, which)
     arrays = saved.read(step)
@@ -244,7 +244,7 @@ def read_variables(folder: Path, which: str = LAST, network: str = STUDENT) -> t
         raise UserError(f"{folder / str(step)} has no network '{network}' (it has: {', '.join(networks)})")
     found = {}
     for place, origin in networks[network].items():
-        # Either one array, or all below a prefix.
+        # `origin` is either one array, or a prefix of several.
         found |= {
             place + name.removeprefix(origin): array
             for name, array in arrays.items()
@@ -265,10 +265,10 @@ def _networks(folder: Path, step: int) -> dict[str, dict[str, str]]:
 
 
 def _places(state: PyTree, networks: Mapping[str, PyTree]) -> dict[str, dict[str, str]]:
-    """For each network, which of its parts is which part of the state: {"params": "params.model", ...}.
+    """For each network, the place of each of its parts in the state: {"params": "params.model", ...}.
 
     Raises:
-      UserError: a network has an array that is none of the state's.
+      UserError: a network has an array that is not in the state.
     """
     names, leaves, _ = _names(state)
     origins = {id(leaf): name for name, leaf in zip(names, leaves, strict=True)}
@@ -278,8 +278,8 @@ def _places(state: PyTree, networks: Mapping[str, PyTree]) -> dict[str, dict[str
         for place, leaf in zip(*_names(variables)[:2], strict=True):
             if id(leaf) not in origins:
                 raise UserError(
-                    f"the network '{network}' that the method's function 'evaluated' gives has {place}, which is no "
-                    "array of the state as it is: compute it in 'after_update', and keep it in `extra`"
+                    f"the network '{network}' that the method's function 'evaluated' returns has {place}, which is not "
+                    "an array of the state: compute it in 'after_update', and keep it in `extra`"
                 )
             origin = origins[id(leaf)]
             trees.setdefault(_without_common_end(place, origin), {})[place] = origin
@@ -292,7 +292,7 @@ def _places(state: PyTree, networks: Mapping[str, PyTree]) -> dict[str, dict[str
 
 
 def _without_common_end(place: str, origin: str) -> tuple[str, str]:
-    """Two dotted paths without the last parts that they have in common; of each at least one part stays."""
+    """Two dotted paths without their common last parts; each keeps at least one part."""
     ours, theirs = place.split("."), origin.split(".")
     while len(ours) > 1 and len(theirs) > 1 and ours[-1] == theirs[-1]:
         ours, theirs = ours[:-1], theirs[:-1]
@@ -307,7 +307,7 @@ def manifest_hash(folder: Path, which: str = LAST) -> str:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the last checkpoint of a finished stage; None where all is well or no folder is left."""
+    """What is damaged in the last checkpoint of a finished stage; None if nothing is, or if its folder is missing."""
     step = (files.read_json(folder.parent / "results.json") or {}).get("step")
     if step is None or not folder.is_dir():
         return None
@@ -319,20 +319,20 @@ def damage(folder: Path) -> str | None:
 
 def _open(folder: Path, which: str) -> tuple[Checkpoints, int]:
     """The checkpoints in a folder, and the step of the last or the best one, or a given one."""
-    results = files.read_json(folder.parent / "results.json") or {}  # of a stage that has finished
+    results = files.read_json(folder.parent / "results.json") or {}  # empty unless the stage has finished
     again = f"run its stage again with --from_stage {folder.parent.name}"
     if not folder.is_dir():
         raise UserError(f"there are no checkpoints in {folder}: {again if results else 'its stage has not run'}")
     saved = Checkpoints(folder, read_only=True)
     step = int(which) if which.isdigit() else saved.best() if which == BEST else saved.newest()
     if step is None:
-        raise UserError(f"there is no whole checkpoint in {folder}: {again}")
-    # An older one would do in a stage that is to go on, but is not what a finished stage stands for.
+        raise UserError(f"there is no valid checkpoint in {folder}: {again}")
+    # An unfinished stage can go on from an older checkpoint; the result of a finished stage is its last one.
     best = results.get("best_on_val_using_target_labels")
     lost = which == LAST and step != results.get("step", step)
     lost = lost or (which == BEST and best is not None and saved._score(step) != best["miou"])
     if lost:
         raise UserError(
-            f"the {which} checkpoint in {folder} is damaged or gone (that of step {step} is there): {again}"
+            f"the {which} checkpoint in {folder} is damaged or missing (found that of step {step} instead): {again}"
         )
     return saved, step

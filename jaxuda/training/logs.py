@@ -1,4 +1,4 @@
-"""What a run tells: lines on the terminal and in log.txt, numbers in metrics.jsonl and for TensorBoard."""
+"""What a run reports: lines on the terminal and in log.txt, numbers in metrics.jsonl and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxuda import files, parallel
 
 
 class RunLog:
-    """Writers of one work folder. Of several processes only the first one writes and talks.
+    """Writers of one work folder. Of several processes only the first one writes and prints.
 
     Args:
       workdir: where `log.txt`, `metrics.jsonl` and `tensorboard/` are kept; each stage is a TensorBoard run.
@@ -46,7 +46,7 @@ class RunLog:
         self._boards[stage].add(step, values)
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forgets what a killed run logged for `stage` after `step`, since those steps come again."""
+        """Removes what a killed run logged for `stage` after `step`, since those steps run again."""
         path = self._workdir / "metrics.jsonl"
         if path.exists() and not self._silent:
             rows = files.read_json_lines(path)
@@ -59,15 +59,15 @@ class RunLog:
 
 
 class _Curves:
-    """TensorBoard's file of one stage.
+    """The TensorBoard file of one stage.
 
-    Written by this thread: a writer of its own, as tensorboardX has, dies when the disk is full, and all wait for it.
+    This thread writes it: the writer thread of tensorboardX dies when the disk is full, and the run waits for it.
     """
 
     def __init__(self, folder: Path, step: int):
         folder.mkdir(parents=True, exist_ok=True)
         self._file, self._flushed = EventsWriter(str(folder / "events")), time.monotonic()
-        # Points of a killed run beyond the step it continues from are dropped.
+        # TensorBoard then drops the points that a killed run logged after this step.
         self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def _write(self, event: Event) -> None:
@@ -83,7 +83,7 @@ class _Curves:
             self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Flushes; curves are in metrics.jsonl too, so that they are no reason to fail in the end."""
+        """Flushes. An error is ignored, since metrics.jsonl has the curves too."""
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -94,7 +94,7 @@ def is_interactive() -> bool:
 
 
 def progress_bar(total: int, title: str, unit: str, initial: int = 0) -> tqdm:
-    """A progress bar on the terminal, gone when it is done; silent when nobody watches (the log's lines then tell)."""
+    """A progress bar that disappears when it is done; nothing when nobody watches (the log then shows progress)."""
     return tqdm(
         total=total,
         initial=initial,

@@ -24,5 +24,5 @@ def test_class_domain_ce_by_hand():
     of_target = -(0.9 * np.log(0.3) + 0.1 * np.log(0.4) + np.log(0.25)) / 2
     np.testing.assert_allclose(class_domain_ce(logits, probs, SOURCE), of_source, rtol=1e-5)
     np.testing.assert_allclose(class_domain_ce(logits, probs, TARGET), of_target, rtol=1e-5)
-    with pytest.raises(ValueError, match="two channels for each"):
+    with pytest.raises(ValueError, match="twice as many channels"):
         class_domain_ce(logits[:, :3], probs, SOURCE)
