@@ -1,11 +1,11 @@
-"""Forward-only walks over a dataset: evaluation, predictions, statistics, rankings, pseudo-labels.
+"""Forward-only passes over a dataset: evaluation, predictions, statistics, rankings, pseudo-labels.
 
 A sweep that can be a stage of a recipe is a module with one function:
 
     run(variables, domains, folder, *, model, method, config, devices, say) -> None
 
-It leaves its artefacts in `folder` and may be called again after it was interrupted. `variables` and `method` are
-None where the stage starts from no other: such a sweep looks at the data alone.
+It writes its artifacts to `folder` and may be called again after an interruption. `variables` and `method` are None
+if the stage starts from no other stage: such a sweep uses the data alone.
 """
 
 from __future__ import annotations

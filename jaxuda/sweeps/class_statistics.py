@@ -1,7 +1,7 @@
 """Class statistics of a trained network over the whole source: one pass in evaluation mode.
 
-The start of SDCA's adaptation (Li et al., arXiv 2105.05013): without it the first contrasts would be with the
-distributions of a handful of images.
+SDCA's adaptation (Li et al., arXiv 2105.05013) starts from them: without them the first contrasts would be with the
+distributions of a few images.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def run(
     devices: list[jax.Device],
     say: Callable[[str], None],
 ) -> None:
-    """Collects the statistics of the source's training images and writes them to `folder` (see `jaxuda.statistics`).
+    """Collects the statistics of the source's training images and writes them to `folder` (`artifacts.statistics`).
 
-    A class that never appears is told. Its statistics stay zero: it takes part in the contrast as a negative
+    Reports the classes that never appear. The statistics of such a class stay zero: in the contrast it is a negative
     without direction until a batch shows it.
     """
     source = domains.source
@@ -58,15 +58,15 @@ def run(
 def collect(
     variables: PyTree, source: data.Records, *, model: nn.Module, config: Any, devices: list[jax.Device]
 ) -> LevelStatistics:
-    """The statistics of `source`, on the host, whatever the number of devices.
+    """The statistics of `source`, on the host; they do not depend on the number of devices.
 
     Args:
       variables: "params" and "batch_stats" of `model`.
       source: labelled records.
       model: the network.
-      config: read are `preprocess`, `source.resize` (the size of the images; where the source is not simply
-        resized, `evaluation.size`) and `evaluation.batch`.
-      devices: as many as divide `evaluation.batch`.
+      config: `preprocess`, `source.resize` (the size of the images; if the source is not simply resized,
+        `evaluation.size`) and `evaluation.batch` are read.
+      devices: their number must divide `evaluation.batch`.
     """
     size = tuple(config.source.resize or config.evaluation.size)
 
@@ -87,7 +87,7 @@ def collect(
     transform = data.build_transform({"resize": size, "interpolation": config.source.get("interpolation", "bicubic")})
     with progress_bar(len(source), "statistics", "img") as bar:
         for batch in data.sweep_batches(source, transform, config.evaluation.batch):
-            # The images that fill up the last batch must not count twice.
+            # The images that only fill up the last batch must not count.
             labels = np.full(batch["image"].shape[:3], IGNORE, np.uint8)
             for row, label in zip(labels, batch["label"], strict=False):
                 row[:] = resize_nearest(label, size)

@@ -1,8 +1,8 @@
 """Local contextual relations of the source: recurring arrangements of classes in small regions of its label maps.
 
-Huang et al., CrCDA, ECCV 2020, section 3.2, found before training from label maps alone. A class-balanced sample of
-regions is clustered by DBSCAN on their descriptors (`jaxuda.relations`); the clusters are the relations, what is
-noise belongs to none. The authors published no code; this is our reading of the paper.
+Huang et al., CrCDA, ECCV 2020, section 3.2. They are found before training, from label maps alone: DBSCAN clusters a
+class-balanced sample of regions by their descriptors (`artifacts.relations`). Each cluster is a relation; noise
+belongs to none. The authors published no code; this is our reading of the paper.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MOST_RELATIONS = 255  # labels are 0..254, 255 is ignored
 
 
 class Found(NamedTuple):
-    """What the clustering of one region size gave; M relations, the most frequent in the source first.
+    """The result of the clustering for one region size: M relations, the most frequent in the source first.
 
     relations: prototypes and radii.
     members: M arrays of indices into the sample.
@@ -60,11 +60,11 @@ def run(
 ) -> None:
     """Writes the relations of the source's training labels to `folder`, and a picture sheet for each region size.
 
-    Of `config` are read `region_sizes`, `sample`, `eps`, `min_samples`, `max_relations`, `seed`, and the size of the
-    source's images (`source.resize`; where they are not simply resized, `evaluation.size`).
+    It reads from `config`: `region_sizes`, `sample`, `eps`, `min_samples`, `max_relations`, `seed`, and the size of
+    the source's images (`source.resize`; if they are not simply resized, `evaluation.size`).
 
     Raises:
-      UserError: the label maps are smaller than a region, or there are not at least two relations.
+      UserError: the label maps are smaller than a region, or there are fewer than two relations.
     """
     _check(config)
     source, space = domains.source, domains.source.label_space
@@ -103,25 +103,25 @@ def _summary(size: int, regions: np.ndarray, found: Found, space: LabelSpace, sh
 
 
 class BalancedSample:
-    """At most `limit` regions of a stream, drawn evenly over its classes. Holds less than three times as many.
+    """At most `limit` regions of a stream, sampled evenly over its classes. Holds less than three times `limit`.
 
-    A region stands for the class in it that fewest regions so far have shown. All regions of a class have random keys
-    and its smallest keys are kept: as many as an even share allows, of rare classes all. Since a class's share can
-    only fall while the stream goes on, a region that is dropped would never have come back.
+    A region stands for the class in it that the fewest regions have shown so far. Each region has a random key. A class
+    keeps the regions with the smallest keys, as many as an even share allows; a rare class keeps all. The share of a
+    class can only fall while the stream goes on, so that a dropped region could not have been kept in the end.
 
     Args:
-      limit: most regions that are kept in the end.
+      limit: maximum number of regions in the result.
       num_classes: C.
     """
 
     def __init__(self, limit: int, num_classes: int):
         self._limit = limit
         self._shown = np.zeros(num_classes, np.int64)  # regions that hold a class
-        self._seen = np.zeros(num_classes, np.int64)  # regions that stand for it
+        self._seen = np.zeros(num_classes, np.int64)  # regions that stand for a class
         self._kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # regions, their classes, their keys
 
     def add(self, regions: np.ndarray, keys: np.ndarray) -> None:
-        """Takes regions (n, s, s) uint8, each with a key (n,) that is random and its own."""
+        """Takes regions (n, s, s) uint8, each with its own random key; keys (n,)."""
         labelled = mostly_labelled(regions)
         regions, keys = regions[labelled], keys[labelled]
         present = np.stack([np.any(regions == c, axis=(1, 2)) for c in range(len(self._shown))], axis=1)
@@ -161,11 +161,11 @@ def collect(
     Args:
       source: labelled records.
       size: (width, height) of the network's input.
-      grid: (h, w) of its features for that.
-      config: read are `region_sizes`, `sample` and `seed`.
+      grid: (h, w) of its features for that input.
+      config: `region_sizes`, `sample` and `seed` are read.
 
     Returns:
-      By region size r: regions (n, 4r, 4r) uint8, and how many regions of the source each stands for (n,).
+      For each region size r: regions (n, 4r, 4r) uint8, and how many regions of the source each stands for (n,).
     """
     samples = {region: BalancedSample(config.sample, source.label_space.num_classes) for region in config.region_sizes}
     cut = partial(_cut_record, source, size, grid, tuple(samples))
@@ -192,20 +192,20 @@ def find_relations(regions: np.ndarray, weights: np.ndarray, num_classes: int, c
     """Clusters sampled regions.
 
     A prototype is the mean of its members' descriptors; its radius is the 95th percentile of their distances to it,
-    but at least `eps`. Of more than `max_relations` clusters the largest in the sample stay.
+    but at least `eps`. If there are more than `max_relations` clusters, the largest in the sample are kept.
 
     Args:
       regions: (n, s, s) uint8.
       weights: (n,) how many regions of the source each stands for.
       num_classes: C.
-      config: read are `eps`, `min_samples`, `max_relations`.
+      config: `eps`, `min_samples` and `max_relations` are read.
 
     Raises:
       UserError: there are fewer than two clusters.
     """
-    parts = np.array_split(regions, -(-len(regions) // 1000) or 1)  # describing takes memory
+    parts = np.array_split(regions, -(-len(regions) // 1000) or 1)  # limits the memory of `describe`
     described = np.concatenate([describe(part, num_classes) for part in parts])
-    # Equal regions are many (all that hold one class alone); each needs its neighbours only once.
+    # Many regions are equal (those of one class alone); DBSCAN gets each only once, with its number of copies.
     points, place, copies = np.unique(described, axis=0, return_inverse=True, return_counts=True)
     clusters = np.full(len(described), -1)
     if len(points):
@@ -218,7 +218,7 @@ def find_relations(regions: np.ndarray, weights: np.ndarray, num_classes: int, c
             advice = f"raise eps (now {config.eps}) or lower min_samples (now {config.min_samples})"
         raise UserError(
             f"among {len(regions)} regions sampled from the source's labels {'one' if count else 'no'} context "
-            f"relation was found, and at least two are needed: {advice} of the stage that finds them"
+            f"relation was found, and at least two are needed: {advice} in the stage that finds them"
         )
     members = sorted((np.flatnonzero(clusters == c) for c in range(count)), key=len, reverse=True)
     members = sorted(members[: config.max_relations], key=lambda rows: -weights[rows].sum())

@@ -1,4 +1,4 @@
-"""What evaluation and prediction average: several networks, input sizes, and mirrored images; usually one of each."""
+"""Averages for evaluation and prediction: over networks, input sizes and mirrored images; usually one of each."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Member(NamedTuple):
 class Ensemble:
     """The weighted mean of the scores of several networks, at each image's own size.
 
-    Each network sees images as it was evaluated while it was trained: its `evaluation.size`, times each of `scales`.
-    Logits are averaged where every network sees an image once (ADVENT's published ensembles); where one sees it
-    several times, or its method gives probabilities, class probabilities are.
+    Each network gets images of the size of its evaluation during training, `evaluation.size`, times each of `scales`.
+    If every network sees an image once, logits are averaged (ADVENT's published ensembles). If a network sees it
+    several times, or its method returns probabilities, class probabilities are averaged.
 
     Args:
       members: at least one, all with the same classes. The batch size is that of the first.
-      flip: networks see every image mirrored too.
+      flip: networks also get every image mirrored.
       scales: factors of the input size.
     """
 
@@ -61,15 +61,15 @@ class Ensemble:
     def batches(
         self, records: Sequence, variables: Sequence[PyTree], *, of_labels: bool = False
     ) -> Iterator[tuple[dict[str, Any], Passes]]:
-        """Goes through `records` once, images decoded once for each pass.
+        """Goes through `records` once; images are decoded once for each pass.
 
         Args:
           records: as `data.sweep_batches` takes them.
-          variables: of each member.
-          of_labels: scores are wanted at the size of the labels, where there are any; else at that of the images.
+          variables: those of each member.
+          of_labels: scores have the size of the labels, if there are any; otherwise that of the images.
 
         Yields:
-          A batch of `data.sweep_batches`, and what `__call__` needs of it.
+          A batch of `data.sweep_batches`, and its passes for `coarse` and `average`.
         """
         batch_size = self.members[0].config.evaluation.batch
         configs = [self.members[index].config for index, _, _ in self._passes]
@@ -94,7 +94,7 @@ class Ensemble:
         return score_grid(self._scores[index], variables[index], self.members[index].config, size)
 
     def coarse(self, variables: Sequence[PyTree], passes: Passes) -> list[list[jax.Array]]:
-        """Of each pass the scores (N, h, w, C) at the network's resolution, with `flip` also of mirrored images."""
+        """The scores (N, h, w, C) of each pass at the network's resolution; with `flip` also of mirrored images."""
         result = []
         for (index, _, _), arrays in zip(self._passes, passes, strict=True):
             images, scores = arrays["image"], self._scores[index]
@@ -105,7 +105,7 @@ class Ensemble:
         return result
 
     def average(self, coarse: list[list[jax.Array]], passes: Passes) -> jax.Array:
-        """The weighted mean (N, H, W, C) of what `coarse` gave, at the sizes that `passes` name."""
+        """The weighted mean (N, H, W, C) of the result of `coarse`, at the sizes in `passes`."""
         total = 0.0
         for (index, _, share), arrays, views in zip(self._passes, passes, coarse, strict=True):
             for view in views:
@@ -117,5 +117,5 @@ class Ensemble:
 
     @property
     def single(self) -> bool:
-        """Whether every image is seen once, by one network."""
+        """Whether one network sees every image, and only once."""
         return len(self._passes) == 1 and not self._flip

@@ -44,7 +44,7 @@ def run(
     """Writes `folder`/easy.txt and hard.txt (an id per line, easiest first) and scores.csv (id, score).
 
     Raises:
-      UserError: the easy or the hard part would be empty, or `favour_rare` is asked of other classes than the 19.
+      UserError: the easy or the hard part would be empty, or `favour_rare` is set for classes other than the 19.
     """
     classes = domains.source.label_space.classes
     if config.favour_rare and not set(RARE) <= set(classes):
@@ -83,7 +83,7 @@ def run(
 def image_scores(probs: jax.Array, shown: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(N, H, W, C) probabilities -> (N,) mean entropy over pixels and classes, (N, C) which classes are predicted.
 
-    Both over the pixels where `shown` (N, H, W) is True; an image without any has the score 0.
+    Both count only pixels where `shown` (N, H, W) is True; an image without such pixels has the score 0.
     """
     predicted = (jnp.argmax(probs, -1)[..., None] == jnp.arange(probs.shape[-1])) & shown[..., None]
     means = jnp.sum(jnp.mean(entropy_map(probs), -1) * shown, (1, 2)) / jnp.maximum(jnp.sum(shown, (1, 2)), 1)
@@ -91,15 +91,15 @@ def image_scores(probs: jax.Array, shown: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def favour_rare(scores: np.ndarray, rare: np.ndarray) -> np.ndarray:
-    """Scores (N,) times (11 - rare) / 11 + 0.5, `rare` (N,) being how many of the `RARE` classes are predicted.
+    """Scores (N,) times (11 - rare) / 11 + 0.5; `rare` (N,) is the number of `RARE` classes that are predicted.
 
-    The published command line switches this on when it is asked to switch it off.
+    In the published code, the option that should switch this off switches it on.
     """
     return scores * ((len(RARE) - rare) / len(RARE) + 0.5)
 
 
 def split(ids: Sequence[str], scores: Sequence[float], share: float) -> tuple[list[str], list[str]]:
-    """The floor(share * n) ids of lowest score, and the others; each in rising order, ties by id."""
+    """The floor(share * n) ids with the lowest scores, and the others; both in rising order, ties by id."""
     ranked = [name for _, name in sorted(zip(scores, ids, strict=True))]
     count = int(share * len(ranked))
     return ranked[:count], ranked[count:]

@@ -1,4 +1,4 @@
-"""Evaluation: one pass over a dataset, giving the confusion matrix and figures that need no labels."""
+"""Evaluation: one pass over a dataset for the confusion matrix and for figures that need no labels."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def make_ensemble_evaluator(
 ) -> Callable[[Sequence[PyTree], data.Records], Evaluation]:
     """`evaluate(variables of each member, records) -> Evaluation`, compiled once for all its calls.
 
-    There are label-free figures where every image is seen once, by one network.
+    Label-free figures are computed only if one network sees every image, and only once.
     """
     first = ensemble.members[0]
 
@@ -84,7 +84,7 @@ def make_ensemble_evaluator(
 
 
 class _Share(Sequence):
-    """Every n-th record: those of this one of n processes."""
+    """The records of this process: every n-th one if there are n processes."""
 
     def __init__(self, records: data.Records):
         self._records, self._rows = records, range(jax.process_index(), len(records), jax.process_count())
@@ -97,7 +97,7 @@ class _Share(Sequence):
 
 
 def _joined(total: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The sums over all processes, of which some may have had no record."""
+    """The sums over all processes; some of them may have had no record."""
     joined: dict[str, np.ndarray] = {}
     for part in parallel.exchange({name: value.tolist() for name, value in total.items()}):
         for name, value in part.items():
@@ -117,11 +117,11 @@ def _labels(batch: dict[str, Any], passes: Passes) -> dict[str, np.ndarray]:
 
 
 def _label_free(probs: jax.Array, shown: jax.Array) -> dict[str, jax.Array]:
-    """Sums over the images of a batch from which `_finish` makes the figures for model selection without labels.
+    """Sums over the images of a batch, from which `_finish` computes figures for model selection without labels.
 
-    Of `probs` (N, h, w, C) count the positions where `shown` (N, h, w) is True, and the images that have any.
+    Positions of `probs` (N, h, w, C) count where `shown` (N, h, w) is True, and images that have such positions.
 
-    entropy: of the predictions, 0..1. diversity: entropy of the mean prediction, 0..1 (low = collapsed).
+    entropy: that of the predictions, 0..1. diversity: entropy of the mean prediction, 0..1 (low = collapsed).
     snd: soft neighbourhood density (Saito et al., Tune it the Right Way, ICCV 2021), the entropy of the softmax
     over similarities between predictions of one image, temperature 0.05; higher = denser neighbourhoods.
     """
@@ -146,7 +146,7 @@ def _label_free(probs: jax.Array, shown: jax.Array) -> dict[str, jax.Array]:
 
 
 def _shares(counts: jax.Array) -> jax.Array:
-    """1 / n at the n positions of each row of (N, P) bool that count, 0 elsewhere."""
+    """(N, P) bool -> 1 / n at the n True positions of each row, 0 elsewhere."""
     return counts / jnp.maximum(jnp.sum(counts, -1, keepdims=True), 1)
 
 

@@ -27,10 +27,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 class ImageFiles(Sequence):
     """The images in a folder and all below it, or those that match a glob pattern, read as records without labels.
 
-    Predictions are named after the image; where two have one name, after its path below what all have in common.
+    Predictions are named after the image; if two have the same name, after its path below their common folder.
 
     Raises:
-      UserError: there are none, or (when read) a file is no image.
+      UserError: there are no images, or (when it is read) a file is not an image.
     """
 
     def __init__(self, pattern: str):
@@ -70,8 +70,8 @@ def predictions(
       variables: "params" and "batch_stats" of `model`.
       images: records with "image" (H, W, 3) uint8 and "id".
       model: the network.
-      method: the module it was trained with.
-      config: for `evaluation.size`, `evaluation.batch`, `preprocess` and `align_corners`.
+      method: the module of the method that trained it.
+      config: `evaluation.size`, `evaluation.batch`, `preprocess` and `align_corners` are read.
     """
     return ensemble_predictions(Ensemble([Member(model, method, config)]), [variables], images)
 
@@ -79,9 +79,9 @@ def predictions(
 def ensemble_predictions(
     ensemble: Ensemble, variables: Sequence[PyTree], images: Sequence, devices: list[jax.Device] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """As `predictions`, of an ensemble and the variables of each of its members.
+    """Like `predictions`, for an ensemble and the variables of each of its members.
 
-    `devices` are as many as divide the batch; default: one.
+    The number of `devices` must divide the batch; default: one.
     """
     devices = devices or jax.local_devices()[:1]
     variables = [parallel.everywhere(each, devices) for each in variables]
@@ -103,8 +103,8 @@ def write_predictions(found: Iterable[tuple[str, np.ndarray]], folder: Path, spa
 
     Args:
       found: ids, and (H, W) uint8 train ids.
-      folder: made if missing.
-      space: what the train ids mean.
+      folder: created if missing.
+      space: the label space of the train ids.
 
     Returns:
       The folders of the kinds: colour (the label space's palette), ids (grey train ids) and, where all classes are

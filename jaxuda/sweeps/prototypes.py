@@ -1,11 +1,11 @@
-"""Class prototypes of both domains under a trained network: what CFContra's memories start from.
+"""Class prototypes of both domains under a trained network; CFContra's memories start from them.
 
 Source: the mean over images of each class's mean projected feature, over the pixels that the network classifies
-correctly. Target: the same over the pixels that have a pseudo-label, which is the nearest source prototype where that
-is nearer than the second by a margin. Both are scaled to unit length. A bounded number of images, drawn by the seed,
+correctly. Target: the same over the pixels that have a pseudo-label: the class of the nearest source prototype, if it
+is nearer than the second by a margin. Both are scaled to unit length. A limited number of images, drawn by the seed,
 is enough. The network is in evaluation mode (the published code leaves batch normalisation in training mode).
 
-The projection head is made here and handed on with the prototypes, since they mean nothing under another.
+The projection head is created here and saved with the prototypes, since they mean nothing with another head.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from jaxuda.training.logs import progress_bar
 PyTree = Any
 PROGRESS = "{}_progress.npz"
 SAVE_EVERY = 50  # batches
-SUMS = ("means", "used", "pixels")  # what `_sums` gives
+SUMS = ("means", "used", "pixels")  # what `_sums` returns
 
 
 def run(
@@ -50,14 +50,14 @@ def run(
     devices: list[jax.Device],
     say: Callable[[str], None],
 ) -> None:
-    """Writes both memories and the projection head to `folder` (see `jaxuda.prototypes`).
+    """Writes both memories and the projection head to `folder` (see `jaxuda.artifacts.prototypes`).
 
-    An interrupted pass goes on from the last `SAVE_EVERY` batches. A class without any pixel is told: its prototype
-    is zero, and it is left out of contrasts and pseudo-labels until a batch of the training shows it.
+    Progress is saved every `SAVE_EVERY` batches; an interrupted pass continues from there. Classes without pixels are
+    reported: their prototypes are zero, and contrasts and pseudo-labels skip them until a training batch shows them.
 
     Args:
-      config: read are `projection` (kind of the head), `margin` and `normalise_for_labels` (of the pseudo-labels),
-        `source_images` and `target_images` (how many at most), `seed`, `preprocess`, `evaluation.batch`, and for
+      config: it reads `projection` (kind of the head), `margin` and `normalise_for_labels` (for the pseudo-labels),
+        `source_images` and `target_images` (maximum numbers), `seed`, `preprocess`, `evaluation.batch`, and for
         the size of the images `resize` or `fit` of the domain, or else `evaluation.size`.
     """
     names, memories = domains.source.label_space.classes, {}
@@ -75,14 +75,14 @@ def run(
         say(f"{name} prototypes from {len(chosen)} images of {records.name}: {share:.1%} of the pixels are {kept}")
         absent = [title for title, row in zip(names, memories[name], strict=True) if not row.any()]
         if absent:
-            say(f"no such pixel of {', '.join(absent)}: these classes are left out until a training batch shows them")
+            say(f"no such pixel of {', '.join(absent)}: these classes are skipped until a training batch shows them")
     write_prototypes(folder, Memories(**memories), projection, config.projection, model, names)
     for name in memories:
         (folder / PROGRESS.format(name)).unlink()
 
 
 def _make_means(model: nn.Module, config: Any) -> dict[str, Callable]:
-    """By domain, the compiled function from variables and a batch to what `_sums` gives."""
+    """For each domain, the compiled function from variables and a batch to the result of `_sums`."""
     head = ProjectionHead(config.projection, model.dtype)
 
     def project(variables: PyTree, images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -105,10 +105,10 @@ def _make_means(model: nn.Module, config: Any) -> dict[str, Callable]:
 
 
 def choose(records: Records, limit: int, seed: int) -> Subset:
-    """At most `limit` records, drawn by the seed, in the order of the dataset; raises UserError if that is none."""
+    """At most `limit` records, drawn by the seed, in the order of the dataset; raises UserError if `limit` < 1."""
     if limit < 1:
         raise UserError(
-            f"prototypes of {limit} images of {records.name} are asked for: set source_images and "
+            f"prototypes of {records.name} cannot be made from {limit} images: set source_images and "
             "target_images of the stage to 1 or more"
         )
     ids = records.ids()
@@ -125,7 +125,7 @@ def _walk(
     config: Any,
     devices: list[jax.Device],
 ) -> tuple[np.ndarray, float]:
-    """Prototypes (C, A) of one domain, and the share of its pixels that they are made of; saves its progress."""
+    """Prototypes (C, A) of one domain, and the share of its pixels that they are made from; saves its progress."""
     path, batch_size = folder / PROGRESS.format(name), config.evaluation.batch
     done, total = _read_progress(path)
     fit = config[name].get("fit")
@@ -150,7 +150,7 @@ def _walk(
 def _sums(
     features: jax.Array, labels: jax.Array, shown: jax.Array, num_classes: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(C, A) sum over images of class means, and how many pixels are labelled and there are, of those that count.
+    """(C, A) sum over images of class means, and of the pixels that count: how many are labelled, how many there are.
 
     Args:
       features: (N, h, w, A).
@@ -164,7 +164,7 @@ def _sums(
 
 
 def _arrays(batch: dict[str, Any], size: tuple[int, int], fit: bool) -> dict[str, np.ndarray]:
-    """A sweep's batch with its labels, if any, at the size of the images, and which pixels count."""
+    """The arrays of a sweep's batch: images, labels (if any) at the size of the images, and which pixels count."""
     arrays = {"image": batch["image"], "shown": image_masks(batch, size, fit)}
     if batch["label"] is not None:
         arrays["label"] = np.full(batch["image"].shape[:3], IGNORE, np.uint8)
@@ -187,9 +187,9 @@ def _write_progress(path: Path, done: int, total: list[np.ndarray]) -> None:
 
 
 def _read_progress(path: Path) -> tuple[int, list[np.ndarray]]:
-    """How many images are done, and the sums over them."""
+    """The number of images that are done, and the sums over them."""
     try:
         saved = read_npz(path)
         return int(saved["done"]), [saved[name] for name in SUMS]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # there is none, or it is damaged: from the beginning
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # missing or damaged: start from the beginning
         return 0, [np.float64(0)] * len(SUMS)

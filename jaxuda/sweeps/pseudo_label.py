@@ -2,7 +2,7 @@
 
 With `threshold_cap` > 0 a pixel keeps its label if its confidence is at least min(threshold_cap, median confidence
 of its class) (Li et al., arXiv 2105.05013, self-training); with 0 every pixel is labelled (Pan et al., IntraDA,
-CVPR 2020). Thresholds are taken at the network's input size, labels are made at each image's own.
+CVPR 2020). Thresholds are computed at the network's input size, labels at each image's own size.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def run(
 ) -> None:
     """Writes `folder`/labels/ID.png for every target image, and the thresholds by class as thresholds.json.
 
-    Files that are there already, from a run that was interrupted, are kept.
+    Files that an interrupted run has written are kept.
     """
     space, target = domains.source.label_space, domains.target.images_only()
     variables = parallel.everywhere(variables, devices)
@@ -68,7 +68,7 @@ def run(
         thresholds = np.array([saved[name] for name in space.classes], np.float32)
     (folder / LABELS).mkdir(exist_ok=True)
     kept = _write_labels(scores, method, variables, target, folder, thresholds, config, space, devices)
-    say(f"pseudo-labels of {len(target)} images: {kept:.1%} of the pixels made now are labelled")
+    say(f"pseudo-labels of {len(target)} images: {kept:.1%} of the pixels written now are labelled")
     if kept == 0:
         say("no pixel is confident enough: a stage that learns from these labels alone will learn nothing")
 
@@ -104,7 +104,7 @@ def _write_labels(
     space: LabelSpace,
     devices: list[jax.Device],
 ) -> float:
-    """Writes the label maps that are missing; the share of their pixels that are labelled."""
+    """Writes the missing label maps; returns the share of their pixels that are labelled."""
 
     @jax.jit
     def label(variables: PyTree, images: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:

@@ -21,12 +21,12 @@ def class_shares(regions: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def is_single(regions: np.ndarray, num_classes: int) -> bool:
-    """Whether one class holds nearly all cells of a relation's regions (n, s, s)."""
+    """Whether nearly all cells of a relation's regions (n, s, s) are of one class."""
     return bool(class_shares(regions, num_classes).max() >= SINGLE_SHARE)
 
 
 def draw_sheet(regions: np.ndarray, members: Sequence[np.ndarray], shares: np.ndarray, space: LabelSpace) -> np.ndarray:
-    """One row per relation in two columns, in the order given; a bar tells single class (blue) from mixed (orange).
+    """One row per relation in two columns, in the given order; a blue bar means a single class, an orange one mixed.
 
     Args:
       regions: (n, s, s) uint8, the sample.
@@ -57,7 +57,7 @@ def _row(index: int, regions: np.ndarray, share: float, space: LabelSpace, width
     )
     for place, line in enumerate(lines):
         cv2.putText(row, line, (14, 18 + 20 * place), cv2.FONT_HERSHEY_SIMPLEX, 0.42, _INK, 1, cv2.LINE_AA)
-    # Spread over the members, which are in the order of their classes and random keys.
+    # Spread over the members, which are sorted by class and random key.
     chosen = np.linspace(0, len(regions) - 1, min(EXAMPLES, len(regions))).astype(int)
     for place, region in enumerate(regions[chosen]):
         left = TEXT + place * (TILE + GAP)

@@ -20,9 +20,9 @@ BUCKET = 32  # images of mixed sizes share compiled code when they round up to t
 
 
 def make_scores(model: nn.Module, method: ModuleType, config: Any) -> Callable[[PyTree, jax.Array], jax.Array]:
-    """`scores(variables, images)`: (N, H, W, 3) uint8 to what is upsampled before the argmax, (N, h, w, C).
+    """`scores(variables, images)`: images (N, H, W, 3) uint8 -> scores (N, h, w, C), upsampled before the argmax.
 
-    That is logits, or the probabilities of a method that has its own `predict`.
+    Scores are logits, or probabilities if the method has its own `predict`.
     """
 
     def scores(variables: PyTree, images: jax.Array) -> jax.Array:
@@ -35,14 +35,14 @@ def make_scores(model: nn.Module, method: ModuleType, config: Any) -> Callable[[
 
 
 def probabilities(scores: jax.Array, method: ModuleType) -> jax.Array:
-    """Class probabilities of what `make_scores` gave, at any resolution."""
+    """Class probabilities from scores of `make_scores`, at any resolution."""
     return scores if hasattr(method, "predict") else jax.nn.softmax(scores)
 
 
 def score_grid(
     scores: Callable, variables: PyTree, config: Any, size: tuple[int, int] | None = None
 ) -> tuple[int, int]:
-    """(h, w) of the scores of images of a size (width, height), found without computing them.
+    """(h, w) of the scores of images of a size (width, height), without computing the scores.
 
     `size` is `config.evaluation.size` unless another one is given.
     """
@@ -57,31 +57,31 @@ def sweep(
     """One pass in order; see `data.sweep_batches`.
 
     Images are resized to `size`, in batches of `batch`; both are those of `config.evaluation` unless given. With
-    `config.evaluation.keep_aspect` they are made to lie within that size, at the top left, the rest black.
+    `config.evaluation.keep_aspect` they keep their aspect within that size, at the top left; the rest is black.
     """
     return data.sweep_batches(records, input_transform(config, size), batch or config.evaluation.batch)
 
 
 def input_transform(config: Any, size: tuple[int, int] | None = None) -> Transform:
-    """What brings an image to the network's input as `sweep` says; `size` is `config.evaluation.size` unless given."""
+    """The transform from an image to the network's input in `sweep`; `size` defaults to `config.evaluation.size`."""
     kind = "fit" if kept_aspect(config) else "resize"
     return data.build_transform({kind: tuple(size or config.evaluation.size)})
 
 
 def shown_pixels(batch: dict[str, Any], config: Any, grid: tuple[int, int] | None = None) -> np.ndarray:
-    """`image_masks` for what `sweep` yields; of `config` are read `evaluation.size` and `evaluation.keep_aspect`."""
+    """`image_masks` for a batch of `sweep`; reads `evaluation.size` and `evaluation.keep_aspect` from `config`."""
     return image_masks(batch, tuple(config.evaluation.size), kept_aspect(config) is not None, grid)
 
 
 def image_masks(
     batch: dict[str, Any], size: tuple[int, int], fit: bool, grid: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """Where the network's input shows an image: not beside one that keeps its aspect, nor in a repeated one.
+    """Where the network's input shows an image: False in the border of a kept aspect, and in a repeated image.
 
     Args:
-      batch: as `data.sweep_batches` yields them.
+      batch: as `data.sweep_batches` yields it.
       size: (width, height) of the input.
-      fit: whether images were made to lie within that size at the top left, aspect kept; else they fill it.
+      fit: whether images keep their aspect within that size, at the top left; otherwise they fill it.
       grid: (h, w) of the result; default: that of the input.
 
     Returns:
@@ -92,7 +92,7 @@ def image_masks(
     shown = np.zeros((len(batch["image"]), rows, columns), bool)
     for mask, (own_height, own_width) in zip(shown, batch["size"], strict=False):
         across, down = fitted_size((own_width, own_height), size) if fit else size
-        # A cell belongs to the image if its centre does; the thinnest image has one.
+        # A cell belongs to the image if its centre does; even the thinnest image has one.
         mask[: max(1, round(rows * down / height)), : max(1, round(columns * across / width))] = True
     return shown
 
@@ -111,17 +111,17 @@ def padded_sizes(sizes: list[tuple[int, int]], batch: int) -> list[tuple[int, in
 def resize_matrices(
     grid: tuple[int, int], sizes: Sequence[tuple[int, int]], align_corners: bool, aspect: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bilinear resizes from one grid to several sizes, as matrices of one shape, so that sizes are data.
+    """Bilinear resizes from one grid to several sizes, as matrices of one shape: sizes are data, not shapes.
 
     Args:
       grid: (h, w) of the scores.
       sizes: (height, width) of each image of a batch of N.
       align_corners: as in `resize_bilinear`.
       aspect: None if the grid shows the image alone. Otherwise it shows the image at the top left of a canvas with
-        this width / height (see `kept_aspect`): scores are resized to the canvas, of which only the image is kept.
+        this width / height (see `kept_aspect`): scores are resized to the canvas, and only the image is kept.
 
     Returns:
-      float32 (N, H, h) and (N, W, w), H and W being the largest size rounded up to a multiple of `BUCKET`; rows
+      float32 (N, H, h) and (N, W, w); H and W are the largest sizes, rounded up to a multiple of `BUCKET`. Rows
       beyond an image's own size are zero.
     """
     stacks = []

@@ -1,4 +1,4 @@
-"""Which classes the network sees in each target image: what source partners are chosen by (`data.orders.paired`)."""
+"""Which classes the network predicts in each target image, to choose source partners by (`data.orders.paired`)."""
 
 from __future__ import annotations
 

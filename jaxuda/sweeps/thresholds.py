@@ -1,7 +1,7 @@
 """Confidence thresholds per class for pseudo-labels, from one pass and a histogram of fixed size.
 
 Li et al., arXiv 2105.05013, self-training: a class's threshold is the median confidence of the pixels predicted as
-it, at most `cap`. The histogram knows the median to within `1 / BINS`.
+it, at most `cap`. The histogram gives the median to within `1 / BINS`.
 """
 
 import jax
@@ -22,8 +22,8 @@ def confidence_histogram(probs: jax.Array, counts: jax.Array | None = None) -> j
       counts: bool, broadcastable to (...): which pixels count; None for all.
 
     Returns:
-      (C, BINS) int32, bin b holding confidences of b / BINS <= p < (b + 1) / BINS, and 1 in the last bin. To be
-      added up over batches in 64 bits on the host: a dataset has more pixels than 32 bits count.
+      (C, BINS) int32; bin b holds confidences b / BINS <= p < (b + 1) / BINS, the last bin also 1. Add up batches in
+      64 bits on the host: a dataset has more pixels than 32 bits can count.
     """
     classes = probs.shape[-1]
     confidence, label = jnp.max(probs, axis=-1), jnp.argmax(probs, axis=-1)
@@ -37,9 +37,9 @@ def confidence_histogram(probs: jax.Array, counts: jax.Array | None = None) -> j
 def class_thresholds(histogram: np.ndarray, cap: float) -> np.ndarray:
     """Thresholds from the summed histogram (C, BINS) of a dataset: min(cap, median) per class, (C,) float32.
 
-    The median is the element with index round(n / 2), half to even, of the n sorted confidences. Given is the lower
-    end of its bin, at most 1 / BINS below it, so that the median pixel itself always keeps its label. A class that
-    was never predicted gets 0.
+    The median is the element with index round(n / 2), half to even, of the n sorted confidences. The result has the
+    lower end of its bin, at most 1 / BINS below it, so that the median pixel itself always keeps its label. A class
+    that was never predicted gets 0.
     """
     counts = np.cumsum(np.asarray(histogram, np.int64), axis=1)
     total = counts[:, -1]

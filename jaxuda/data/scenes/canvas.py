@@ -1,8 +1,8 @@
-"""A perspective canvas that keeps colour, label and exact inverse depth of all that is painted on it.
+"""A perspective canvas that keeps the colour, label and exact inverse depth of everything painted on it.
 
-World coordinates are metres: x to the right, y up from the ground, z forward, the camera at (0, height, 0)
-looking along z. A plane n.P = c of that world has an inverse depth that is affine in image coordinates, so
-that a polygon needs three numbers for it, and the inverse depth of a whole picture costs one pass at the end.
+World coordinates are metres: x to the right, y up from the ground, z forward; the camera is at (0, height, 0)
+and looks along z. The inverse depth of a plane n.P = c is affine in image coordinates, so that a polygon needs
+three numbers for it, and the inverse depth of a whole picture needs one pass at the end.
 """
 
 from collections.abc import Sequence
@@ -92,7 +92,7 @@ class Canvas:
         cv2.fillConvexPoly(self.shade, self.project(ground_points) // SUPER, 255 * (1 - strength))
 
     def cast_by_sun(self, footprint: np.ndarray, height: float) -> None:
-        """Shadow of a thing of this height (metres) on this footprint (N, 3)."""
+        """Shadow of an object of this height (metres) on this footprint (N, 3)."""
         if self.sun.shadow > 0:
             sx, sy, sz = self.sun.direction
             shift = np.array([-sx / sy * height, 0, -sz / sy * height])

@@ -41,7 +41,7 @@ class Facade(NamedTuple):
 def building(canvas: Canvas, style: Facade, *, x: float, z0: float, z1: float, near: float, base: float = 0.0) -> None:
     """Paints a building with its front along the street at x and its gable at z0.
 
-    What lies nearer than z = near on a front at x is out of the picture; what hides its foot is `base` high.
+    The part of a front at x that is nearer than z = near is outside the picture; its lowest `base` metres are hidden.
     """
     label, side = CLASS["building"], 1 if x > 0 else -1
     if z0 > near:
@@ -83,7 +83,7 @@ def wall(canvas: Canvas, colour: Colour, joint: Colour, *, x: float, z0: float, 
 
 
 def fence(canvas: Canvas, colour: Colour, mesh: Colour, *, x: float, z0: float, z1: float, height: float) -> None:
-    """A fence along the street: bars before a mesh; what shows through is fence as well, as in Cityscapes."""
+    """A fence along the street: bars and a mesh; what is seen through it is labelled fence too, as in Cityscapes."""
     surface, light = panel(canvas, CLASS["fence"], mesh, x=x, z0=z0, z1=z1, y0=0, y1=height)
     bar = shaded(colour, light)
     canvas.fill_many(grid_x(x, np.arange(z0, min(z1, 40), 0.8), np.array([0.0]), 0.3, height), bar, surface)

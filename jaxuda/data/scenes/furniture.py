@@ -136,7 +136,7 @@ def blob(
 def tree(
     canvas: Canvas, paint: Paint, rng: random.Random, *, x: float, z: float, height: float, conifers: float
 ) -> None:
-    """A tree, with this chance a conifer; its trunk is vegetation too, as in Cityscapes. Height in metres."""
+    """A tree; `height` in metres, `conifers` the chance of a conifer. Its trunk is vegetation, as in Cityscapes."""
     spread = height * rng.uniform(0.22, 0.34)
     leaves, trunk = paint("leaves"), paint("trunk")
     zoom = canvas.view.focal / z

@@ -18,7 +18,7 @@ Range = tuple[float, float]
 
 
 class Look(NamedTuple):
-    """Ranges are drawn from once per scene. Grey levels are 0..255."""
+    """A value is drawn from each range once per scene. Grey levels are 0..255."""
 
     exposure: Range  # gain
     white_balance: Range  # gain of red; blue gets its inverse
@@ -52,7 +52,7 @@ _LOOKS = {
     ),
 }  # fmt: skip
 
-# Name -> colours (R, G, B) in game, in camera; equally many, so that they can be mixed.
+# Name -> colours (R, G, B) in game, in camera; the same number of each, so that they can be mixed.
 _PALETTES = {
     "road": ([(84, 86, 98), (100, 100, 110)], [(122, 116, 106), (88, 86, 84)]),
     "patch": ([(74, 76, 86)], [(98, 94, 88)]),
@@ -153,13 +153,13 @@ def _texture_strength(domain: str) -> np.ndarray:
 
 
 class Paint:
-    """Draws colours of one scene: each is one of the palette's, a little off."""
+    """Draws the colours of one scene: each is a colour of the palette with a small random change."""
 
     def __init__(self, domain: str, rng: random.Random):
         self.palette, self.rng, self.spread = palette(domain), rng, look(domain).colour_spread
 
     def __call__(self, name: str) -> Colour:
-        # called hundreds of times per scene: plain arithmetic; what leaves 0..255 is clipped at the end
+        # called hundreds of times per scene: plain arithmetic; values outside 0..255 are clipped at the end
         colours, draw, spread = self.palette[name], self.rng.random, self.spread
         red, green, blue = colours[int(draw() * len(colours))]
         light = spread * (2 * draw() - 1.6)
@@ -206,7 +206,7 @@ def _texture(canvas: Canvas, domain: str, rng: random.Random, label: np.ndarray)
     width, height = canvas.size
     grain, clumps, patches, clouds, _ = _noise_tiles()
     strength = _texture_strength(domain)
-    # The ground has clumps of its own, laid out in perspective, so that they narrow far away.
+    # The ground has its own clumps in perspective, so that they are narrower far away.
     factor = 1 + strength[:, 0][label] * _crop(grain, rng, width, height)
     factor += strength[:, 1][label] * _crop(clumps, rng, width, height)
     factor += strength[:, 2][label] * _crop(patches, rng, width, height)
@@ -242,8 +242,8 @@ def finish(canvas: Canvas, domain: str, rng: random.Random) -> tuple[np.ndarray,
     planes = np.array(canvas.planes, np.float32)
     columns, rows = np.arange(width, dtype=np.float32) * SUPER, np.arange(height, dtype=np.float32) * SUPER
     inverse = planes[:, 0][surface] * columns + planes[:, 1][surface] * rows[:, None] + planes[:, 2][surface]
-    inverse = np.maximum(inverse, 1 / 655.36)  # 1/m; the least that the stored depth can hold: sky
-    # stored: centimetres less one, so that 65536 / (depth + 1) is an inverse depth
+    inverse = np.maximum(inverse, 1 / 655.36)  # 1/m; the smallest that the stored depth can hold: sky
+    # stored: centimetres minus one, so that 65536 / (depth + 1) is an inverse depth
     depth = np.clip(np.rint(100 / inverse) - 1, 0, 65535).astype(np.uint16)
 
     averaged = cv2.resize(canvas.pixels, (width, height), interpolation=cv2.INTER_AREA)

@@ -15,7 +15,7 @@ PAINT, GLASS, DARK, TAIL, LAMP, METAL, SECOND = range(7)
 
 
 class Mesh(NamedTuple):
-    """Convex planar faces: points (P, 3); of each face its bounds, first point, outward normal, material."""
+    """Convex planar faces: points (P, 3); for each face its bounds, first point, outward normal and material."""
 
     points: np.ndarray
     bounds: tuple[tuple[int, int], ...]
@@ -238,7 +238,7 @@ SKIN, TOP, TROUSERS, HAIR, FRAME, TYRE, SPOKES, HELMET = range(8)
 
 
 class Figure(NamedTuple):
-    """Flat polygons: points (P, 2), and of each (start, end, material, belongs to the machine)."""
+    """Flat polygons: points (P, 2), and for each polygon (start, end, material, belongs to the machine)."""
 
     points: np.ndarray
     parts: tuple[tuple[int, int, int, bool], ...]

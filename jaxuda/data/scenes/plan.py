@@ -128,7 +128,7 @@ class Street(NamedTuple):
     limit: float  # half the picture at distance 1
 
     def near(self, x: float) -> float:
-        """What stands at x is out of the picture nearer than this."""
+        """What stands at x and nearer than this is outside the picture."""
         return abs(x) / self.limit * 0.95
 
 

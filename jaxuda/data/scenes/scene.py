@@ -1,4 +1,4 @@
-"""Paints one scene far to near: sky, ground, fronts, then all that stands in between."""
+"""Paints one scene from far to near: sky, ground, fronts, then everything that stands in between."""
 
 import random
 
@@ -13,7 +13,7 @@ from jaxuda.data.scenes.plan import FAR, STATISTICS, Street, plan_street
 
 
 def paint_scene(domain: str, rng: random.Random, size: tuple[int, int]) -> Canvas:
-    """Paints a scene of a domain, far to near, in this size (width, height)."""
+    """Paints a scene of a domain from far to near, at this size (width, height)."""
     stats = STATISTICS[domain]
     paint = Paint(domain, rng)
     width, height = (SUPER * s for s in size)
