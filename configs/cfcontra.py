@@ -1,28 +1,28 @@
-"""CFContra: pixels against the class prototypes of both domains (coarse-to-fine contrastive adaptation).
+"""CFContra: contrast of pixels with class prototypes of both domains (coarse-to-fine contrastive adaptation).
 
     python -m jaxuda.main --config configs/cfcontra.py            # streets, two CPU cores
     python -m jaxuda.main --config configs/cfcontra.py:camvid     # day -> dusk, after jaxuda.prepare camvid
     python -m jaxuda.main --config configs/cfcontra.py:gta5       # as published; synthia
 
 Stages: source only -> MinEnt -> prototypes of both domains under that network -> CFContra -> oracle. All but the
-third and fourth are those of configs/minent.py, and are taken over from its work folder where it lies beside this one.
+third and fourth are those of configs/minent.py, and are reused from its work folder if that is next to this one.
 
 As published (gta5, synthia): images of 1280x640, batch 1 + 1, 120,000 steps of a 250,000-step schedule, each of the
 four contrast terms with weight 0.001 at temperature 0.07; +3.5 mIoU over MinEnt on GTA5 -> Cityscapes, the best
 snapshot on the target's labels. Only the prototypes come from MinEnt, the network starts from ImageNet again;
-`--config.adapt.init=minent` keeps it, as the quick benchmarks do. The published optimizer never moved the projection
-head: `--config.adapt.train_head=False`. Left out is the transfer of the target's appearance to source images, which
-the published code carries switched off. crosscity-CITY and mapillary are trained in the same way; no score was
-published.
+`--config.adapt.init=minent` starts it from MinEnt, as the quick benchmarks do. The published optimizer never updated
+the projection head; `--config.adapt.train_head=False` does the same. The published code also has a transfer of the
+target's appearance to source images, which is switched off; it is not implemented here. crosscity-CITY and mapillary
+are trained in the same way; no score was published.
 
-The small networks here have some hundred steps to move. After 20 of them on streets, the gradient of a contrast term
-on the backbone is 2 to 3 times the cross-entropy's before weighting; at 0.01 the four together make a tenth of it, at
-0.001 a hundredth. Features are as long as it happens, so they are compared at unit length, where a margin of 0.05
-keeps half of the target's pixels, 69% of them right, and 0.1 a quarter, 89% right; hence 0.1 (60 images of each
-domain, prototypes of a MinEnt network; 45% are right without a margin).
+The small networks here train for a few hundred steps. After 20 of them on streets, the gradient of a contrast term on
+the backbone is 2 to 3 times the cross-entropy's before weighting; with weight 0.01 the four terms together are a tenth
+of it, with 0.001 a hundredth. The length of the features is arbitrary, so they are compared at unit length. There a
+margin of 0.05 keeps half of the target's pixels, 69% of them correct, and 0.1 keeps a quarter, 89% correct; hence 0.1
+(60 images of each domain, prototypes of a MinEnt network; 45% are correct without a margin).
 
 `projection` ("mlp", "linear" or "none"), `margin` and `normalise_for_labels` must be set in both `prototypes` and
-`adapt`. `adapt.margin_decay` shrinks the margin to nothing over the schedule.
+`adapt`. `adapt.margin_decay` reduces the margin to 0 over the schedule.
 """
 
 from ml_collections import ConfigDict

@@ -30,13 +30,13 @@ def domain(name: str, **transforms) -> ConfigDict:
     for field in ("resize", "short_side", "scale", "base", "crop", "flip", "jitter", "grey", "blur"):
         config[field] = transforms.pop(field, unset())
     if "fit" in transforms:
-        config.fit = transforms.pop("fit")  # a field only where it is used: stages are known by their fields
+        config.fit = transforms.pop("fit")  # set only when used: every field enters the stage's fingerprint
     assert not transforms, f"unknown transforms: {', '.join(transforms)}"
     return config
 
 
 def quick_model(**fields) -> ConfigDict:
-    """A ResNet-18 of half width that trains from scratch within minutes; there is no ImageNet start here."""
+    """A ResNet-18 of half width that trains from scratch within minutes, without ImageNet weights."""
     return ConfigDict(
         {
             "name": "deeplab",  # a file in `jaxuda/models`, or the dotted path of a module of your own
@@ -79,14 +79,14 @@ def base(name: str, benchmark: str, published: tuple[str, ...] = ()) -> ConfigDi
             "platform": "",  # "gpu": refuse to fall back to the CPU
             "data_dir": "",  # "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
             "accumulate": 1,  # parts of a batch whose gradients are added up to one update, in all training stages
-            "control": False,  # also train as the adaptation does, without its loss: what its gain is measured against
-            "remat": False,  # compute a ResNet's blocks twice to keep less in memory, in all training stages
+            "control": False,  # also train like the adaptation but without its target loss, to measure its gain against
+            "remat": False,  # compute a ResNet's blocks twice to save memory, in all training stages
             "num_workers": 0,  # processes that decode and transform; 0: threads of this one
             "log_every": 10,
             "eval_every": 100,
             "checkpoint_every": 100,
             "keep_every": 0,  # also keep the checkpoints of every so many steps; 0: the latest two and the best
-            "class_weights": (),  # of the classes in the cross-entropy of every stage; (): all alike
+            "class_weights": (),  # weights of the classes in the cross-entropy of every stage; (): all the same
             "mean_of_last": 3,  # evaluations that the table's 'mean of last' averages
             "preprocess": "imagenet",
             "model": quick_model(),
@@ -144,7 +144,7 @@ def _synthia(config: ConfigDict) -> None:
 
 
 def _crosscity(config: ConfigDict, city: str) -> None:
-    """The 13 classes that both have; the city's 100 labelled images are called its test split."""
+    """The 13 classes that both have; the city's 100 labelled images are its test split."""
     config.label_space = "crosscity13"
     config.source = domain("cityscapes", resize=(1024, 512))
     config.target = domain(f"crosscity/{city}", resize=(1024, 512))
@@ -178,8 +178,8 @@ ADVENT_SCHEDULE = {"lr": 2.5e-4, "steps": 120_000, "schedule_steps": 250_000, "b
 def advent_family(config: ConfigDict) -> None:
     """Network and optimizer of the published MinEnt, AdvEnt and IntraDA experiments.
 
-    Their optimizer moved block convolutions three times and shortcuts four times per step, decaying anew each time
-    (torch 0.4); `optim.repeat` = 1 everywhere is what their papers describe.
+    Their optimizer updated block convolutions three times and shortcuts four times per step, and each time added weight
+    decay to the gradient again (torch 0.4); their papers describe `optim.repeat` = 1 everywhere.
     """
     config.preprocess = "caffe"
     config.model.update({"backbone": "resnet101", "variant": "caffe", "width": 64, "aux": True})
@@ -192,20 +192,20 @@ def train_stage(method: str, **fields) -> ConfigDict:
 
     Args:
       method: a file in `jaxuda/methods`.
-      **fields: what differs from the defaults below, and the method's own weights.
+      **fields: fields that differ from the defaults below, and the method's own weights.
     """
     return ConfigDict(
         {
             "train": method,
             # Or "imagenet", an earlier stage, "STAGE:best" (chosen with target labels), the path of any stage's folder.
             "init": "scratch",
-            "domains": ("source", "target"),  # labelled images are of the first, unlabelled ones of the second
-            "labels": "",  # a stage whose pseudo-labels stand for the labels of the first domain
+            "domains": ("source", "target"),  # labelled images come from the first, unlabelled ones from the second
+            "labels": "",  # a stage whose pseudo-labels replace the labels of the first domain
             "split": "",  # a ranking stage: labelled images are its easy ones, unlabelled ones its hard ones
             "reads": (),  # stages whose artifacts the method starts from
             "order": "shuffled",  # a file in `jaxuda/data/orders`: in which order labelled images are drawn
             "steps": 300,
-            "schedule_steps": 0,  # of the poly schedule; 0: `steps`
+            "schedule_steps": 0,  # length of the poly schedule; 0: `steps`
             "batch": 4,  # images of each domain per step, all devices together
             "lr": 0.02,
             "align_corners": True,
@@ -218,12 +218,12 @@ def train_stage(method: str, **fields) -> ConfigDict:
 
 
 def sweep_stage(sweep: str, init: str, **fields) -> ConfigDict:
-    """A pass over a dataset with the network of an earlier stage, which leaves artifacts for later ones.
+    """A pass over a dataset with the network of an earlier stage; it writes artifacts for later stages.
 
     Args:
       sweep: a file in `jaxuda/sweeps`.
       init: the stage whose network is used; "scratch" for a sweep over the data alone.
-      **fields: what the sweep needs.
+      **fields: the fields that the sweep needs.
     """
     shared = {"domains": ("source", "target"), "labels": "", "split": "", "reads": (), "align_corners": True}
     return ConfigDict({"sweep": sweep, "init": init, **shared, **fields})

@@ -1,4 +1,4 @@
-"""CrCDA: contextual relations of the source kept in the target (Huang et al., ECCV 2020).
+"""CrCDA: keeps contextual relations of the source in the target (Huang et al., ECCV 2020).
 
     python -m jaxuda.main --config configs/crcda.py            # streets, two CPU cores
     python -m jaxuda.main --config configs/crcda.py:camvid     # day -> dusk, after jaxuda.prepare camvid
@@ -11,20 +11,20 @@ oracle. The paper's ablation:
     both            as it is
     no margin       --config.adapt.adaptive=False
 
-Several region sizes: the same region_sizes for context_relations and adapt, such as '(2, 4)'.
+For several region sizes, set the same region_sizes for context_relations and adapt, such as '(2, 4)'.
 
-No code was ever published (the README has the authors' remark about a patent). What the paper leaves open is our
-reading: descriptors and clustering (jaxuda/artifacts/relations.py, jaxuda/sweeps/context_relations.py),
-lambda_region_ce, and for gta5, synthia, crosscity-CITY and mapillary all that AdvEnt's recipe says. The paper: mIoU
+No code was ever published (the README has the authors' remark about a patent). The paper does not specify, so that we
+chose: descriptors and clustering (jaxuda/artifacts/relations.py, jaxuda/sweeps/context_relations.py),
+lambda_region_ce, and for gta5, synthia, crosscity-CITY and mapillary all settings of AdvEnt's recipe. The paper: mIoU
 48.6 on GTA5 -> Cityscapes with ResNet-101, 42.9 on SYNTHIA (mIoU* 50.0).
 
 The small networks adapt from the source-only stage. Clustering, streets and camvid: eps 0.18 with min_samples 10
 finds 44 and 47 relations (12 and 14 of a single class) that hold 43% and 55% of the regions; from eps 0.25 on, most
-mixed regions run together into one cluster. Weights: after 40 steps on the source and 20 of CrCDA on streets, the
+mixed regions merge into one cluster. Weights: after 40 steps on the source and 20 of CrCDA on streets, the
 gradients on the backbone, as shares of the cross-entropy's, were 1.1 (CE of regions), 0.41 (pixel entropy; 0.63
 without margin) and 0.10 (region entropy). Hence 0.02, as in configs/minent.py, for pixels, and 0.1 for regions: each
-about a hundredth of the cross-entropy's gradient. Five times either or both gave 0.2 to 0.5 points more on streets with
-seed 0, less than seeds differ (experiments/RESULTS.md), so they were kept.
+about a hundredth of the cross-entropy's gradient. Five times one or both weights gave 0.2 to 0.5 points more on streets
+with seed 0, less than the difference between seeds (experiments/RESULTS.md), so the weights were kept.
 """
 
 from ml_collections import ConfigDict

@@ -3,13 +3,13 @@
     python -m jaxuda.main --config configs/dada.py            # streets, two CPU cores
 
 Stages: source only -> DADA from there -> oracle, all with the same network, which has a depth branch and one level.
-Only a source with depth will do: `streets`, whose depth is exact, and SYNTHIA: to Cityscapes (`synthia`) and to
-Mapillary Vistas in 7 super-classes (`mapillary`). CamVid, GTA5 and folders have none.
+The source must have depth: `streets`, whose depth is exact, or SYNTHIA: to Cityscapes (`synthia`) and to
+Mapillary Vistas in 7 super-classes (`mapillary`). CamVid, GTA5 and folders have no depth.
 
 As published (synthia, mapillary): ResNet-101 from ImageNet weights, batch 1 + 1, learning rate 2.5e-4 (head and depth
-branch 10x), all weights 0.001, 90,000 steps; mIoU 42.6 on SYNTHIA -> Cityscapes (mIoU* 49.8), the best of a snapshot
-every 2,000 steps on the target's labels. As in AdvEnt, backbone weights moved several times per step (see `repeat` in
-jaxuda/optimizers/sgd.py).
+branch 10x), all weights 0.001, 90,000 steps; mIoU 42.6 on SYNTHIA -> Cityscapes (mIoU* 49.8), the best snapshot on the
+target's labels, one every 2,000 steps. As in AdvEnt, backbone weights are updated several times per step (see `repeat`
+in jaxuda/optimizers/sgd.py).
 """
 
 from ml_collections import ConfigDict

@@ -4,16 +4,16 @@
     python -m jaxuda.main --config configs/lfass.py:camvid     # day -> dusk, after jaxuda.prepare camvid
     python -m jaxuda.main --config configs/lfass.py:synthia    # as published; also gta5
 
-The method is PLCA's (`jaxuda/methods/plca.py`) without probabilities, smoothness and test-time aggregation. Stages
-as in configs/plca.py, and ",paired" likewise, which was on the wish list of the report.
+The method is PLCA's (`jaxuda/methods/plca.py`) without probabilities, smoothness and test-time aggregation. The stages
+and ",paired" are as in configs/plca.py; the report names such pairs as future work.
 
 As published (synthia, 16 classes): ResNet-18 from ImageNet, not dilated, learning rate 2.5e-4 (head 10x), CE + 0.75
 Lovasz + 0.1 association, 30,000 steps of 4 + 4 images; mIoU 18.7 source only, 19.3 with Lovasz, 20.3 with association.
-Its report and its code disagree: the report's images have a short side of 760..988, a crop of 730x730 and flips, the
-code's are squeezed to 730x730, 8 per step. This follows the report. The code also normalises similarities along the
-wrong axis and lets gradients through their statistics; this computes what the report's equations say. Its optimizer
-moved backbone weights several times per step without meaning to (see `repeat` in jaxuda/optimizers/sgd.py), which is
-kept.
+Its report and its code disagree. In the report, images have a short side of 760..988, a crop of 730x730 and flips; in
+the code, they are resized to 730x730, 8 per step. This recipe follows the report. The code also normalises similarities
+along the wrong axis and lets gradients through their statistics; this recipe follows the report's equations. Its
+optimizer updated backbone weights several times per step by accident (see `repeat` in jaxuda/optimizers/sgd.py); this
+recipe does the same.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@
 
 Stages: source only -> MinEnt from there -> oracle. The published experiments train MinEnt from ImageNet weights
 with entropy weights 0.001 and 0.0002 over 120,000 steps; the small networks here start from the source-only
-stage and take larger weights, since they have some hundred steps to move. The published recipes are gta5 and
+stage and use larger weights, since they train for a few hundred steps only. The published recipes are gta5 and
 synthia: mIoU 42.3 on GTA5 -> Cityscapes, 38.1 on SYNTHIA (mIoU* 44.2), the best snapshot on the target's labels.
 crosscity-CITY and mapillary are trained in the same way; no score was published.
 """

@@ -4,17 +4,17 @@
     python -m jaxuda.main --config configs/plca.py:camvid     # day -> dusk, after jaxuda.prepare camvid
     python -m jaxuda.main --config configs/plca.py:gta5       # as published; also synthia
 
-Stages: source only (with Lovasz) -> PLCA from there -> oracle. Behind the benchmark, ",paired" chooses for each
-target image, of 16 source images drawn at random, the one that best covers the classes which the source-only network
-predicts in it: `configs/plca.py:streets,paired`. The small networks are evaluated without test-time aggregation: their
-16x32 positions are so few that it blurs what they see (experiments/RESULTS.md).
+Stages: source only (with Lovasz) -> PLCA from there -> oracle. With ",paired" after the benchmark
+(`configs/plca.py:streets,paired`), each target image gets, out of 16 random source images, the one that best covers the
+classes which the source-only network predicts in it. The small networks are evaluated without test-time aggregation:
+they have only 16x32 positions, and it blurs their predictions (experiments/RESULTS.md).
 
 As published (gta5, synthia): ResNet-101 from ImageNet without head bias, learning rate 2.5e-4 everywhere, batch 8 + 8
 accumulated in two parts, normalisation trained; images of both domains with a short side of 760..988, crop 730x730;
 28 of 30 epochs of 372 steps on GTA5, 8 of 10 on SYNTHIA; evaluated at 1460x730 with test-time aggregation: mIoU 47.8
-and 46.9 (16 classes). Their Lovasz weight of 0.75 was multiplied by 2 GPUs x 2 accumulated parts; here a weight means
-what it says, and the recipes say 3.0. Their Lovasz was taken over the 2 images of one GPU, ours over the 4 of a part.
-Blocks of the network are computed twice (`model.remat`), so that a part of 4 + 4 fits an accelerator of 24 GiB.
+and 46.9 (16 classes). Their Lovasz weight of 0.75 was multiplied by 2 GPUs x 2 accumulated parts; here a weight is used
+as it is given, so the recipes have 3.0. Their Lovasz was computed over the 2 images of one GPU, ours over the 4 of a
+part. Blocks of the network are computed twice (`model.remat`), so that a part of 4 + 4 fits an accelerator of 24 GiB.
 """
 
 from ml_collections import ConfigDict
@@ -63,7 +63,7 @@ def _published(config: ConfigDict, schedule_epochs: int, epochs: int) -> None:
 
 
 def crops(config: ConfigDict) -> None:
-    """Images of both domains, and evaluation, as PLCA and the report of LFASS have them."""
+    """Images of both domains, and evaluation, as in PLCA and in the report of LFASS."""
     for domain in (config.source, config.target):
         domain.update({"resize": None, "short_side": (760, 988), "flip": 0.5, "crop": (730, 730)})
         domain.interpolation = "bilinear"
@@ -87,7 +87,7 @@ def association(**fields) -> dict:
 
 
 def pair(config: ConfigDict, pairing: str) -> None:
-    """Adds the stage that pairs are chosen by, if `pairing` asks for it."""
+    """Adds the stage that finds the classes for choosing pairs, if `pairing` is "paired"."""
     if not pairing:
         return
     if pairing != "paired":

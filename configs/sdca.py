@@ -6,14 +6,14 @@
 
 Stages: source only (with Lovasz) -> class statistics of that network over the source -> SDCA from there ->
 pseudo-labels for the target, kept where they are confident -> self-training on them -> oracle. The published recipe
-starts the self-training from ImageNet again; here, where there is none, it starts from the adapted network.
+starts the self-training from ImageNet again; the quick ones, without ImageNet weights, from the adapted network.
 
 As published: temperature 100, confidence 0.9, both contrast terms with weight 1, Lovasz 0.75, learning rate 2.5e-4
-(heads 10x) over 40,000 steps of 4 + 4 images. At temperature 100 the contrast hardly speaks: after 25 steps on
-streets its gradient on the backbone is 0.0005 (features) and 0.001 (logits) of the cross-entropy's, which only ten
-thousands of steps can make something of. At temperature 1 it is 0.05 and 0.1, which some hundred steps can feel;
-hence 1 in the quick benchmarks. The Lovasz term sorts pixels x classes and is computed on a quarter of the image's
-width and height here.
+(heads 10x) over 40,000 steps of 4 + 4 images. At temperature 100 the contrast is very weak: after 25 steps on
+streets its gradient on the backbone is 0.0005 (features) and 0.001 (logits) of the cross-entropy's, which has an
+effect only over tens of thousands of steps. At temperature 1 it is 0.05 and 0.1, which has an effect in a few hundred;
+hence 1 in the quick benchmarks. The Lovasz term sorts pixels x classes; in the quick benchmarks it is computed at a
+quarter of the image's width and height.
 
 Expected mIoU (best snapshot on the target's labels): GTA5 52.9, SYNTHIA 50.2 (mIoU* 56.8); with VGG-16 47.3 and 43.5
 (50.3). No score was published for crosscity-CITY and mapillary.
@@ -72,7 +72,7 @@ def _published(config: ConfigDict, backbone: str, benchmark: str) -> None:
         **_contrast(tau=100.0),
     )
     zoom = {"resize": None, "scale": (0.5, 1.5), "base": (2048, 1024), "crop": (1024, 512), "flip": 0.5}
-    if benchmark == "mapillary":  # whose images have no common size: of the short side at which the others are
+    if benchmark == "mapillary":  # its images differ in size: scale the short side to the same range as for the others
         zoom = {"fit": None, "short_side": (512, 1536), "crop": (1024, 768), "flip": 0.5}
     config.self_train = common.train_stage(
         "source_only",

@@ -1,10 +1,10 @@
-"""Source only and oracle: the two ends that adaptation moves between.
+"""Source only and oracle: the lower and the upper bound of adaptation.
 
     python -m jaxuda.main --config configs/source_only.py            # streets, two CPU cores: about 4 minutes
     python -m jaxuda.main --config configs/source_only.py:camvid     # day -> dusk, after jaxuda.prepare camvid
 
 Both train the same small network from scratch for the same number of steps, one on source labels, one on
-target labels. Every other config runs the same two stages and finds them finished if they ran before.
+target labels. Every other config has these two stages too, and reuses them if they have run before.
 """
 
 from ml_collections import ConfigDict

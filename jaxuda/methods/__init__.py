@@ -1,23 +1,23 @@
 """One file per adaptation method, found by its name.
 
-A method says what is computed in one update, as a few passes; `jaxuda.training.step` takes their gradients, averages
+A method defines what is computed in one update, as a few passes; `jaxuda.training.step` takes their gradients, averages
 them over devices, accumulates and applies them. A method is a module with the function
 
     passes(config, step) -> tuple of functions
 
-whose functions run one after another in every update, each with a gradient of its own with respect to `params`; the
-gradients are added. Each has the form
+These functions run one after another in every update, each with its own gradient with respect to `params`; the
+gradients are added. Each function has the form
 
     pass_(params, carry, batch, *, step, model, config, constants, keys, axis_name) -> (scalar, carry)
 
 params: {"model": the network's parameters, and what `init` added}.
-carry: a `Carry`: batch statistics, the method's own state, values and metrics, as the pass before has left them.
+carry: a `Carry`: batch statistics, the method's own state, values and metrics, as the pass before left them.
 batch: {"source": {"image" (N, H, W, 3) float, normalised; "label" (N, H, W) int32, 255 = ignore; "depth" (N, H, W)
   float where the data have it}, "target": {"image"}}, of the domains that the stage has; N is this device's part.
 step: int32 scalar, the number of updates done before this one.
 model: the network, a Flax module; see `jaxuda.models`.
 config: the stage's settings.
-constants: what `init` made of them.
+constants: those that `init` returned.
 keys: `Keys`; take `keys.use("a name")` for each purpose.
 axis_name: the device axis, or None on one device.
 
@@ -31,20 +31,20 @@ Optional functions:
         The steps at which the tuple of passes changes. `passes` is called with 0 and with each of them.
     init(key, *, model, variables, batch, config, artifacts, weights) -> Start
         Further parameters, state and constants. variables: {"params", "batch_stats"} of the network before the first
-        step, also when a checkpoint is restored. batch: of zeros, with the right shapes. artifacts: stage -> folder of
+        step, also when a checkpoint is restored. batch: zeros, with the right shapes. artifacts: stage -> folder of
         the files that the stages named in `reads` wrote; {} while a recipe is checked. weights(name): the network's
         variables with the backbone of other converted weights, named in the stage's field `weights`.
     before_passes(params, carry, batch, *, step, model, ...) -> carry
-        Before the passes of each part, without a gradient: a teacher's pseudo-labels, mixed images.
+        Runs before the passes of each part, without a gradient: for a teacher's pseudo-labels, mixed images.
     after_update(state, *, config) -> state
-        Once per update, however many parts the batch is cut into: an EMA teacher. `state` is a `TrainState`.
+        Runs once per update, however many parts the batch has: for an EMA teacher. `state` is a `TrainState`.
     evaluated(state, *, config) -> {"student": variables, "teacher": variables}
-        The networks in a state, made of parts of the state as they are. Default: the student alone.
+        The networks in a state; all their arrays are arrays of the state. Default: the student alone.
     predict(variables, images, *, model, config) -> probabilities (N, h, w, C)
-        Where evaluation is more than the softmax of the network's main output.
+        Needed if evaluation is more than the softmax of the network's main output.
 
 Before anything trains, each stage's step is traced on abstract values, so that a field that the config lacks, a value
-that no pass left, a changed structure or a metric written twice is an error by name at once.
+that no pass kept, a changed structure or a metric written twice is reported by name at once.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ PyTree = Any
 class Start(NamedTuple):
     """What a method adds before the first step.
 
-    params: further modules that learn, by name ({"discriminator": ...}).
+    params: further learnable modules, by name ({"discriminator": ...}).
     extra: the method's own state, a pytree that training moves and checkpoints keep.
     constants: a pytree that passes read; neither trained nor saved (a frozen network).
     """
@@ -76,7 +76,7 @@ class Start(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Randomness that depends on neither the devices nor how a batch is cut.
+    """Random keys that do not depend on the number of devices or of parts of a batch.
 
     batch: one key for the whole batch and update, the same on every device and in every accumulated part.
     index: (N,) int32, the place of each example of this part in the global batch.
@@ -110,7 +110,7 @@ class Carry(NamedTuple):
     metrics: Mapping[str, jax.Array]
 
     def log(self, **metrics: jax.Array) -> Carry:
-        """The carry with more metrics; raises UserError if one of them has been written before."""
+        """The carry with more metrics; raises UserError if one of them is already there."""
         if twice := sorted(self.metrics.keys() & metrics.keys()):
             raise UserError(f"the metric '{twice[0]}' is written twice in one step: give each its own name")
         return self._replace(metrics={**self.metrics, **metrics})
@@ -121,10 +121,10 @@ class Carry(NamedTuple):
 
 
 def names() -> list[str]:
-    """The methods that jaxuda has: every module here that has passes."""
+    """The methods of jaxuda: every module here that has `passes`."""
     return plugins.names(__name__, "passes")
 
 
 def load(name: str, *, imported: bool = False) -> ModuleType:
-    """The method called `name`, of jaxuda or (a dotted path) of the user's; see `plugins.load`."""
+    """The method called `name`: a method of jaxuda, or (a dotted path) of the user; see `plugins.load`."""
     return plugins.load(__name__, "passes", name, "train", imported=imported)

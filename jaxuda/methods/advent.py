@@ -6,8 +6,8 @@ section 3.2. With I = entropy map of the upsampled predictions and one discrimin
   segmenter      L_seg(source) + lambda_adv * BCE(D(I_t), source) + lambda_adv_aux * BCE(D_aux(I_aux,t), source)
   discriminator  1/2 BCE(D(sg I_s), source) + 1/2 BCE(D(sg I_t), target)
 
-Each pass is one scalar for both: the segmenter's term sees stopped discriminator parameters, the discriminator's terms
-see stopped predictions, so that one gradient gives each network exactly its own.
+Each pass returns one scalar for both networks. The segmenter's term stops gradients at the discriminator's parameters,
+the discriminator's terms stop them at the predictions, so that each network gets exactly its own gradient.
 """
 
 from __future__ import annotations
@@ -93,13 +93,13 @@ def entropy_maps(outputs: Outputs, images: jax.Array, config: Any) -> dict[str, 
 def discriminate(
     model: Any, config: Any, params: PyTree, maps: jax.Array, domain: int, axis_name: str | None
 ) -> jax.Array:
-    """BCE of what the discriminator with these parameters says of `maps` (N, H, W, C), against a domain."""
+    """BCE of the discriminator's output for `maps` (N, H, W, C) against a domain; `params` are its parameters."""
     return domain_bce(make_discriminator(model, config).apply({"params": params}, maps), domain, axis_name=axis_name)
 
 
 def target_terms(
     model: Any, config: Any, params: PyTree, maps: jax.Array, axis_name: str | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The term that moves the segmenter alone, and the one that moves the discriminator alone, of target `maps`."""
+    """For target `maps`, the term that trains the segmenter alone and the term that trains the discriminator alone."""
     adv = discriminate(model, config, stop_gradient(params), maps, SOURCE, axis_name)
     return adv, discriminate(model, config, params, stop_gradient(maps), TARGET, axis_name)

@@ -1,15 +1,15 @@
-"""CFContra: contrast of pixels with class prototypes of both domains, after MinEnt has done the coarse work.
+"""CFContra: contrast of pixels with class prototypes of both domains, after coarse alignment by MinEnt.
 
 Coarse-to-fine contrastive unsupervised domain adaptation. With m_s and m_t the prototypes of source and target, g
-the projected features, y the labels of the source and q pseudo-labels of the target,
+the projected features, y the labels of the source and q the pseudo-labels of the target,
 L = L_MinEnt + lambda_source CON(g_s, y, m_s) + lambda_target CON(g_t, q, m_t)
   + lambda_target_to_source CON(g_t, q, m_s) + lambda_source_to_target CON(g_s, y, m_t),
-CON being `prototype_contrast`. q is the class of the nearest source prototype where it is nearer than the second by
+where CON is `prototype_contrast`. q is the class of the nearest source prototype where it is nearer than the second by
 a margin, else ignored. Then each prototype moves towards the class centres of the batch, of both domains in turn.
 
-Two departures from the published code. There, prototypes move during the backward pass, in between the four terms'
-gradients; here all terms see the prototypes as they were, and the gradient is that of L. There, the optimizer never
-gets the head's parameters; here it does, unless `train_head` is False.
+Two differences from the published code: there, prototypes move during the backward pass, between the gradients of the
+four terms; here all terms use the prototypes before the update, and the gradient is that of L. There, the optimizer
+never gets the head's parameters; here it does, unless `train_head` is False.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ PyTree = Any
 
 
 def init(key: jax.Array, *, model: Any, batch: PyTree, config: Any, artifacts: PyTree, **_: Any) -> Start:
-    """The projection head as a module of its own, since only training needs it; `extra` holds the two memories.
+    """The projection head as a separate module, since only training needs it; `extra` holds the two memories.
 
-    Both are what an earlier stage left in one of the folders of `artifacts` (stage name -> folder); or a new head,
-    and empty memories that the first batches fill.
+    An earlier stage wrote them to one of the folders of `artifacts` (stage name -> folder). Otherwise the head is new,
+    and the memories are empty until the first batches fill them.
 
     Raises:
-      UserError: the prototypes belong to another network, head or label space, or there is no such head.
+      UserError: the prototypes belong to another network, head or label space, or the kind of head is unknown.
     """
     features = output_shapes(model, batch["source"]["image"].shape[1:3]).features
     channels, dtype = features.shape[-1], features.dtype
@@ -68,7 +68,7 @@ def passes(config: Any, step: int) -> tuple[Callable, ...]:
 def source_pass(
     params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
 ) -> tuple[jax.Array, Carry]:
-    """The supervised loss, and the contrast of source pixels with both memories; leaves their class centres."""
+    """The supervised loss, and the contrast of source pixels with both memories; keeps their class centres."""
     source, memories = batch["source"], carry.extra
     outputs, carry = forward(
         model, params["model"], carry, source["image"], keys=keys, use="source", axis_name=axis_name
@@ -98,7 +98,7 @@ def target_pass(
 ) -> tuple[jax.Array, Carry]:
     """MinEnt's entropy, and the contrast of target pixels with both memories, which move at the end.
 
-    A "label" of the target would only be used for the figure `pseudo_accuracy_using_target_labels`.
+    A "label" of the target is used only for the figure `pseudo_accuracy_using_target_labels`.
     """
     target, memories = batch["target"], carry.extra
     outputs, carry = forward(
@@ -133,8 +133,8 @@ def move_memories(memories: Memories, source: tuple, target: tuple, momentum: fl
     """Each memory moves towards the centres of the other domain, then towards those of its own.
 
     Args:
-      memories: before.
-      source, target: what `class_centres` gives of each domain.
+      memories: those before the update.
+      source, target: the result of `class_centres` for each domain.
       momentum: see `update_memory`.
     """
     orders = {"source": (target, source), "target": (source, target)}
@@ -149,7 +149,7 @@ def move_memories(memories: Memories, source: tuple, target: tuple, momentum: fl
 def _pseudo_label_figures(
     pseudo: jax.Array, target: dict[str, jax.Array], axis_name: str | None
 ) -> dict[str, jax.Array]:
-    """Share of pixels that have a pseudo-label, and, where the batch happens to have labels, how many are right."""
+    """Share of pixels that have a pseudo-label, and, if the batch has labels, share of these that are correct."""
     kept = pseudo != IGNORE
     figures = {"pseudo_kept": masked_mean(kept.astype(jnp.float32), axis_name=axis_name)}
     if "label" in target:
@@ -160,7 +160,7 @@ def _pseudo_label_figures(
 
 
 def _memory_figures(name: str, before: jax.Array, after: jax.Array) -> dict[str, jax.Array]:
-    """Of the classes seen: mean distance that prototypes moved, and mean cosine of pairs of different prototypes."""
+    """Over the classes seen: mean distance that prototypes moved, and mean cosine of pairs of different prototypes."""
     seen = jnp.any(before != 0, axis=-1)
     drift = masked_mean(jnp.linalg.norm(after - before, axis=-1), seen)
     seen = jnp.any(after != 0, axis=-1)

@@ -1,7 +1,7 @@
-"""Control: what training on both domains brings without any loss on the target.
+"""Control: what training on both domains gains without any loss on the target.
 
 The supervised loss on the source, and a forward pass on the target that moves the statistics of batch normalisation.
-With all else as in the adaptation beside it, this is what the gain of a method is measured against.
+All else is as in the adaptation stage, so that the gain of a method can be measured against this.
 """
 
 from __future__ import annotations

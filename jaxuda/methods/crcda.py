@@ -1,16 +1,16 @@
-"""CrCDA: relations between classes in small regions kept alike in both domains, by an entropy max-min game.
+"""CrCDA: keeps relations between classes in small regions alike in both domains, by an entropy max-min game.
 
 Huang et al., Contextual-Relation Consistent Domain Adaptation for Semantic Segmentation, ECCV 2020. The authors
-published no code; this is our reading of the paper. Beside the pixel classifier, a region classifier names the local
-contextual relation of each region (`jaxuda.relations`), one for every region size. With E = `adaptive_entropy`, whose
-margin closes as training goes on:
+published no code; this is our reading of the paper. Besides the pixel classifier, there is a region classifier for each
+region size, which predicts the local contextual relation of each region (`jaxuda.artifacts.relations`). With
+E = `adaptive_entropy`, whose margin closes as training goes on:
 
   classifiers        L_seg(source) + lambda_region_ce * CE(regions, source) - lambda_pixels * E(pixels, target)
                                                                             - lambda_regions * E(regions, target)
   feature extractor  the same with + for -
 
-Gradient reversal makes one gradient of both. It acts on the classifiers' weights as the target pass sees them: they
-climb what the extractor descends, exactly as if it stood between features and classifiers under -lambda * E.
+Gradient reversal makes one gradient of both. It is applied to the classifiers' weights in the target pass: they ascend
+where the extractor descends, exactly as with a reversal between features and classifiers and the loss -lambda * E.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ PyTree = Any
 
 
 def init(key: jax.Array, *, model: Any, batch: PyTree, config: Any, artifacts: PyTree, **_: Any) -> Start:
-    """A region classifier and the relations it tells apart for each of `config.region_sizes`; none: pixels alone.
+    """A region classifier and its relations for each of `config.region_sizes`; without sizes, pixels alone are used.
 
-    The relations are those that an earlier stage left in a folder of `artifacts` (stage name -> folder). Where no
-    stage is read, each class alone stands for a relation, and the nearest class labels every region.
+    An earlier stage wrote the relations to a folder of `artifacts` (stage name -> folder). If no stage is read, each
+    class alone is a relation, and every region is labelled with the nearest class.
 
     Raises:
-      UserError: the images are smaller than a region, or the relations missing or of another label space.
+      UserError: the images are smaller than a region, or the relations are missing or of another label space.
     """
     sizes, space = tuple(config.region_sizes), config.label_space
     *grid, channels = output_shapes(model, batch["source"]["image"].shape[1:3]).features.shape[1:]
@@ -60,7 +60,7 @@ def init(key: jax.Array, *, model: Any, batch: PyTree, config: Any, artifacts: P
 
     heads = {}
     for size, own_key in zip(sizes, jax.random.split(key, max(len(sizes), 1)), strict=False):
-        region_grid(tuple(grid), size)  # complains if none fits
+        region_grid(tuple(grid), size)  # raises if no region fits
         head = model.classifier(len(relations[size].radii))
         heads[name_of(size)] = head.init(own_key, jnp.zeros((1, *grid, channels)))["params"]
     extra = {name_of(size): jax.tree.map(jnp.asarray, kind) for size, kind in relations.items()}
@@ -107,7 +107,7 @@ def target_pass(
 ) -> tuple[jax.Array, Carry]:
     """The entropy of pixels and regions, which the extractor lowers and the classifiers raise.
 
-    `step` of `config.schedule_steps` decides how far the margins have closed; `config.adaptive` = False: wholly.
+    `step` out of `config.schedule_steps` sets how far the margins are closed; `config.adaptive` = False: completely.
     """
     images = batch["target"]["image"]
     opening = poly_schedule(1.0, config.schedule_steps)(step) if config.adaptive else 0.0
@@ -131,7 +131,7 @@ def target_pass(
 
 
 def reverse_classifiers(model: Any, params: PyTree) -> PyTree:
-    """The same parameters, with the gradients of all pixel and region classifiers turned round."""
+    """The same parameters, with the gradients of all pixel and region classifiers reversed."""
 
     def turn(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda weight: gradient_reversal(weight, 1.0), tree)

@@ -1,7 +1,7 @@
 """DADA: depth as privileged information of the source.
 
 Vu et al., DADA: Depth-aware Domain Adaptation in Semantic Segmentation, ICCV 2019. The network predicts inverse
-depth beside the classes and multiplies its features by what the depth was decoded from (`DepthBranch`). With
+depth as well as classes, and multiplies its features by those from which depth is decoded (`DepthBranch`). With
 J = entropy map of the upsampled prediction * upsampled depth:
 
   segmenter      L_seg(source) + lambda_depth * berHu(depth_s) + lambda_adv * BCE(D(J_t), source)
@@ -32,11 +32,11 @@ def init(key: jax.Array, *, model: Any, batch: PyTree, config: Any, **given: Any
     """The discriminator, params["discriminator"]["main"].
 
     Raises:
-      UserError: the source has no depth, or the network no depth branch, or more than one level.
+      UserError: the source has no depth, or the network has no depth branch or more than one level.
     """
     if "depth" not in batch["source"]:
         raise UserError(
-            "DADA learns from the depth of the source, and this source has none: take one that has it "
+            "DADA learns from the depth of the source, and this source has no depth: use one that has it "
             "(streets/game, synthia), or adapt with configs/advent.py, which needs no depth"
         )
     outputs = output_shapes(model, batch["source"]["image"].shape[1:3])
@@ -53,7 +53,7 @@ def passes(config: Any, step: int) -> tuple[Callable, ...]:
 def source_pass(
     params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
 ) -> tuple[jax.Array, Carry]:
-    """The supervised loss, that of the depth, "depth" (N, H, W) inverse, and the discriminator's source term."""
+    """The supervised loss, the loss of the inverse depth "depth" (N, H, W), and the discriminator's source term."""
     source = batch["source"]
     outputs, carry = forward(
         model, params["model"], carry, source["image"], keys=keys, use="source", axis_name=axis_name

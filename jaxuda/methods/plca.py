@@ -1,10 +1,10 @@
-"""PLCA: pixels of both domains that find each other in a cycle drawn together; and LFASS, its smaller replication.
+"""PLCA: brings pixels of both domains together that are associated by a cycle; and LFASS, its smaller replication.
 
 Kang et al., Pixel-Level Cycle Association: A New Perspective for Domain Adaptive Semantic Segmentation, NeurIPS 2020:
 L = CE(s) + lambda_lovasz * Lovasz(s) + lambda_features * L_ass(features) + lambda_probs * L_ass(probabilities)
   + lambda_smooth * (LSR(s) + LSR(t))
-all at the resolution of the network, source image n with target image n; target labels are never used. LFASS is this
-with features alone.
+All terms are at the resolution of the network; source image n is paired with target image n; target labels are never
+used. LFASS is the same with features alone.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ PyTree = Any
 
 
 class SourceNorm(NamedTuple):
-    """With `separate_norm`, the running statistics of the source; those of the target are the state's own, with which
-    it is evaluated. They start afresh: training uses the batch's, and these forget their start within 50 steps."""
+    """With `separate_norm`, the running statistics of the source; those of the target are the state's, and evaluation
+    uses them. They start at 0 and 1: training uses the batch's statistics, and the start is forgotten in 50 steps."""
 
     batch_stats: PyTree
 
 
 def init(key: jax.Array, *, variables: PyTree, config: Any, **_: Any) -> Start:
-    """No parameters of its own; `extra` is `SourceNorm` with `separate_norm`, else nothing.
+    """Adds no parameters; `extra` is `SourceNorm` with `separate_norm`, else nothing.
 
     Raises:
-      UserError: frozen normalisation is to be kept per domain.
+      UserError: `separate_norm` is set, but normalisation is frozen.
     """
     if not config.separate_norm:
         return Start()
@@ -55,7 +55,7 @@ def passes(config: Any, step: int) -> tuple[Callable, ...]:
 def joint_pass(
     params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
 ) -> tuple[jax.Array, Carry]:
-    """All terms; the target goes first, as in the published loop."""
+    """All terms; the forward pass of the target comes first, as in the published loop."""
     source, run = batch["source"], {"keys": keys, "axis_name": axis_name}
     theirs, carry = forward(model, params["model"], carry, batch["target"]["image"], use="target", **run)
     if config.separate_norm:
@@ -83,7 +83,7 @@ def joint_pass(
 
 
 def out_of_class(label: jax.Array, logits: jax.Array, config: Any, axis_name: str | None) -> dict[str, jax.Array]:
-    """How often a class is predicted in a target image but is not in its source partner, where nothing can meet it.
+    """How often a class is predicted in a target image but missing in its source partner: no cycle can match it.
 
     Args:
       label: (N, h, w) int32 of the source.
@@ -108,8 +108,8 @@ def out_of_class(label: jax.Array, logits: jax.Array, config: Any, axis_name: st
 def predict(variables: PyTree, images: jax.Array, *, model: Any, config: Any) -> jax.Array:
     """Class probabilities (N, h, w, C) of normalised images (N, H, W, 3), at network resolution.
 
-    With `config.test_aggregation` above 0 features are aggregated before the head, probabilities after it, as the
-    published evaluation does.
+    With `config.test_aggregation` above 0, features are aggregated before the head and probabilities after it, as in
+    the published evaluation.
     """
     outputs, share = model.apply(variables, images, train=False), config.test_aggregation
     if not share:

@@ -1,4 +1,4 @@
-"""SDCA: features of both domains drawn to the class distributions of the source, and away from the others.
+"""SDCA: draws features of both domains to the source distribution of their class, and away from the others.
 
 Li et al., Semantic Distribution-aware Contrastive Adaptation for Semantic Segmentation, arXiv 2105.05013:
 L = CE(s) + lambda_lovasz * Lovasz(s) + lambda_features * [PCL(f_s, y_s) + PCL(f_t, q_t)]
@@ -28,10 +28,10 @@ PyTree = Any
 
 
 def init(key: jax.Array, *, model: Any, batch: PyTree, config: Any, artifacts: PyTree, **_: Any) -> Start:
-    """No parameters of its own; `extra` holds the class statistics of the source.
+    """Adds no parameters; `extra` holds the class statistics of the source.
 
-    They are those that an earlier stage left in one of the folders of `artifacts` (stage name -> folder), or
-    zero, to be filled by the first batches.
+    An earlier stage wrote them to one of the folders of `artifacts` (stage name -> folder). Otherwise they are zero
+    until the first batches fill them.
 
     Raises:
       UserError: the statistics belong to another network or label space.
@@ -56,7 +56,7 @@ def passes(config: Any, step: int) -> tuple[Callable, ...]:
 def source_pass(
     params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
 ) -> tuple[jax.Array, Carry]:
-    """The supervised loss, and the contrast of source pixels with statistics that count them already."""
+    """The supervised loss, and the contrast of source pixels with statistics that already include them."""
     source = batch["source"]
     outputs, carry = forward(
         model, params["model"], carry, source["image"], keys=keys, use="source", axis_name=axis_name
@@ -75,7 +75,7 @@ def source_pass(
 def target_pass(
     params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
 ) -> tuple[jax.Array, Carry]:
-    """The contrast of target pixels that have a confident prediction."""
+    """The contrast of target pixels with a confident prediction."""
     images = batch["target"]["image"]
     outputs, carry = forward(model, params["model"], carry, images, keys=keys, use="target", axis_name=axis_name)
     pseudo = confident_labels(outputs.main, config.confidence)

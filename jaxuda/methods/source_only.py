@@ -1,6 +1,6 @@
 """Source only: supervised training on one labelled domain, the baseline and the first stage of most recipes.
 
-There is no forward pass on the target: it would move the statistics of batch normalisation.
+There is no forward pass on the target, since it would move the statistics of batch normalisation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every method starts from: a forward pass, and the supervised loss on the source."""
+"""What all methods share: a forward pass, and the supervised loss on the source."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def forward(
       params: its parameters.
       carry: its running statistics are read and moved.
       images: (N, H, W, 3) normalised float images.
-      keys: of the step.
+      keys: those of the pass.
       use: what the forward pass is for; dropout draws independently for each use.
       axis_name: the device axis over which batch statistics are taken, or None.
 
@@ -69,9 +69,9 @@ def supervised_loss(
     Args:
       outputs: of the source images.
       batch: "image" (N, H, W, 3) and "label" (N, H, W) int32, 255 = ignore.
-      config: `lambda_aux` counts where the network has a second level; `lambda_lovasz` = 0 leaves the
-        Lovasz term out; `lovasz_shrink` computes it on a grid that many times smaller than the image
-        (it sorts pixels x classes); `class_weights`, if there are any, weigh the cross-entropy.
+      config: `lambda_aux` is used if the network has a second level; `lambda_lovasz` = 0 drops the
+        Lovasz term; `lovasz_shrink` computes it on a grid that many times smaller than the image
+        (it sorts pixels x classes); `class_weights`, if there are any, weight the cross-entropy.
       axis_name: the device axis, or None.
 
     Returns:

@@ -128,7 +128,7 @@ def test_first_gradients(name: str) -> None:
 
 def test_source_without_depth_is_named() -> None:
     batch = {domain: {"image": np.zeros((1, 32, 48, 3))} for domain in ("source", "target")}
-    with pytest.raises(UserError, match="this source has none"):
+    with pytest.raises(UserError, match="this source has no depth"):
         begin(dada, MODEL, _config("dedup"), batch)
     batch["source"]["depth"] = np.zeros((1, 32, 48))
     with pytest.raises(UserError, match=r"model\.depth=True"):
