@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from jaxuda import data, parallel
 from jaxuda.data.datasets import is_drawn
+from jaxuda.data.joined import part_names
 from jaxuda.data.labels import LabelSpace, label_space, own_space
 from jaxuda.data.prepared import prepare_command, prepared_folder, read_summary, root
 from jaxuda.data.preparing import prepare
@@ -46,9 +47,9 @@ def load_domains(config: ConfigDict) -> Domains:
 
 
 def draw_if_missing(name: str, config: ConfigDict) -> None:
-    """Prepares a dataset that needs no files, such as `streets`; does nothing for others."""
-    if is_drawn(name):
-        parallel.on_first(lambda: len(prepare(name, data_dir=config.data_dir or None)))
+    """Prepares what needs no files, such as `streets`, of the datasets of a domain."""
+    if drawn := [part for part in part_names(name) if is_drawn(part)]:
+        parallel.on_first(lambda: sum(len(prepare(part, data_dir=config.data_dir or None)) for part in drawn))
 
 
 def _check_prepared(config: ConfigDict) -> None:
@@ -56,8 +57,10 @@ def _check_prepared(config: ConfigDict) -> None:
     data_dir, missing = config.data_dir or None, {}
     for domain in ("source", "target"):
         place = _place(config, domain)
-        if read_summary(prepared_folder(place.name, data_dir, place.path)) is None:
-            missing[prepare_command(place.name, data_dir, place.path)] = place.name
+        for name in part_names(place.name):
+            path = place.path if name == "folder" else ""
+            if read_summary(prepared_folder(name, data_dir, path)) is None:
+                missing[prepare_command(name, data_dir, path)] = name
     if missing:
         names, verb = " and ".join(missing.values()), "is" if len(missing) == 1 else "are"
         raise UserError(f"{names} {verb} not prepared in {root(data_dir)}; run\n  " + "\n  ".join(missing))
@@ -73,7 +76,7 @@ def _check_weights(weights: Sequence[float], classes: Sequence[str]) -> None:
 
 def _place(config: ConfigDict, domain: str) -> ConfigDict:
     place = config[domain]
-    if place.name == "folder" and not place.path:
+    if "folder" in part_names(place.name) and not place.path:
         raise UserError(f"say where the {domain} images lie: --config.{domain}.path=DIR")
     return place
 
@@ -90,4 +93,4 @@ def _label_space(config: ConfigDict) -> LabelSpace | None:
     """The one that the config names, else that of the source's dataset; None: each folder brings its own classes."""
     if config.label_space:
         return label_space(config.label_space)
-    return own_space(config.source.name.partition("/")[0]) if "source" in config else None
+    return own_space(part_names(config.source.name)[0].partition("/")[0]) if "source" in config else None

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxuda.data.transforms import build_transform
+from jaxuda.data.joined import domain_transform
 from jaxuda.errors import UserError
 
 _LARGEST = 2**31 - 1
@@ -31,7 +31,7 @@ def check(config: ConfigDict) -> None:
     wrong = [f"config.{field}={value!r} {problem}" for field, value, problem in _numbers(plain)]
     for domain in ("source", "target"):
         try:
-            build_transform({k: v for k, v in plain[domain].items() if k not in ("name", "path", "split")})
+            domain_transform(plain[domain])
         except UserError as error:
             wrong.append(f"config.{domain}: {error}")
     if not _pair(plain["evaluation"]["size"]):
