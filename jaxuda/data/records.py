@@ -287,7 +287,7 @@ def _space(wanted: str | labels.LabelSpace | None) -> labels.LabelSpace | None:
 class Domains(NamedTuple):
     """The datasets of a run.
 
-    source, target: what stages train on; None where no stage reads the domain.
+    source, target: what stages train on; None where the config names no dataset, which no stage may read then.
     validation: what networks are scored on. The first decides which checkpoint is "best"; none where the target has
       no such split.
     """
@@ -295,3 +295,9 @@ class Domains(NamedTuple):
     source: Records | None
     target: Records | None
     validation: tuple[Records, ...] = ()
+
+    @property
+    def label_space(self) -> labels.LabelSpace | None:
+        """The classes of the run; None where no domain has labels."""
+        opened = filter(None, (self.source, self.target, *self.validation))
+        return next((each.label_space for each in opened if each.label_space is not None), None)

@@ -129,7 +129,7 @@ def training_records(config: Any, domains: Domains, artifacts: Mapping[str, Path
         labelled = Subset(labelled, read_split(artifacts[config.split], EASY))
         unlabelled = Subset(unlabelled, read_split(artifacts[config.split], HARD))
     if config.labels:
-        labelled = data.PseudoLabelled(labelled, artifacts[config.labels], domains.source.label_space)
+        labelled = data.PseudoLabelled(labelled, artifacts[config.labels], domains.label_space)
     return labelled, unlabelled
 
 
