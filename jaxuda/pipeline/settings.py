@@ -20,7 +20,8 @@ _LEAST = {
     **dict.fromkeys(("log_every", "eval_every", "checkpoint_every", "mean_of_last", "batch", "steps", "accumulate"), 1),
     **dict.fromkeys(("lovasz_shrink", "stem", "block", "shortcut", "width"), 1),
     **dict.fromkeys(("keep_every", "devices", "num_workers", "seed", "schedule_steps", "lr", "momentum", "power"), 0),
-    **dict.fromkeys(("weight_decay", "head_factor", "norm_eps"), 0),
+    **dict.fromkeys(("weight_decay", "head_factor", "norm_eps", "rare_class_pixels"), 0),
+    "rare_class_temperature": 1e-6,
 }
 _MOST = {"width": 4096, "num_workers": 1024, "momentum": 1}
 
