@@ -24,13 +24,14 @@ def unset() -> FieldReference:
 def domain(name: str, **transforms) -> ConfigDict:
     """One training domain: a dataset ("streets/game"), and how its images are transformed (None = not at all).
 
+    Several are joined with "+" ("gta5+synthia"); `parts` has what differs, {"synthia": {"resize": (1280, 760)}}.
     Sizes are (width, height). The order is: resize | fit | short_side | scale, crop, flip, jitter, grey, blur.
     """
     config = ConfigDict({"name": name, "path": "", "split": "train", "interpolation": "bicubic"})
     for field in ("resize", "short_side", "scale", "base", "crop", "flip", "jitter", "grey", "blur"):
         config[field] = transforms.pop(field, unset())
-    if "fit" in transforms:
-        config.fit = transforms.pop("fit")  # set only when used: every field enters the stage's fingerprint
+    for field in {"fit", "parts"} & transforms.keys():
+        config[field] = transforms.pop(field)  # set only when used: every field enters the stage's fingerprint
     assert not transforms, f"unknown transforms: {', '.join(transforms)}"
     return config
 

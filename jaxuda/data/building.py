@@ -103,6 +103,8 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """
 
     VERSION = tfds.core.Version("1.0.0")
+    # Where tfds looks for files of metadata. It cannot find the folder of a module of the user's own by itself.
+    pkg_dir_path = Path(__file__).parent
     PUBLISHED: ClassVar[dict[str, dict[str, int]]] = {}
     SIZE: ClassVar[tuple[int, int] | None] = None
     HAS_DEPTH: ClassVar[bool] = False

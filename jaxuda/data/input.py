@@ -19,7 +19,6 @@ import numpy as np
 from absl import flags
 from grain.experimental import ZipMapDataset
 
-from jaxuda.data.records import Records
 from jaxuda.data.transforms import Record, Transform
 from jaxuda.errors import UserError
 
@@ -147,11 +146,10 @@ def _stream(
     """The first `count` records of a domain in a given order, or shuffled and repeated for ever; transformed."""
     if not len(records):
         raise UserError(f"the {domain} dataset is empty")
-    if isinstance(records, Records):
-        if not keep_labels:
-            records = records.images_only()
-        elif domain == "source" and not records.labelled:
-            raise UserError(f"{records.name} has no labels and cannot be a source")
+    if not keep_labels and hasattr(records, "images_only"):
+        records = records.images_only()
+    if domain == "source" and not getattr(records, "labelled", True):
+        raise UserError(f"{records.name} has no labels and cannot be a source")
     if order is None:
         dataset = _shuffled(records, count, seed, domain)
     else:

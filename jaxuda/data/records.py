@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
+import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from jaxuda import files
 from jaxuda.data import encoding, labels
+from jaxuda.data.joined import PLUS, Joined, part_names
 from jaxuda.data.prepared import (
     open_split,
     prepare_command,
@@ -66,6 +68,17 @@ class Records:
         """The same records without labels and depth, which are then not even decoded."""
         records = copy.copy(self)
         records.labelled, records._decoded = False, {"image"}
+        return records
+
+    @property
+    def has_depth(self) -> bool:
+        """Whether records have a "depth"."""
+        return "depth" in self._decoded and "depth" in tfds.builder_from_directory(self._folder).info.features
+
+    def without_depth(self) -> "Records":
+        """The same records without depth, which is then not even decoded."""
+        records = copy.copy(self)
+        records._decoded = self._decoded - {"depth"}
         return records
 
     def labels_only(self) -> "Records":
@@ -212,12 +225,12 @@ def load(
     label_space: str | labels.LabelSpace | None = None,
     data_dir: str | os.PathLike | None = None,
     path: str = "",
-) -> Records:
+) -> "Records | Joined":
     """Opens one split of a prepared dataset.
 
     Args:
         name: "folder", a dataset without configs ("gta5"), or one of its configs ("camvid/day"). A dataset of the
-            user's own is named by the dotted path of its module.
+            user's own is named by the dotted path of its module. Several are joined with "+".
         split: "train" or "val", or any other split the dataset has.
         label_space: the classes of the labels, or their name (`jaxuda.data.labels.label_space`); default: the
             dataset's own.
@@ -229,6 +242,13 @@ def load(
         UserError: the name, split or label space is unknown, or the dataset is not prepared (the message
             gives the command).
     """
+    if PLUS in name:
+        parts: dict[str, Records] = {}
+        for part in part_names(name):
+            where = path if part == "folder" else ""
+            parts[part] = load(part, split, label_space=label_space, data_dir=data_dir, path=where)
+            label_space = label_space or parts[part].label_space
+        return Joined(parts)
     folder = prepared_folder(name, data_dir, path)
     summary = read_summary(folder)
     if summary is None:
@@ -267,7 +287,7 @@ def _space(wanted: str | labels.LabelSpace | None) -> labels.LabelSpace | None:
 class Domains(NamedTuple):
     """The datasets of a run.
 
-    source, target: what stages train on; None where no stage reads the domain.
+    source, target: what stages train on; None where the config names no dataset, which no stage may read then.
     validation: what networks are scored on. The first decides which checkpoint is "best"; none where the target has
       no such split.
     """
@@ -275,3 +295,9 @@ class Domains(NamedTuple):
     source: Records | None
     target: Records | None
     validation: tuple[Records, ...] = ()
+
+    @property
+    def label_space(self) -> labels.LabelSpace | None:
+        """The classes of the run; None where no domain has labels."""
+        opened = filter(None, (self.source, self.target, *self.validation))
+        return next((each.label_space for each in opened if each.label_space is not None), None)

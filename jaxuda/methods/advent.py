@@ -22,7 +22,7 @@ from jax.lax import stop_gradient
 from jaxuda.losses.adversarial import SOURCE, TARGET, domain_bce
 from jaxuda.losses.entropy import entropy_map
 from jaxuda.methods import Carry, Keys, Start
-from jaxuda.methods.supervised import forward, supervised_loss, upsample
+from jaxuda.methods.supervised import forward, supervise, upsample
 from jaxuda.models import Outputs, output_shapes
 from jaxuda.models.discriminator import FCDiscriminator
 
@@ -46,19 +46,14 @@ def passes(config: Any, step: int) -> tuple[Callable, ...]:
 
 
 def source_pass(
-    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
+    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, axis_name: str | None, **given: Any
 ) -> tuple[jax.Array, Carry]:
     """The supervised loss, and the discriminators' term on source predictions."""
-    source = batch["source"]
-    outputs, carry = forward(
-        model, params["model"], carry, source["image"], keys=keys, use="source", axis_name=axis_name
-    )
-    loss, metrics = supervised_loss(outputs, source, config, axis_name)
-    for level, maps in entropy_maps(outputs, source["image"], config).items():
+    outputs, loss, carry = supervise(params, carry, batch, model=model, config=config, axis_name=axis_name, **given)
+    for level, maps in entropy_maps(outputs, batch["source"]["image"], config).items():
         term = discriminate(model, config, params["discriminator"][level], stop_gradient(maps), SOURCE, axis_name)
-        loss += 0.5 * term
-        metrics[f"d_source_{level}"] = term
-    return loss, carry.log(**metrics)
+        loss, carry = loss + 0.5 * term, carry.log(**{f"d_source_{level}": term})
+    return loss, carry
 
 
 def target_pass(

@@ -28,7 +28,7 @@ from jaxuda.losses.reduction import masked_mean
 from jaxuda.losses.segmentation import IGNORE
 from jaxuda.methods import Carry, Keys, Start
 from jaxuda.methods.minent import target_entropy
-from jaxuda.methods.supervised import forward, supervised_loss
+from jaxuda.methods.supervised import forward, supervise
 from jaxuda.models import output_shapes
 from jaxuda.models.heads import ProjectionHead
 from jaxuda.models.layers import resize_labels
@@ -66,22 +66,17 @@ def passes(config: Any, step: int) -> tuple[Callable, ...]:
 
 
 def source_pass(
-    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
+    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, axis_name: str | None, **given: Any
 ) -> tuple[jax.Array, Carry]:
     """The supervised loss, and the contrast of source pixels with both memories; keeps their class centres."""
-    source, memories = batch["source"], carry.extra
-    outputs, carry = forward(
-        model, params["model"], carry, source["image"], keys=keys, use="source", axis_name=axis_name
-    )
-    loss, metrics = supervised_loss(outputs, source, config, axis_name)
+    outputs, loss, carry = supervise(params, carry, batch, model=model, config=config, axis_name=axis_name, **given)
     projected = project(params, outputs.features, model, config)
-    label = resize_labels(source["label"], outputs.main.shape[1:3])
-    for term, memory in (("source", memories.source), ("source_to_target", memories.target)):
+    label = resize_labels(batch["source"]["label"], outputs.main.shape[1:3])
+    for term, memory in (("source", carry.extra.source), ("source_to_target", carry.extra.target)):
         value = prototype_contrast(projected, label, memory, config.temperature, axis_name)
-        metrics[f"contrast_{term}"] = value
-        loss += config[f"lambda_{term}"] * value
+        loss, carry = loss + config[f"lambda_{term}"] * value, carry.log(**{f"contrast_{term}": value})
     centres = class_centres(stop_gradient(projected), label, model.num_classes, axis_name)
-    return loss, carry.log(**metrics).keep(source_centres=centres)
+    return loss, carry.keep(source_centres=centres)
 
 
 def target_pass(

@@ -34,7 +34,7 @@ from jaxuda.losses.entropy import adaptive_entropy
 from jaxuda.losses.reduction import masked_mean
 from jaxuda.losses.segmentation import IGNORE, cross_entropy
 from jaxuda.methods import Carry, Keys, Start
-from jaxuda.methods.supervised import forward, supervised_loss, upsample
+from jaxuda.methods.supervised import forward, supervise, upsample
 from jaxuda.models import output_shapes
 from jaxuda.models.layers import gradient_reversal
 from jaxuda.optimizers.schedules import poly_schedule
@@ -73,24 +73,20 @@ def passes(config: Any, step: int) -> tuple[Callable, ...]:
 
 
 def source_pass(
-    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
+    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, axis_name: str | None, **given: Any
 ) -> tuple[jax.Array, Carry]:
     """The supervised loss of pixels, and of the regions whose relation is known."""
-    source = batch["source"]
-    outputs, carry = forward(
-        model, params["model"], carry, source["image"], keys=keys, use="source", axis_name=axis_name
-    )
-    loss, metrics = supervised_loss(outputs, source, config, axis_name)
+    outputs, loss, carry = supervise(params, carry, batch, model=model, config=config, axis_name=axis_name, **given)
     for size in config.region_sizes:
         name, relations = name_of(size), carry.extra[name_of(size)]
-        regions = cut_regions(source["label"], outputs.main.shape[1:3], size)
+        regions = cut_regions(batch["source"]["label"], outputs.main.shape[1:3], size)
         label = label_regions(regions, relations, model.num_classes)
         logits = region_logits(model, params["regions"][name], outputs.features, relations, size)
         ce = cross_entropy(logits, label, axis_name=axis_name)
         loss += config.lambda_region_ce * ce
         known = masked_mean((label != IGNORE).astype(loss.dtype), axis_name=axis_name)
-        metrics |= {f"ce_{name}": ce, f"known_{name}": known}
-    return loss, carry.log(**metrics)
+        carry = carry.log(**{f"ce_{name}": ce, f"known_{name}": known})
+    return loss, carry
 
 
 def target_pass(

@@ -22,7 +22,7 @@ from jaxuda.errors import UserError
 from jaxuda.losses.adversarial import SOURCE
 from jaxuda.losses.depth import berhu
 from jaxuda.methods import Carry, Keys, Start, advent
-from jaxuda.methods.supervised import forward, supervised_loss, upsample
+from jaxuda.methods.supervised import forward, supervise, upsample
 from jaxuda.models import Outputs, output_shapes
 
 PyTree = Any
@@ -51,21 +51,17 @@ def passes(config: Any, step: int) -> tuple[Callable, ...]:
 
 
 def source_pass(
-    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
+    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, axis_name: str | None, **given: Any
 ) -> tuple[jax.Array, Carry]:
     """The supervised loss, the loss of the inverse depth "depth" (N, H, W), and the discriminator's source term."""
     source = batch["source"]
-    outputs, carry = forward(
-        model, params["model"], carry, source["image"], keys=keys, use="source", axis_name=axis_name
-    )
-    loss, metrics = supervised_loss(outputs, source, config, axis_name)
+    outputs, loss, carry = supervise(params, carry, batch, model=model, config=config, axis_name=axis_name, **given)
     depth, maps = weighted_maps(outputs, source["image"], config)
-    metrics["depth"] = berhu(depth, source["depth"], axis_name=axis_name)
-    d_source = advent.discriminate(
-        model, config, params["discriminator"]["main"], stop_gradient(maps), SOURCE, axis_name
-    )
-    loss += config.lambda_depth * metrics["depth"] + d_source
-    return loss, carry.log(**metrics, d_source_main=d_source)
+    berhu_loss = berhu(depth, source["depth"], axis_name=axis_name)
+    player = params["discriminator"]["main"]
+    d_source = advent.discriminate(model, config, player, stop_gradient(maps), SOURCE, axis_name)
+    loss += config.lambda_depth * berhu_loss + d_source
+    return loss, carry.log(depth=berhu_loss, d_source_main=d_source)
 
 
 def target_pass(

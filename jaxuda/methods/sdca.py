@@ -20,7 +20,7 @@ from jaxuda.losses.contrastive import distribution_contrast, empty_statistics, u
 from jaxuda.losses.reduction import masked_mean
 from jaxuda.losses.segmentation import IGNORE
 from jaxuda.methods import Carry, Keys, Start
-from jaxuda.methods.supervised import forward, supervised_loss
+from jaxuda.methods.supervised import forward, supervise
 from jaxuda.models import Outputs, output_shapes
 from jaxuda.models.layers import resize_labels
 
@@ -54,22 +54,18 @@ def passes(config: Any, step: int) -> tuple[Callable, ...]:
 
 
 def source_pass(
-    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
+    params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, axis_name: str | None, **given: Any
 ) -> tuple[jax.Array, Carry]:
     """The supervised loss, and the contrast of source pixels with statistics that already include them."""
-    source = batch["source"]
-    outputs, carry = forward(
-        model, params["model"], carry, source["image"], keys=keys, use="source", axis_name=axis_name
-    )
-    loss, metrics = supervised_loss(outputs, source, config, axis_name)
-    label = resize_labels(source["label"], outputs.main.shape[1:3])
+    outputs, loss, carry = supervise(params, carry, batch, model=model, config=config, axis_name=axis_name, **given)
+    label = resize_labels(batch["source"]["label"], outputs.main.shape[1:3])
     moved = {
         level: update_statistics(getattr(carry.extra, level), maps, label, axis_name)
         for level, maps in levels(outputs).items()
     }
     carry = carry._replace(extra=LevelStatistics(**moved))
     contrast, terms = contrasts(outputs, label, carry.extra, "source", config, axis_name)
-    return loss + contrast, carry.log(**metrics, **terms)
+    return loss + contrast, carry.log(**terms)
 
 
 def target_pass(

@@ -44,16 +44,22 @@ def forward(
     return outputs, carry._replace(batch_stats=updated.get("batch_stats", carry.batch_stats))
 
 
-def source_pass(
+def supervise(
     params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
-) -> tuple[jax.Array, Carry]:
-    """The supervised loss on the source, the first pass of many methods."""
+) -> tuple[Outputs, jax.Array, Carry]:
+    """A forward pass on the source, with `supervised_loss`: how most source passes begin; its terms are logged."""
     source = batch["source"]
     outputs, carry = forward(
         model, params["model"], carry, source["image"], keys=keys, use="source", axis_name=axis_name
     )
     loss, metrics = supervised_loss(outputs, source, config, axis_name)
-    return loss, carry.log(**metrics)
+    return outputs, loss, carry.log(**metrics)
+
+
+def source_pass(params: PyTree, carry: Carry, batch: PyTree, **given: Any) -> tuple[jax.Array, Carry]:
+    """The supervised loss on the source alone, the first pass of many methods."""
+    _, loss, carry = supervise(params, carry, batch, **given)
+    return loss, carry
 
 
 def upsample(logits: jax.Array, images: jax.Array, config: Any) -> jax.Array:

@@ -18,6 +18,7 @@ from jaxuda import parallel
 from jaxuda.data.labels import label_space
 from jaxuda.data.records import Domains
 from jaxuda.pipeline import stages
+from jaxuda.pipeline.domains import load_domains
 from jaxuda.pipeline.tracing import abstract_step
 
 PyTree = Any
@@ -181,8 +182,8 @@ def training_stages(config: ConfigDict, workdir: Path) -> tuple[list[stages.Stag
         unseen = SimpleNamespace(fingerprint="", labelled=True)
         domains, classes = Domains(unseen, unseen, (unseen,)), label_space(config.label_space).num_classes
     else:
-        domains = domains.load_domains(config)
-        classes = domains.source.label_space.num_classes
+        domains = load_domains(config)
+        classes = domains.label_space.num_classes
     planned = stages.plan(config, workdir, domains)
     return [stage for stage in planned if "sweep" not in stage.config], classes
 

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from jaxuda import data, parallel
 from jaxuda.data.datasets import is_drawn
+from jaxuda.data.joined import part_names
 from jaxuda.data.labels import LabelSpace, label_space, own_space
 from jaxuda.data.prepared import prepare_command, prepared_folder, read_summary, root
 from jaxuda.data.preparing import prepare
@@ -16,51 +17,99 @@ from jaxuda.errors import UserError
 
 
 def load_domains(config: ConfigDict) -> Domains:
-    """Opens the datasets of a config; draws `streets` if it is not there yet.
+    """Opens the datasets of a config; draws those that need no files if they are not there yet.
+
+    A domain without a name (`--config.source.name=`) is absent: None.
 
     Raises:
       UserError: a dataset is not prepared (the command is named), or the classes of the domains differ.
     """
-    for domain in (config.source, config.target):
-        draw_if_missing(domain.name, config)
-    _check_prepared(config)
-    source = open_records(config, "source", config.source.split)
-    if not source.labelled:
+    _make_ready(config, ("source", "target"))
+    source, target = (
+        open_records(config, domain, config[domain].split) if config[domain].name else None
+        for domain in ("source", "target")
+    )
+    if source is not None and not source.labelled:
         raise UserError(f"the source {source.name} has no labels: adaptation needs a labelled source")
-    _check_weights(config.get("class_weights", ()), source.label_space.classes)
-    target = open_records(config, "target", config.target.split)
-    try:
-        target_val = open_records(config, "target", config.evaluation.split)
-    except UserError:
-        # Images without a validation split are adapted to all the same; there is nothing to score then.
-        if config.target.name != "folder":
-            raise
-        target_val = None
-    for records in filter(None, (target, target_val)):
-        if records.label_space is not None and records.label_space.classes != source.label_space.classes:
+    opened = Domains(source, target, _open_validation(config, (source or target).label_space))
+    space = opened.label_space
+    if space is None:
+        raise UserError(f"{target.name} has no labels, and no classes that it could be labelled with")
+    _check_weights(config.get("class_weights", ()), space.classes)
+    for records in filter(None, (target, *opened.validation)):
+        if records.label_space is not None and records.label_space.classes != space.classes:
             raise UserError(
-                f"{source.name} and {records.name} have different classes: {', '.join(source.label_space.classes)} "
+                f"{(source or target).name} and {records.name} have different classes: {', '.join(space.classes)} "
                 f"against {', '.join(records.label_space.classes)}; give both the same classes.json"
             )
-    return Domains(source, target, (target_val,) if target_val else ())
+    return opened
 
 
-def draw_if_missing(name: str, config: ConfigDict) -> None:
-    """Prepares a dataset that needs no files, such as `streets`; does nothing for others."""
-    if is_drawn(name):
-        parallel.on_first(lambda: len(prepare(name, data_dir=config.data_dir or None)))
+def load_validation(config: ConfigDict) -> tuple[tuple[data.Records, ...], LabelSpace]:
+    """What networks are scored on, and its classes; the source is opened only if it defines them."""
+    if config.label_space:
+        _make_ready(config, ("target",))
+        space = label_space(config.label_space)
+        return _open_validation(config, space), space
+    opened = load_domains(config)
+    return opened.validation, opened.label_space
 
 
-def _check_prepared(config: ConfigDict) -> None:
-    """Raises a UserError with the commands that prepare the datasets of a config, if any are missing."""
+def _open_validation(config: ConfigDict, space: LabelSpace | None) -> tuple[data.Records, ...]:
+    """The target's evaluation split, and the further sets of `config.evaluation.also`."""
+    found = []
+    if config.target.name:
+        try:
+            found.append(open_records(config, "target", config.evaluation.split))
+        except UserError:
+            # Images without a validation split are adapted to all the same; there is nothing to score then.
+            if config.target.name != "folder":
+                raise
+    for name, split in _also(config):
+        found.append(data.load(name, split, label_space=space, data_dir=config.data_dir or None))
+    names = [records.name for records in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"config.evaluation.also names {twice[0]}, on which the run is evaluated already")
+    return tuple(found)
+
+
+def _also(config: ConfigDict) -> list[tuple[str, str]]:
+    """(name, split) of the further sets that a run is scored on."""
+    found = [entry.rpartition(":") for entry in config.evaluation.get("also", ())]
+    for name, colon, split in found:
+        if not (name and split) or "folder" in part_names(name):
+            raise UserError(
+                f"config.evaluation.also: {name + colon + split!r} must be DATASET:SPLIT, such as 'camvid/day:val' "
+                "(a folder of your own can be the target alone)"
+            )
+    return [(name, split) for name, _, split in found]
+
+
+def _make_ready(config: ConfigDict, domains: Sequence[str]) -> None:
+    """Draws what needs no files of these domains, and of what is evaluated beside them.
+
+    Raises:
+      UserError: other datasets are missing; it has the commands that prepare them.
+    """
+    places = [(part, _place(config, domain).path) for domain in domains for part in _parts(config[domain].name)]
+    places += [(part, "") for name, _ in _also(config) for part in _parts(name)]
+    if not places:
+        raise UserError("config.source.name and config.target.name are both empty: name a dataset")
     data_dir, missing = config.data_dir or None, {}
-    for domain in ("source", "target"):
-        place = _place(config, domain)
-        if read_summary(prepared_folder(place.name, data_dir, place.path)) is None:
-            missing[prepare_command(place.name, data_dir, place.path)] = place.name
+    if drawn := [part for part, _ in places if is_drawn(part)]:
+        parallel.on_first(lambda: sum(len(prepare(part, data_dir=data_dir)) for part in drawn))
+    for part, path in places:
+        path = path if part == "folder" else ""
+        if read_summary(prepared_folder(part, data_dir, path)) is None:
+            missing[prepare_command(part, data_dir, path)] = part
     if missing:
         names, verb = " and ".join(missing.values()), "is" if len(missing) == 1 else "are"
         raise UserError(f"{names} {verb} not prepared in {root(data_dir)}; run\n  " + "\n  ".join(missing))
+
+
+def _parts(name: str) -> list[str]:
+    """The datasets of a domain; none of an absent one."""
+    return part_names(name) if name else []
 
 
 def _check_weights(weights: Sequence[float], classes: Sequence[str]) -> None:
@@ -73,7 +122,7 @@ def _check_weights(weights: Sequence[float], classes: Sequence[str]) -> None:
 
 def _place(config: ConfigDict, domain: str) -> ConfigDict:
     place = config[domain]
-    if place.name == "folder" and not place.path:
+    if "folder" in _parts(place.name) and not place.path:
         raise UserError(f"say where the {domain} images lie: --config.{domain}.path=DIR")
     return place
 
@@ -81,6 +130,8 @@ def _place(config: ConfigDict, domain: str) -> ConfigDict:
 def open_records(config: ConfigDict, domain: str, split: str) -> data.Records:
     """One split of the "source" or the "target" of a config, in the label space of the run."""
     place = _place(config, domain)
+    if not place.name:
+        raise UserError(f"there is no {domain}: config.{domain}.name is empty")
     return data.load(
         place.name, split, label_space=_label_space(config), data_dir=config.data_dir or None, path=place.path
     )
@@ -90,4 +141,5 @@ def _label_space(config: ConfigDict) -> LabelSpace | None:
     """The one that the config names, else that of the source's dataset; None: each folder brings its own classes."""
     if config.label_space:
         return label_space(config.label_space)
-    return own_space(config.source.name.partition("/")[0]) if "source" in config else None
+    named = [config[domain].name for domain in ("source", "target") if domain in config and config[domain].name]
+    return own_space(part_names(named[0])[0].partition("/")[0]) if named else None

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from jaxuda.data import datasets, prepared
+from jaxuda.data.joined import PLUS
 from jaxuda.data.labels import dataset
 from jaxuda.errors import UserError
 from jaxuda.training import weights
@@ -38,7 +39,7 @@ def listing(data_dir: str | None = None) -> str:
     absent = {name: _what_to_do(name, data_dir) for known in datasets.names() for name in _names(known)}
     sections = {
         "Recipes (python -m jaxuda.main --config configs/NAME.py:BENCHMARK)": _recipes(recipes, benchmarks),
-        "Benchmarks (source -> target)": _benchmarks(benchmarks, absent),
+        "Benchmarks (source -> target)": _benchmarks(benchmarks, data_dir),
         f"Datasets (in {prepared.root(data_dir)})": _datasets(absent, data_dir),
         "ImageNet weights (where the published recipes start)": _weights(data_dir or ""),
     }
@@ -99,11 +100,11 @@ def _recipes(recipes: Iterable[Recipe], benchmarks: Mapping[str, ConfigDict]) ->
     return lines
 
 
-def _benchmarks(benchmarks: Mapping[str, ConfigDict], absent: Mapping[str, str]) -> list[str]:
+def _benchmarks(benchmarks: Mapping[str, ConfigDict], data_dir: str | None) -> list[str]:
     lines = []
     for name, config in benchmarks.items():
         ends = [config.source.name, config.target.name]
-        needed = [end for end in dict.fromkeys(ends) if absent[end]]
+        needed = [part for part in dict.fromkeys(PLUS.join(ends).split(PLUS)) if _what_to_do(part, data_dir)]
         state = f"needs {' and '.join(needed)}" if needed else "ready"
         if name == "folder":
             ends, state = ["a folder of yours", "another"], "see below"

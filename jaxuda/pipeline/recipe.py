@@ -51,7 +51,7 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
         statuses = parallel.on_first(lambda: _begin(config, workdir, recipe, from_stage, log))
         log.say(header(config, workdir, domains, statuses))
         waiting = [stage for stage in recipe if statuses[stage.name] != "done"]
-        check_steps(waiting, domains.source.label_space.num_classes, "depth" in domains.source[0])
+        check_steps(waiting, domains.label_space.num_classes, "depth" in (domains.source or domains.target)[0])
         if jax.default_backend() == "cpu":
             keep_freed_memory()
         for stage in recipe:
@@ -118,7 +118,7 @@ def sweep(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
     Its network is that of the stage it starts from; a sweep over the data alone has neither variables nor method.
     """
     module = sweeps.load(stage.config.sweep)
-    model = make_model(stage.config.model, domains.source.label_space.num_classes)
+    model = make_model(stage.config.model, domains.label_space.num_classes)
     devices = parallel.evaluation_devices(stage.config, jax.local_devices()[: run_config.devices or None])
     variables = method = None
     if stage.init is not None:
@@ -164,14 +164,18 @@ def header(config: ConfigDict, workdir: Path, domains: Domains, statuses: dict[s
     plan = (
         f"{name}{steps[name]}" if status == "missing" else f"{name} ({status})" for name, status in statuses.items()
     )
+    source, target = (
+        f"{records.name} ({len(records)} images)" if records is not None else "none"
+        for records in (domains.source, domains.target)
+    )
     validation = ", ".join(f"{records.name} ({len(records)})" for records in domains.validation) or "none"
     return "\n".join(
         [
             f"jaxuda {config.name}:{config.benchmark}, seed {config.seed}",
             f"  devices     {used}",
             f"  stages      {' -> '.join(plan)}",
-            f"  source      {domains.source.name} ({len(domains.source)} images)",
-            f"  target      {domains.target.name} ({len(domains.target)} images), evaluated on {validation}",
+            f"  source      {source}",
+            f"  target      {target}, evaluated on {validation}",
             f"  results in  {workdir}, at the end with a page for the browser, report.html",
             "Stop it whenever you like: the same command goes on where it stopped.",
         ]

@@ -53,10 +53,11 @@ def collect(config: ConfigDict, recipe: list[Stage], domains: Domains) -> dict[s
         "benchmark": config.benchmark,
         "seed": config.seed,
         "validation": domains.validation[0].name if domains.validation else None,
-        "classes": list(domains.source.label_space.classes),
+        "classes": list(domains.label_space.classes),
         "evaluation_size": list(config.evaluation.size),
         "checkpoints": CHECKPOINT_RULES | {"mean_of_last": f"mean of the last {config.mean_of_last} evaluations"},
         "data": {place: records and _described(records) for place, records in opened.items()},
+        **({"also": [_described(records) for records in domains.validation[1:]]} if domains.validation[1:] else {}),
         "config_sha256": hashlib.sha256(settings.encode()).hexdigest(),
         **versions(),
         "fingerprints": {stage.name: stage.fingerprint for stage in recipe},
@@ -77,6 +78,10 @@ def final_table(results: dict[str, Any]) -> str:
     columns = {name.replace("_", " "): np.asarray(result["last"]["confusion"]) for name, result in scored.items()}
     lines = [f"IoU in % on {results['validation']}, last checkpoint of each stage", ""]
     lines += [iou_table(columns, results["classes"]), ""]
+    for beside in dict.fromkeys(name for result in scored.values() for name in result["last"].get("beside", {})):
+        found = {name: result["last"].get("beside", {}).get(beside, {}).get("miou") for name, result in scored.items()}
+        cells = (f"{name.replace('_', ' ')} {100 * miou:.1f}" for name, miou in found.items() if miou is not None)
+        lines.append(f"mIoU, {beside}: {', '.join(cells)}")
     for name, result in scored.items():
         mean, best = result["mean_of_last"], result["best_on_val_using_target_labels"]
         lines.append(

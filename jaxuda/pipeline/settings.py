@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxuda.data.transforms import build_transform
+from jaxuda.data.joined import domain_transform
 from jaxuda.errors import UserError
 
 _LARGEST = 2**31 - 1
@@ -20,7 +20,8 @@ _LEAST = {
     **dict.fromkeys(("log_every", "eval_every", "checkpoint_every", "mean_of_last", "batch", "steps", "accumulate"), 1),
     **dict.fromkeys(("lovasz_shrink", "stem", "block", "shortcut", "width"), 1),
     **dict.fromkeys(("keep_every", "devices", "num_workers", "seed", "schedule_steps", "lr", "momentum", "power"), 0),
-    **dict.fromkeys(("weight_decay", "head_factor", "norm_eps"), 0),
+    **dict.fromkeys(("weight_decay", "head_factor", "norm_eps", "rare_class_pixels"), 0),
+    "rare_class_temperature": 1e-6,
 }
 _MOST = {"width": 4096, "num_workers": 1024, "momentum": 1}
 
@@ -31,7 +32,7 @@ def check(config: ConfigDict) -> None:
     wrong = [f"config.{field}={value!r} {problem}" for field, value, problem in _numbers(plain)]
     for domain in ("source", "target"):
         try:
-            build_transform({k: v for k, v in plain[domain].items() if k not in ("name", "path", "split")})
+            domain_transform(plain[domain])
         except UserError as error:
             wrong.append(f"config.{domain}: {error}")
     if not _pair(plain["evaluation"]["size"]):

@@ -227,6 +227,12 @@ def plan(config: ConfigDict, workdir: Path, domains: Domains) -> list[Stage]:
     for name in config.pipeline:
         if name not in config:
             raise UserError(f"config.pipeline names the stage '{name}', but there is no config.{name}")
+        for domain in config[name].domains:
+            if getattr(domains, domain) is None:
+                raise UserError(
+                    f"the stage '{name}' reads the {domain} (config.{name}.domains), but config.{domain}.name is "
+                    "empty: name a dataset there, or leave the stage out of config.pipeline"
+                )
         if config[name].domains[0] == "target" and not config[name].labels and not domains.target.labelled:
             continue
         stages[name] = _make_stage(name, config, workdir, domains, stages)
@@ -235,12 +241,14 @@ def plan(config: ConfigDict, workdir: Path, domains: Domains) -> list[Stage]:
 
 def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, earlier: Mapping[str, Stage]) -> Stage:
     own, resolved = config[name], resolve(name, config)
-    datasets = {"source": domains.source.fingerprint, "target": domains.target.fingerprint}
+    both = {"source": domains.source, "target": domains.target}
+    datasets = {place: records.fingerprint for place, records in both.items() if records is not None}
     if own.domains[0] == "target":
         resolved.source, datasets["source"] = resolved.target, datasets["target"]
     if len(own.domains) == 1:
         # What is not read must not change the fingerprint: baselines are shared between recipes.
-        del resolved["target"], datasets["target"]
+        del resolved["target"]
+        datasets.pop("target", None)
     datasets["evaluation"] = [records.fingerprint for records in domains.validation]
 
     def before(field: str, stage: str) -> Stage:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxuda import data, parallel
@@ -22,7 +23,7 @@ from jaxuda.sweeps.predict import ImageFiles, ensemble_predictions, write_predic
 
 
 def evaluate(config: ConfigDict, checkpoint: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Prints IoU on the evaluation split of `config`: of a stage, of each of its checkpoints, or of an ensemble.
+    """Prints IoU on the evaluation sets of `config`: of a stage, of each of its checkpoints, or of an ensemble.
 
     Other networks of a stage (its method's teacher) are scored beside the one that was evaluated in training.
 
@@ -32,41 +33,32 @@ def evaluate(config: ConfigDict, checkpoint: str, overrides: Mapping[str, Any] =
       overrides: what the command line sets, "evaluation.size" and the like; a network's own settings hold otherwise.
     """
     import_named(config)
-    records, classes = _evaluation_split(config)
+    validation, space = domains.load_validation(config)
+    labelled = [records for records in validation if records.labelled]
+    if not labelled:
+        raise UserError(f"the target has no labelled split '{config.evaluation.split}' to score on")
     chosen = parse_checkpoint(checkpoint)
     each = [[one] for one in chosen] if checkpoint.endswith(f":{ALL}") else [chosen]
-    columns = {}
+    columns: dict[str, dict[str, np.ndarray]] = {records.name: {} for records in labelled}
     for members in each:
         asked = overrides.get("evaluation.network", "")
         networks = network_names(*members[0], asked) if len(members) == 1 else [""]
         for network in networks:
             ensemble, variables = make_ensemble(
-                members, len(classes), config.label_space, config.test, overrides, network
+                members, space.num_classes, config.label_space, config.test, overrides, network
             )
-            confusion = make_ensemble_evaluator(ensemble, _devices(config, ensemble))(variables, records).confusion
-            beside = "" if network == networks[0] else network
-            columns[title(members, every=len(each) > 1, network=beside)] = confusion
-    print(f"IoU in % of {checkpoint} on {records.name}{_manner(config, overrides)}\n")
-    print(iou_table(columns, classes))
+            score = make_ensemble_evaluator(ensemble, _devices(config, ensemble))
+            heading = title(members, every=len(each) > 1, network="" if network == networks[0] else network)
+            for records in labelled:
+                columns[records.name][heading] = score(variables, records).confusion
+    for name, column in columns.items():
+        print(f"IoU in % of {checkpoint} on {name}{_manner(config, overrides)}\n")
+        print(iou_table(column, space.classes))
 
 
 def _devices(config: ConfigDict, ensemble: Ensemble) -> list[jax.Device]:
     batch = ensemble.members[0].config.evaluation.batch
     return parallel.choose_devices(batch, config.devices, config.platform, "--config.evaluation.batch")
-
-
-def _evaluation_split(config: ConfigDict) -> tuple[data.Records, tuple[str, ...]]:
-    """The target's labelled images to score on, and the classes; the source is opened only if it defines them."""
-    if config.label_space:
-        domains.draw_if_missing(config.target.name, config)
-        classes = data.labels.label_space(config.label_space).classes
-        records = domains.open_records(config, "target", config.evaluation.split)
-    else:
-        opened = domains.load_domains(config)
-        records, classes = next(iter(opened.validation), None), opened.source.label_space.classes
-    if records is None or not records.labelled:
-        raise UserError(f"the target has no labelled split '{config.evaluation.split}' to score on")
-    return records, classes
 
 
 def _manner(config: ConfigDict, overrides: Mapping[str, Any]) -> str:
@@ -111,4 +103,5 @@ def predict(
 
 
 def _source_space(config: ConfigDict) -> Any:
-    return domains.open_records(config, "source", config.source.split).label_space
+    domain = "source" if config.source.name else "target"
+    return domains.open_records(config, domain, config[domain].split).label_space

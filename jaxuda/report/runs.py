@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from jaxuda import data, files
+from jaxuda.data.joined import part_names
 from jaxuda.data.labels import LabelSpace
 from jaxuda.errors import UserError
 from jaxuda.pipeline import domains
@@ -166,9 +167,10 @@ def open_split(config: Mapping[str, Any], domain: str, split: str | None = None)
     place = config.get(domain, {})
     if not {"name", "split", "path"} <= place.keys():
         raise UserError(f"config.json does not tell which data the {domain} has")
-    wanted = {place: config[place] for place in ("source", "target") if "name" in config.get(place, {})}
+    wanted = {each: config[each] for each in ("source", "target") if config.get(each, {}).get("name") or each == domain}
     for named in wanted.values():
-        data.labels.dataset(named["name"].partition("/")[0], imported=True)
+        for part in part_names(named["name"]) if named["name"] else ():
+            data.labels.dataset(part.partition("/")[0], imported=True)
     wanted |= {"label_space": config.get("label_space", ""), "data_dir": config.get("data_dir", "")}
     return domains.open_records(ConfigDict(wanted), domain, split or place["split"])
 

@@ -73,15 +73,22 @@ def results(run: Run) -> Markup:
     means = [stage.results.get("mean_of_last", {}) for stage in stages]
     count = "/".join(str(n) for n in sorted({m["count"] for m in means if m})) or "few"
     best = [stage.results.get("best_on_val_using_target_labels", {}) for stage in stages]
+    beside = dict.fromkeys(name for stage in stages for name in stage.last.get("beside", {}))
     foot = [
         line(f"mIoU ({len(run.classes)} classes)", [stage.last["miou"] for stage in stages]),
         line("pixel accuracy", [stage.last["pixel_accuracy"] for stage in stages]),
+        *(line(f"mIoU, {name}", [_beside(stage, name) for stage in stages]) for name in beside),
         line(f"mIoU, mean of the last {count} evaluations", [mean.get("miou") for mean in means]),
         line("mIoU, best on val (uses target labels) *", [found.get("miou") for found in best]),
     ]
     caption = f"IoU in % on {run.validation}. Checkpoint: the last of each stage, except in the row marked *."
     chosen = "* This checkpoint was chosen with target labels, which an unlabelled target does not have."
     return join(table(caption, head, rows, foot), tag("p", chosen, class_="faint"))
+
+
+def _beside(stage: StageRun, name: str) -> float | None:
+    """The mIoU of another network, or on another set, at the last evaluation."""
+    return stage.last.get("beside", {}).get(name, {}).get("miou")
 
 
 def _when(stage: StageRun) -> str | None:
@@ -138,10 +145,13 @@ def data(run: Run) -> Markup:
     rows = []
     for domain in ("source", "target"):
         place = run.config.get(domain, {})
-        rows.append([domain, place.get("name", NONE), place.get("split", NONE), place.get("path") or NONE])
+        rows.append([domain, place.get("name") or NONE, place.get("split", NONE), place.get("path") or NONE])
     place = run.config.get("target", {})
     split = run.config.get("evaluation", {}).get("split", NONE)
-    rows.append(["evaluation", place.get("name", NONE), split, place.get("path") or NONE])
+    rows.append(["evaluation", place.get("name") or NONE, split, place.get("path") or NONE])
+    for entry in run.config.get("evaluation", {}).get("also", ()):
+        name, _, split = entry.rpartition(":")
+        rows.append(["evaluation", name, split, NONE])
     return table("Data", ["domain", "dataset", "split", "folder"], rows, kind="text")
 
 

@@ -46,7 +46,7 @@ def run(
     Raises:
       UserError: the easy or the hard part would be empty, or `favour_rare` is set for classes other than the 19.
     """
-    classes = domains.source.label_space.classes
+    classes = domains.label_space.classes
     if config.favour_rare and not set(RARE) <= set(classes):
         raise UserError("favour_rare needs the 19 Cityscapes classes: set it to False for this label space")
     ids, found = domains.target.ids(), []

@@ -60,7 +60,7 @@ def run(
         `source_images` and `target_images` (maximum numbers), `seed`, `preprocess`, `evaluation.batch`, and for
         the size of the images `resize` or `fit` of the domain, or else `evaluation.size`.
     """
-    names, memories = domains.source.label_space.classes, {}
+    names, memories = domains.label_space.classes, {}
     channels = _feature_channels(model, variables, config)
     projection = jax.device_get(init_projection(jax.random.key(config.seed), config.projection, channels))
     means = _make_means(model, config)

@@ -54,7 +54,7 @@ def run(
 
     Files that an interrupted run has written are kept.
     """
-    space, target = domains.source.label_space, domains.target.images_only()
+    space, target = domains.label_space, domains.target.images_only()
     variables = parallel.everywhere(variables, devices)
     scores = make_scores(model, method, config)
     thresholds = np.zeros(space.num_classes, np.float32)

@@ -32,7 +32,7 @@ def run(
     say: Callable[[str], None],
 ) -> None:
     """Writes `folder`/target_classes.json: the share of each class in the prediction of each target training image."""
-    target, classes = domains.target.images_only(), domains.source.label_space.classes
+    target, classes = domains.target.images_only(), domains.label_space.classes
     scores = make_scores(model, method, config)
 
     @jax.jit

@@ -129,7 +129,7 @@ def training_records(config: Any, domains: Domains, artifacts: Mapping[str, Path
         labelled = Subset(labelled, read_split(artifacts[config.split], EASY))
         unlabelled = Subset(unlabelled, read_split(artifacts[config.split], HARD))
     if config.labels:
-        labelled = data.PseudoLabelled(labelled, artifacts[config.labels], domains.source.label_space)
+        labelled = data.PseudoLabelled(labelled, artifacts[config.labels], domains.label_space)
     return labelled, unlabelled
 
 
@@ -143,18 +143,14 @@ def _input(task: Task, options: Options, labelled: Any, unlabelled: Any, done: i
         steps=config.steps,
         start=done,
         seed=config.seed,
-        source_transform=_transform(config.source),
-        target_transform=None if unlabelled is None else _transform(config.target),
+        source_transform=data.domain_transform(config.source),
+        target_transform=None if unlabelled is None else data.domain_transform(config.target),
         target_labels=config.get("target_label_figures", False),
         num_workers=options.num_workers,
         source_order=data.orders.load(config.order).order(labelled, unlabelled, count, config, task.artifacts),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-
-
-def _transform(domain: Any) -> data.transforms.Transform:
-    return data.build_transform({k: v for k, v in dict(domain).items() if k not in ("name", "path", "split")})
 
 
 def arrays(batch: PyTree) -> PyTree:

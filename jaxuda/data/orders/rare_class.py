@@ -1,0 +1,84 @@
+"""Rare class sampling: first a class is drawn, a rare one more often, then an image that shows enough of it.
+
+(Hoyer, Dai, Van Gool: DAFormer, CVPR 2022, sec. 3.2.)
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from jaxuda.data.records import class_pixels
+from jaxuda.errors import UserError
+
+# Of the smallest images that the published least number of pixels was used with, those of SYNTHIA.
+_AREA = 1280 * 760
+
+
+def order(labelled: Any, unlabelled: Any, count: int, config: Any, artifacts: Any) -> np.ndarray:
+    """See `data.orders`; `config.rare_class_temperature` (0.01) and `config.rare_class_pixels` (3000) may be set.
+
+    An image shows enough of a class if it has more than that many pixels of it; in images that are smaller than
+    SYNTHIA's, as many fewer as they are smaller.
+    """
+    classes = labelled.label_space.classes
+    counts = class_pixels(labelled, len(classes))
+    least = config.get("rare_class_pixels", 3000) * np.minimum(counts.sum(1, keepdims=True) / _AREA, 1)
+    eligible = counts[:, :-1] > least
+    if left_out := [classes[c] for c in np.flatnonzero(counts[:, :-1].any(0) & ~eligible.any(0))]:
+        text = f"no image of {labelled.name} shows enough of {', '.join(left_out)} to be drawn for it"
+        warnings.warn(text, stacklevel=2)
+    temperature = config.get("rare_class_temperature", 0.01)
+    return rare_class_order(counts[:, :-1].sum(0), eligible, count, config.seed, temperature)
+
+
+def rare_class_probabilities(pixels: np.ndarray, temperature: float) -> np.ndarray:
+    """How often each class is drawn: softmax of (1 - f) / temperature over the classes that occur.
+
+    Args:
+      pixels: (C,) of each class in all images together; f is a class's share in them.
+      temperature: above 0; the lower, the more often rare classes are drawn. Infinite: all alike.
+
+    Returns:
+      (C,) float64; 0 for classes without pixels.
+    """
+    logits = np.where(pixels > 0, (1 - pixels / max(pixels.sum(), 1)) / temperature, -np.inf)
+    weights = np.exp(logits - logits.max()) if (pixels > 0).any() else np.zeros(len(pixels))
+    return weights / max(weights.sum(), 1)
+
+
+def rare_class_order(
+    pixels: np.ndarray, eligible: np.ndarray, draws: int, seed: int, temperature: float = 0.01
+) -> np.ndarray:
+    """Indices of the images to draw; draws are independent of each other.
+
+    The order follows from the arguments alone, and a longer one begins with a shorter one.
+
+    Args:
+      pixels: (C,) of each class in all images together.
+      eligible: (n, C) bool: images that may be drawn for a class. Classes without any are left out.
+      draws: how many indices.
+      seed: of the generator.
+      temperature: see `rare_class_probabilities`.
+
+    Returns:
+      (draws,) int32 indices in 0..n-1.
+
+    Raises:
+      UserError: no class has an image.
+    """
+    if not eligible.any():
+        raise UserError(
+            "rare class sampling: no image of the source shows enough of any class; lower rare_class_pixels"
+        )
+    probabilities = np.where(eligible.any(0), rare_class_probabilities(pixels, temperature), 0)
+    edges = np.cumsum(probabilities)
+    uniform = np.random.default_rng(np.random.SeedSequence([seed, len(pixels)])).random((draws, 2))
+    # "right" steps over classes of no width, also at 0.
+    chosen = np.searchsorted(edges, uniform[:, 0] * edges[-1], side="right")
+    images = [np.flatnonzero(column) for column in eligible.T]
+    sizes = np.array([len(each) for each in images])
+    places = (uniform[:, 1] * sizes[chosen]).astype(int)
+    return np.array([images[c][place] for c, place in zip(chosen, places, strict=True)], np.int32)
