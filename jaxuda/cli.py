@@ -1,95 +1,300 @@
-"""What all commands share: parsing the command line, and turning errors into messages and exit codes."""
+"""What all commands share: parsing the command line, and turning errors into messages and exit codes.
+
+Nothing here imports JAX before a recipe is read: `--help` and a mistyped flag are answered at once.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import difflib
 import errno
+import importlib.machinery
+import importlib.util
 import os
+import re
+import select
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any, TextIO
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from jaxuda.errors import Interrupted, UserError
-from jaxuda.pipeline import settings
 
 INTERRUPTED, MISTAKE = 75, 2
+CONTINUES = "the same command continues from what is saved"
+# What a flag must be, by the type that its parser names.
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "True or False",
+    "tuple": "a tuple such as '(256, 128)'",
+}
+# Errors of the file system that the user can correct.
+_CORRECTABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENAMETOOLONG, errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
+}
 
 
-def parse(argv: list[str]) -> flags.FlagValues:
-    """The command line; raises UserError for what it does not understand."""
-    # Configs import their neighbours as `configs.NAME`, from wherever the command is run.
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        if word.startswith("--config"):
-            file = (word.partition("=")[2] or following).partition(":")[0]
-            sys.path.insert(0, str(Path(file).absolute().parent.parent))
-            break
-    else:
-        raise UserError("which recipe? Add --config configs/minent.py (--list shows all of them, --help explains)")
+def parse(argv: Sequence[str]) -> flags.FlagValues:
+    """The flags of a run; `.config` is the recipe with every `--config.FIELD=VALUE` set.
+
+    Args:
+      argv: the name of the command, then its words. Of a flag given twice, the last one holds.
+
+    Raises:
+      UserError: the recipe cannot be read, or a flag, a field of the recipe or a value is not understood.
+    """
+    recipe, words = _take_recipe(argv)
+    config = load_config(recipe)
+    _check_fields(config, words)
     args = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=args, sys_argv=argv)
-    for name in ("workdir", "from_stage", "checkpoint", "images"):
+    for name in ("workdir", "from_stage", "checkpoint", "images", "coordinator", "seeds"):
         flags.DEFINE_string(name, "", "", flag_values=args)
-    flags.DEFINE_list("seeds", [], "", flag_values=args)
     for name in ("dry_run", "distributed"):
         flags.DEFINE_bool(name, False, "", flag_values=args)
-    flags.DEFINE_string("coordinator", "", "", flag_values=args)
     flags.DEFINE_integer("processes", 0, "", flag_values=args)
     flags.DEFINE_integer("process", None, "", flag_values=args)
     flags.DEFINE_enum("mode", "run", ["run", "eval", "predict"], "", flag_values=args)
     try:
-        rest = args(argv)[1:]
-        _ = args.config.name  # a config that could not be loaded says so only when it is used
-    except Exception as error:  # a config file is a program: it may fail in any way
-        raise UserError(_reason(error)) from error
+        config_flags.DEFINE_config_dict("config", config, flag_values=args, sys_argv=words)
+        rest = args(words)[1:]
+    except flags.UnrecognizedFlagError as error:
+        known = [f"--{name}" for name in (*args, "config", "list", "help")]
+        raise unknown(f"--{error.flagname}", [*known, *(f"--config.{field}" for field in config)]) from error
+    except flags.IllegalFlagValueError as error:
+        raise UserError(_value_message(error, args)) from error
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(_text(error)) from error
     if rest:
         raise UserError(f"not understood: {' '.join(rest)} (flags start with --)")
+    from jaxuda.pipeline import settings  # here: it needs JAX
+
     settings.check(args.config)
     return args
 
 
-def _reason(error: Exception) -> str:
-    """What went wrong with the command line or a config file; a mistake in the file's code tells its line."""
-    text = str(error).strip("'\"")
-    if "Traceback (most recent call last)" in text:  # ml_collections puts the whole of it there
-        places = [line.strip() for line in text.splitlines() if line.strip().startswith('File "')]
-        kind, _, text = text.strip().splitlines()[-1].partition(": ")
-        return text if kind == "ValueError" else f"{kind}: {text} ({places[-1]})"
-    if isinstance(error, flags.Error | AttributeError | LookupError | TypeError | ValueError | OSError):
-        return text
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {text} ({place.filename}, line {place.lineno})"
+def _take_recipe(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """What --config says, and the words without it; of several words --NAME=VALUE of one name, the last alone."""
+    recipes, words, rest = [], [argv[0]], iter(argv[1:])
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name in ("--config", "-config"):
+            recipes.append(value if equals else next(rest, ""))
+        else:
+            words.append(word)
+    if not any(recipes):
+        for word in words:
+            if not word.startswith("--config") and _close(word.partition("=")[0], ["--config"]):
+                raise unknown(word, ["--config"])
+        raise UserError("which recipe? Add --config configs/minent.py (--list shows all of them, --help explains)")
+    if len(recipes) > 1:
+        raise UserError(f"--config is given {len(recipes)} times: a run has one recipe (jaxuda.table runs several)")
+    last = {word.partition("=")[0]: place for place, word in enumerate(words)}
+    return recipes[0], [w for place, w in enumerate(words) if "=" not in w or last[w.partition("=")[0]] == place]
 
 
-def guarded(work: Callable[[], None]) -> int:
-    """Runs a command; what users can mend, and interruptions, become one message and an exit code."""
+def load_config(recipe: str) -> ConfigDict:
+    """The config of "FILE" or "FILE:BENCHMARK".
+
+    Raises:
+      UserError: there is no such file, or it does not make a config. A config is a program and may fail in any way:
+        the message gives its line.
+    """
+    name, *benchmark = recipe.split(":", 1)
+    file = Path(name).absolute()
+    if not file.is_file():
+        others = [other for folder in (file.parent, Path("configs")) for other in folder.glob("*.py")]
+        close = _close(file.stem, [other.stem for other in others])
+        found = next((other for other in others if other.stem in close), None)
+        hint = f"did you mean {os.path.relpath(found)}?" if found else "--list shows the recipes"
+        raise UserError(f"--config {name}: there is no such file; {hint}")
+    # Configs import their neighbours as `configs.NAME`, from wherever the command is run.
+    if str(file.parent.parent) not in sys.path:
+        sys.path.insert(0, str(file.parent.parent))
+    loader = importlib.machinery.SourceFileLoader("config_of_the_run", str(file))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    try:
+        loader.exec_module(module)
+        config = module.get_config(*benchmark) if hasattr(module, "get_config") else None
+    except Exception as error:
+        raise UserError(_config_message(error, file)) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{name} is no recipe: it must define get_config(benchmark), which returns a ConfigDict")
+    return config
+
+
+def _config_message(error: Exception, file: Path) -> str:
+    """What went wrong in a config file, and where."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == file.parent]
+    if isinstance(error, ValueError) and frames and str(frames[-1].line).startswith("raise "):
+        return _text(error)  # what the config says itself, such as which benchmarks it has
+    where = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else str(file)
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error.msg} ({error.filename}, line {error.lineno})"
+    return f"{type(error).__name__}: {_text(error)} ({where})"
+
+
+def _text(error: BaseException) -> str:
+    """The message of an exception in one line, without the quotes that str() puts around the text of a KeyError."""
+    while isinstance(error, LookupError | AttributeError) and error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    sentence = isinstance(error, KeyError) and error.args and " " in str(error.args[0])
+    return "; ".join((str(error.args[0]) if sentence else str(error)).splitlines())
+
+
+def _close(name: str, known: Iterable[str]) -> list[str]:
+    """The name in `known` that is most like `name`, if one is."""
+    return difflib.get_close_matches(name, list(known), 1, cutoff=0.75)
+
+
+def _check_fields(config: ConfigDict, words: Sequence[str]) -> None:
+    """Raises UserError if a word --config.FIELD sets a field that the config lacks, or a whole section."""
+    for word in words[1:]:
+        field = re.match(r"--?(?:no)?config\.([^=]*)", word)
+        section, place = config, "config"
+        for name in field[1].split(".") if field else ():
+            if not isinstance(section, ConfigDict):
+                raise UserError(f"{place} is a value, not a section: it has no field '{name}'")
+            if name not in section:
+                raise UserError(f"{place} has no field '{name}'; {_near_field(config, place, section, name)}")
+            section, place = section[name], f"{place}.{name}"
+        if field and isinstance(section, ConfigDict):
+            raise UserError(
+                f"{place} is a section: set its fields ({', '.join(f'{place}.{name}' for name in section)})"
+            )
+
+
+def _near_field(config: ConfigDict, place: str, section: ConfigDict, name: str) -> str:
+    """What may have been meant: a similar name, or the same one in another section; else all that there is."""
+    others = [f"config.{n}.{name}" for n, part in config.items() if isinstance(part, ConfigDict) and name in part]
+    found = [f"'{close}'" for close in _close(name, section)] or others
+    found += [f"config.{name}"] if place != "config" and name in config else []
+    return f"did you mean {' or '.join(found)}?" if found else f"it has {', '.join(section)}"
+
+
+def _value_message(error: flags.IllegalFlagValueError, args: flags.FlagValues) -> str:
+    """The word with the wrong value, and what it must be."""
+    cause = str(error.__context__)
+    word = str(error).removeprefix("flag ").removesuffix(f": {cause}")
+    name = word.removeprefix("--").partition("=")[0]
+    kind = args[name].flag_type().removeprefix("multi ") if name in args else ""
+    return f"{word} must be {_KINDS[kind]}" if kind in _KINDS else f"{word}: {cause}"
+
+
+def seeds(text: str) -> list[int]:
+    """The numbers in "0,1,2"; raises UserError if they are none."""
+    if not all(seed.isdecimal() for seed in text.split(",")):
+        raise UserError(f"--seeds {text}: must be whole numbers with commas between them")
+    return [int(seed) for seed in text.split(",")]
+
+
+def unknown(word: str, known: Iterable[str]) -> UserError:
+    """The error for a flag that a command lacks; it names a similar one.
+
+    Args:
+      word: as it was given, such as "--sedes=1".
+      known: the command's flags; those of `jaxuda.main` include "--config.FIELD" for the first level of fields.
+    """
+    name, known = word.partition("=")[0], list(known)
+    # What is --data_dir of one command is --config.data_dir of another.
+    twins = [name.replace("--", "--config.", 1), name.replace("--config.", "--", 1)]
+    found = [twin for twin in twins if twin in known and twin != name] or _close(name, known)
+    return UserError(f"unknown flag {name}; {f'did you mean {found[0]}?' if found else '--help lists all flags'}")
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of a command with few flags: mistakes raise UserError, and the help keeps its lines."""
+
+    def __init__(self, command: str, about: str):
+        """command: as it is run, such as "jaxuda.prepare". about: what --help prints under the usage."""
+        super().__init__(
+            f"python -m {command}",
+            description=about,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        """All words, or UserError."""
+        args, rest = self.parse_known_args(argv)
+        for word in rest:
+            if word.startswith("-"):
+                raise unknown(word, self.flags())
+            raise UserError(f"not understood: {word} (flags start with --)")
+        return args
+
+    def flags(self) -> list[str]:
+        """All flags of the command, each as it is given."""
+        return list(self._option_string_actions)
+
+    def error(self, message: str) -> Any:
+        """Raises the message as a UserError."""
+        raise UserError(f"{message} (--help explains)")
+
+
+def guarded(work: Callable[[], None], interrupted: str = CONTINUES) -> int:
+    """Runs a command; mistakes, interruptions and a closed pipe become one message and an exit code.
+
+    Args:
+      work: the command, its parsing included.
+      interrupted: what Ctrl-C leaves behind, for the user.
+
+    Returns:
+      0 done, `INTERRUPTED`, or `MISTAKE`. Other exceptions are faults of the program and pass through.
+    """
+    code = 0
     try:
         with _exit_on_termination():
-            work()
+            try:
+                work()
+            except SystemExit as leaving:  # argparse has printed its help
+                code = int(leaving.code or 0)
+        sys.stdout.flush()
     except Interrupted as reason:
-        print(reason, file=sys.stderr)
-        return INTERRUPTED
+        return _leave(INTERRUPTED, str(reason))
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from what is saved", file=sys.stderr)
-        return INTERRUPTED
+        return _leave(INTERRUPTED, f"interrupted; {interrupted}")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
+        return _leave(MISTAKE, f"error: {error}")
+    except BrokenPipeError:
+        if not reader_left(sys.stdout):
+            raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG):
+        if error.errno not in _CORRECTABLE:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(
-            f"error: {error.strerror}{where}: mend that, then run the same command again; it continues", file=sys.stderr
-        )
-        return MISTAKE
-    return 0
+        return _leave(MISTAKE, f"error: {error.strerror}{where}: correct this, then run the same command again")
+    return code
+
+
+def _leave(code: int, message: str) -> int:
+    try:
+        print(message, file=sys.stderr)
+    except BrokenPipeError:
+        reader_left(sys.stderr)
+    return code
+
+
+def reader_left(stream: TextIO) -> bool:
+    """Whether nobody reads our output any more, as after `| head`; what is left of it then goes nowhere.
+
+    Without that Python would complain about it once more when it exits.
+    """
+    poll = select.poll()
+    poll.register(stream, select.POLLOUT)
+    left = any(event & select.POLLERR for _, event in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return left
 
 
 @contextlib.contextmanager
@@ -103,7 +308,7 @@ def _exit_on_termination() -> Iterator[None]:
         return
 
     def leave(number: int, frame: FrameType | None) -> None:
-        os.write(2, b"terminated; the same command continues from what is saved\n")
+        os.write(2, b"terminated; run the same command again\n")
         os._exit(INTERRUPTED)
 
     before = signal.signal(signal.SIGTERM, leave)

@@ -23,7 +23,8 @@ For a start, without any data of your own:
 Other commands, each with its own --help: jaxuda.prepare (datasets, your own folders), jaxuda.report (pages and
 comparisons), jaxuda.report.pictures, jaxuda.table (many runs in one table), jaxuda.convert (torch's checkpoints).
 
-Exit codes: 0 done, 75 interrupted (run the same command to continue), 2 a mistake to mend, 1 anything else.
+Of a flag given twice, the last one holds. Exit codes of all commands: 0 done, 75 interrupted (run the same command to
+continue), 2 a mistake to correct, 1 anything else.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxuda.cli import guarded, parse
-from jaxuda.errors import UserError
+from jaxuda.cli import CONTINUES, guarded, parse, reader_left, seeds
+from jaxuda.errors import Interrupted, UserError
 
 
 def join_processes(args: flags.FlagValues) -> None:
@@ -55,34 +56,42 @@ def default_workdir(config: ConfigDict, workdir: str) -> Path:
 
 
 def run_and_report(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, Any]:
-    """Runs a recipe, then writes its page; returns its results."""
+    """Runs a recipe, then writes its page; returns its results. Raises Interrupted if the output is a closed pipe."""
     from jaxuda import parallel, report
     from jaxuda.pipeline import recipe
 
-    results = recipe.run(config, workdir, from_stage)
+    try:
+        results = recipe.run(config, workdir, from_stage)
+    except BrokenPipeError as error:
+        if reader_left(sys.stdout):
+            raise Interrupted(f"nobody reads the output any more; {CONTINUES}") from error
+        raise
     parallel.on_first(lambda: report.refresh(workdir))
     return results
 
 
-def run_seeds(config: ConfigDict, seeds: list[int], workdir: str, from_stage: str) -> None:
+def run_seeds(config: ConfigDict, chosen: list[int], workdir: str, from_stage: str) -> None:
     """One run per seed, and their mean and spread if there are several."""
     from jaxuda import parallel
     from jaxuda.pipeline import tables
 
     results = []
-    for seed in seeds:
+    for seed in chosen:
         seeded = ConfigDict(config)
         seeded.seed = seed
         folder = default_workdir(seeded, workdir)
-        if workdir and len(seeds) > 1:
+        if workdir and len(chosen) > 1:
             folder = folder / f"seed{seed}"
         results.append(run_and_report(seeded, folder, from_stage))
-    if len(seeds) > 1 and parallel.is_first():
+    if len(chosen) > 1 and parallel.is_first():
         print(tables.summary(results))
 
 
 def run_mode(argv: list[str]) -> None:
     """What the command line asks for."""
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return
     if "--list" in argv:
         from jaxuda.pipeline.listing import listing
 
@@ -99,10 +108,8 @@ def run_mode(argv: list[str]) -> None:
 
         print(cost.dry_run(args.config, default_workdir(args.config, args.workdir)))
     elif args.mode == "run":
-        if not all(seed.isdecimal() for seed in args.seeds):
-            raise UserError(f"--seeds {','.join(args.seeds)}: must be whole numbers with commas between them")
-        seeds = [int(seed) for seed in args.seeds] or [args.config.seed]
-        run_seeds(args.config, seeds, args.workdir, args.from_stage)
+        chosen = seeds(args.seeds) if args.seeds else [args.config.seed]
+        run_seeds(args.config, chosen, args.workdir, args.from_stage)
     elif args.mode == "eval":
         use.evaluate(args.config, args.checkpoint, overrides)
     else:
@@ -110,12 +117,8 @@ def run_mode(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses, dispatches, and turns errors into exit codes."""
-    argv = sys.argv if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
-    return guarded(lambda: run_mode(argv))
+    """Parses, runs, and turns errors into exit codes."""
+    return guarded(lambda: run_mode(sys.argv if argv is None else argv))
 
 
 if __name__ == "__main__":

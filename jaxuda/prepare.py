@@ -1,33 +1,48 @@
-"""python -m jaxuda.prepare NAME: prepares a dataset, once."""
+"""Prepares a dataset, once: checks the published files, or a folder of your own, and stores what training reads.
 
-import argparse
+  python -m jaxuda.prepare camvid --manual_dir DIR     all configs of a dataset; camvid/day prepares one
+  python -m jaxuda.prepare folder --path DIR           your own images, with or without labels
+
+python -m jaxuda.main --list shows all datasets. What was prepared with --data_dir DIR is used with
+--config.data_dir=DIR by jaxuda.main and jaxuda.table, with --data_dir DIR by jaxuda.convert.
+"""
+
+from __future__ import annotations
+
+import os
 import sys
+from pathlib import Path
 
-from jaxuda.data import datasets
-from jaxuda.data.preparing import prepare
-from jaxuda.errors import UserError
+from jaxuda.cli import Parser, guarded
+
+
+def prepare(
+    name: str,
+    *,
+    manual_dir: str | os.PathLike | None = None,
+    path: str = "",
+    data_dir: str | os.PathLike | None = None,
+) -> list[Path]:
+    """Prepares a dataset unless it is prepared already; see `jaxuda.data.preparing.prepare`."""
+    from jaxuda.data import preparing  # here: --help must not wait for JAX
+
+    return preparing.prepare(name, manual_dir=manual_dir, path=path, data_dir=data_dir)
+
+
+def run(argv: list[str] | None) -> None:
+    """Parses and prepares."""
+    parser = Parser("jaxuda.prepare", __doc__)
+    parser.add_argument("name", help="a dataset, such as camvid, or one of its configs, such as camvid/day")
+    parser.add_argument("--manual_dir", help="folder with the dataset's published files")
+    parser.add_argument("--path", default="", help="your own folder, for the dataset 'folder'")
+    where = "where prepared data goes (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"
+    parser.add_argument("--data_dir", help=where)
+    prepare(**vars(parser.parse_args(argv)))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code: 0 prepared, 2 the user must mend something, 130 interrupted."""
-    parser = argparse.ArgumentParser("python -m jaxuda.prepare", description="Prepares a dataset for jaxuda.")
-    known = ", ".join(datasets.names())
-    parser.add_argument("name", help=f"{known}; one config such as camvid/day; or the dotted path of your own module")
-    parser.add_argument("--manual_dir", help="folder with the dataset's published files")
-    parser.add_argument("--path", default="", help="your own folder, for the dataset 'folder'")
-    parser.add_argument(
-        "--data_dir", help="where prepared data goes (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"
-    )
-    arguments = parser.parse_args(argv)
-    try:
-        prepare(**vars(arguments))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was left behind", file=sys.stderr)
-        return 130
-    return 0
+    """Command line; returns the exit code, as jaxuda.main does."""
+    return guarded(lambda: run(argv), interrupted="nothing was left behind")
 
 
 if __name__ == "__main__":

@@ -15,47 +15,48 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jaxuda import files
-from jaxuda.cli import guarded, parse
+from jaxuda.cli import Parser, guarded, parse, seeds, unknown
 from jaxuda.main import run_and_report
-from jaxuda.pipeline.results import check_comparable
-from jaxuda.pipeline.tables import comparable, facts, summary
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parses, runs everything, prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m jaxuda.table", description=__doc__.partition("\n\n")[2])
-    parser.add_argument("--configs", required=True, type=_listed, help="comma-separated config files")
+def run(argv: list[str] | None) -> None:
+    """Parses, and runs all."""
+    parser = Parser("jaxuda.table", __doc__)
+    parser.add_argument("--configs", required=True, type=lambda text: text.split(","), help="comma-separated files")
     parser.add_argument("--benchmarks", default="streets", help="comma-separated")
-    parser.add_argument("--seeds", default="0", type=_seeds, help="comma-separated")
+    parser.add_argument("--seeds", default="0", type=seeds, help="comma-separated")
     parser.add_argument("--runs", default="runs", type=Path, help="the folder of work folders")
     args, overrides = parser.parse_known_args(argv)
-    return guarded(lambda: run_all(args, overrides))
-
-
-def _listed(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _seeds(text: str) -> list[int]:
-    return [int(seed) for seed in text.split(",")]
+    for word in overrides:
+        if word.startswith("-") and not word.startswith("--config."):
+            raise unknown(word, parser.flags())
+    run_all(args, overrides)
 
 
 def run_all(args: argparse.Namespace, overrides: list[str]) -> None:
     """All runs of the table, then the table; nothing runs if some of them cannot be compared."""
+    from jaxuda.pipeline import tables  # here: --help must not wait for JAX
+    from jaxuda.pipeline.results import check_comparable
+
     planned = []
     for benchmark in args.benchmarks.split(","):
         configs = {file: parse(["table", f"--config={file}:{benchmark}", *overrides]).config for file in args.configs}
-        check_comparable((f"{file}:{benchmark}", facts(config)) for file, config in configs.items())
+        check_comparable((f"{file}:{benchmark}", tables.facts(config)) for file, config in configs.items())
         planned += [(config, seed) for config in configs.values() for seed in args.seeds]
     results = []
     for config, seed in planned:
         seeded = ConfigDict(config)
         seeded.seed = seed
         results.append(run_and_report(seeded, args.runs / f"{config.name}-{config.benchmark}-seed{seed}"))
-    comparable(results)
+    tables.comparable(results)
     files.write_json(args.runs / "table.json", results)
-    files.write_bytes(args.runs / "table.md", (summary(results) + "\n").encode())
-    print(summary(results))
+    files.write_bytes(args.runs / "table.md", (tables.summary(results) + "\n").encode())
+    print(tables.summary(results))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs everything, prints the table; returns the exit code, as jaxuda.main does."""
+    return guarded(lambda: run(argv))
 
 
 if __name__ == "__main__":

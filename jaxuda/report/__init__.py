@@ -10,11 +10,6 @@ from pathlib import Path
 
 from jaxuda import files
 from jaxuda.errors import UserError
-from jaxuda.report.comparison import check_comparable, comparison_page
-from jaxuda.report.gallery import make_gallery
-from jaxuda.report.page import run_page
-from jaxuda.report.runs import read_run
-from jaxuda.training.logs import RunLog
 
 FILE = "report.html"
 IMAGES = 4  # in a gallery
@@ -25,6 +20,8 @@ def refresh(workdir: Path) -> None:
 
     Whatever goes wrong with it, the run is done and its results are written.
     """
+    from jaxuda.training.logs import RunLog
+
     page, log = workdir / FILE, RunLog(workdir)
     finished = max((record.stat().st_mtime_ns for record in workdir.glob("*/stage.json")), default=0)
     if page.exists() and page.stat().st_mtime_ns >= finished:
@@ -49,6 +46,11 @@ def write(workdirs: Sequence[Path], out: Path | None = None) -> Path:
     Raises:
       UserError: a folder is no work folder, there are several and no `out`, or they cannot be compared.
     """
+    from jaxuda.report.comparison import check_comparable, comparison_page  # here: --help must not wait for JAX
+    from jaxuda.report.gallery import make_gallery
+    from jaxuda.report.page import run_page
+    from jaxuda.report.runs import read_run
+
     if out is None and len(workdirs) > 1:
         raise UserError("several work folders make a comparison: say where with --out comparison.html")
     runs = [read_run(Path(folder)) for folder in workdirs]

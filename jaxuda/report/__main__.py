@@ -6,27 +6,25 @@ Several work folders make one page that compares them, at --out.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from jaxuda import report
-from jaxuda.cli import MISTAKE
-from jaxuda.errors import UserError
+from jaxuda.cli import Parser, guarded
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(argv: list[str] | None) -> None:
     """Parses, writes the page, says where."""
-    parser = argparse.ArgumentParser(prog="python -m jaxuda.report", description=__doc__.partition("\n\n")[2])
+    parser = Parser("jaxuda.report", __doc__)
     parser.add_argument("--workdir", required=True, nargs="+", type=Path, help="one or more work folders")
     parser.add_argument("--out", type=Path, help="the HTML file (default: report.html in the work folder)")
     args = parser.parse_args(argv)
-    try:
-        print(report.write(args.workdir, args.out))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
-    return 0
+    print(report.write(args.workdir, args.out))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes a page; returns the exit code, as jaxuda.main does."""
+    return guarded(lambda: run(argv), interrupted="run the same command again")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from jaxuda.losses.contrastive import ClassStatistics
 from jaxuda.losses.entropy import entropy_map
 from jaxuda.main import main
 from jaxuda.models.deeplab import DeepLabV2
-from jaxuda.report import pictures
+from jaxuda.report import figures, pictures
 from jaxuda.report.gallery import make_gallery
 from jaxuda.report.runs import read_run
 
@@ -147,7 +147,7 @@ def test_sheets_and_features(copied: Path, tmp_path, capsys) -> None:
     for kind, columns in (("predictions", 4), ("entropy", 3)):
         out = tmp_path / "new" / f"{kind}.png"
         assert pictures.main([kind, *words, "--out", str(out), "--stages", "source_only,adapt"]) == 0
-        assert cv2.imread(str(out)).shape == (2 * 32 + pictures.HEADING, columns * 48, 3)
+        assert cv2.imread(str(out)).shape == (2 * 32 + figures.HEADING, columns * 48, 3)
     out = tmp_path / "features.svg"
     assert pictures.main(["features", *words, "--out", str(out), "--stages", "adapt"]) == 0
     svg = ET.parse(out).getroot()
@@ -183,7 +183,7 @@ def test_principal_axes() -> None:
     rng = np.random.default_rng(0)
     plane = rng.normal(size=(200, 2)) * (5, 2)
     turn = np.linalg.qr(rng.normal(size=(7, 7)))[0][:2]
-    points, shares = pictures.principal_axes(plane @ turn + 3)
+    points, shares = figures.principal_axes(plane @ turn + 3)
     centred = plane - plane.mean(0)
     np.testing.assert_allclose(shares.sum(), 1)
     np.testing.assert_allclose(np.linalg.norm(points, axis=1), np.linalg.norm(centred, axis=1))
@@ -193,7 +193,7 @@ def test_principal_axes() -> None:
 def test_neighbours_stay_together() -> None:
     rng = np.random.default_rng(0)
     vectors = np.concatenate([rng.normal(size=(15, 9)) + 40 * shift for shift in (0, 1)])
-    points = pictures.neighbours(vectors)
+    points = figures.neighbours(vectors)
     apart = np.linalg.norm(points[:, None] - points, axis=-1)
     nearest = np.argsort(apart, axis=1)[:, 1]
     assert points.shape == (30, 2) and ((nearest < 15) == (np.arange(30) < 15)).all()
