@@ -31,6 +31,8 @@ def check(config: ConfigDict) -> None:
     plain = config.to_dict()
     wrong = [f"config.{field}={value!r} {problem}" for field, value, problem in _numbers(plain)]
     for domain in ("source", "target"):
+        if not plain[domain]["name"]:
+            continue  # it is absent
         try:
             domain_transform(plain[domain])
         except UserError as error:

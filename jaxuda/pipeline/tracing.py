@@ -120,5 +120,5 @@ def _without_gradient(function: Callable, has_aux: bool) -> Callable:
 def missing_field(error: Exception) -> str | None:
     """The field that a config was asked for and does not have; None for errors of any other origin."""
     origin = traceback.extract_tb(error.__traceback__)[-1].filename
-    found = re.search(r"'(\w+)'", str(error))
+    found = re.search(r"'(\w+)\\?'", str(error))  # quotes are escaped where a name like it is suggested
     return found[1] if found and "ml_collections" in origin else None
