@@ -1,13 +1,13 @@
-"""Pictures of associated pixels: a source pixel, the target pixel it goes to, and the source pixel that one returns to.
+"""Pictures of associated pixels: a source pixel, its target pixel, and the source pixel to which that one returns.
 
     python experiments/association_pictures.py --config configs/plca.py --stage runs/plca-streets-seed0/adapt \
         --pairs 3 --class car --out pictures
 
-For each pair of a source and a target image, spread evenly over their datasets, three pictures, source left and target
-right: pairN_one.png, the likeliest positive cycle that returns to another pixel; pairN_CLASS.png, every positive cycle
-of one class; pairN_all.png, the ends of all positive cycles, without the lines between. A cross marks the start, a dot
-the target, a ring the return, all in the colour of the class; rejected cycles are not drawn. Printed are how many
-cycles are positive, and which classes are predicted in the target image but absent from its partner.
+Pairs of a source and a target image are spread evenly over the datasets. Each gets three pictures, source left and
+target right: pairN_one.png, the most likely positive cycle that returns to another pixel; pairN_CLASS.png, every
+positive cycle of one class; pairN_all.png, the ends of all positive cycles, without lines. A cross marks the start, a
+dot the target, a ring the return, in the colour of the class; rejected cycles are not drawn. It prints how many cycles
+are positive, and which classes are predicted in the target image but missing in the source image.
 """
 
 import argparse
@@ -37,13 +37,13 @@ GAP = 12
 
 
 class Pair(NamedTuple):
-    """Two images of one size, the grid (h, w) of their cycles, and the positive ones as indices of its positions.
+    """Two images of one size, the grid (h, w) of their cycles, and the positive cycles as indices of its positions.
 
     images: (2, H, W, 3) uint8, source and target.
-    cycles: (K, 3) start, target and return, the likeliest first.
+    cycles: (K, 3) start, target and return, the most likely first.
     classes: (K,) train id of each.
     labelled: how many positions have a label.
-    missing: train ids predicted in the target and absent from the source.
+    missing: train ids that are predicted in the target but missing in the source.
     """
 
     images: np.ndarray
@@ -63,7 +63,7 @@ def associate(variables, images, *, model, preprocess, metric, aggregation):
 
 
 def make_pair(source: dict, target: dict, variables: dict, *, model, config, metric: str) -> Pair:
-    """Associates two records, at the size they are evaluated at."""
+    """Associates two records, at the size of the evaluation."""
     images = np.stack([resize_image(record["image"], config.evaluation.size) for record in (source, target)])
     found, predicted = jax.device_get(
         associate(
@@ -84,7 +84,7 @@ def make_pair(source: dict, target: dict, variables: dict, *, model, config, met
 
 
 def draw(pair: Pair, chosen: np.ndarray, space: LabelSpace, *, scale: int, lines: bool) -> np.ndarray:
-    """Both images side by side, darkened, with the `chosen` cycles (indices into `pair.cycles`)."""
+    """Both images side by side, darker, with the `chosen` cycles (indices into `pair.cycles`)."""
     height, width = pair.images.shape[1:3]
     size = (width * scale, height * scale)
     gap = np.full((size[1], GAP, 3), 255, np.uint8)
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--stage", required=True, help="folder of a finished training stage")
     parser.add_argument("--pairs", default=3, type=int, help="number of pairs")
     parser.add_argument("--class", default="road", dest="name", help="class whose cycles are drawn on their own")
-    parser.add_argument("--metric", default="cosine", choices=METRICS, help="kl: of predictions instead of features")
+    parser.add_argument("--metric", default="cosine", choices=METRICS, help="kl: predictions instead of features")
     parser.add_argument("--scale", default=3, type=int, help="enlargement of the pictures")
     parser.add_argument("--out", required=True, type=Path, help="folder to write to")
     args, overrides = parser.parse_known_args()

@@ -1,13 +1,13 @@
-"""Measures what is asked of the `streets` scenes and draws a sheet of them.
+"""Measures the requirements on the `streets` scenes and draws a sheet of them.
 
     python -m jaxuda.main --config configs/source_only.py --workdir runs/gap \\
         --config.source_only.steps=1500 --config.oracle.steps=1500 --config.eval_every=500
     python experiments/streets_requirements.py --scenes 200 --sheet streets.png --gap runs/gap
 
-Prints, for each domain, scenes per second of one core, the share of scenes that show each class with the
-share of its pixels, and the widths of poles, lights and signs in the label maps; with --gap also what the first
-command's training lost from `game` to `camera`. What is asked: 100 scenes of 256x128 per second, every class in 10%
-of the scenes, 3 pixels; at least 15 mIoU points lost, at least 10 above chance.
+Prints, for each domain, scenes per second on one core, the share of scenes that show each class with the
+share of its pixels, and the widths of poles, lights and signs in the label maps; with --gap also how much mIoU the
+network of the first command loses from `game` to `camera`. Required are 100 scenes of 256x128 per second, every class
+in 10% of the scenes, widths of 3 pixels, a loss of at least 15 mIoU points, and at least 10 points above chance.
 """
 
 import argparse
@@ -41,20 +41,20 @@ def scenes_per_second(domain: str, count: int) -> float:
 
 
 def class_shares(scenes: list[Scene]) -> tuple[np.ndarray, np.ndarray]:
-    """Share of the scenes that show each class, and share of the pixels: two times (19,)."""
+    """Share of the scenes that show each class (19,), and share of the pixels (19,)."""
     counts = np.array([np.bincount(label.ravel(), minlength=256)[:19] for _, label, _ in scenes])
     return (counts > 0).mean(0), counts.sum(0) / counts.sum()
 
 
 def widths(scene: Scene, name: str) -> list[int]:
-    """Widths in pixels of the things of a class that nothing hides.
+    """Widths in pixels of the objects of a class that nothing hides.
 
-    A pole counts once per row, a light or sign once. Hidden means that what touches it is nearer to the
-    camera; what the border of the picture cuts does not count either.
+    A pole counts once per row, a light or sign once. An object is hidden if something that touches it is nearer to
+    the camera; objects at the border of the picture do not count either.
     """
     _, label, depth = scene
     mask = label == SPACE.classes.index(name)
-    # what is beside each pixel; the border counts as near
+    # the neighbours of each pixel; the border counts as near
     around = np.pad(depth, 1)
     found = []
     if name == "pole":
@@ -77,7 +77,7 @@ def widths(scene: Scene, name: str) -> list[int]:
 
 
 def sheet(domain: str, count: int = 12, columns: int = 3) -> np.ndarray:
-    """Pictures beside their label maps, `columns` pairs in a row, RGB."""
+    """Pictures next to their label maps, `columns` pairs in a row, RGB."""
     pairs = []
     for index in range(count):
         image, label, _ = draw_scene(domain, "train", index)

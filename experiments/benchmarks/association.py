@@ -4,12 +4,12 @@
     python experiments/benchmarks/association.py --metric kl --channels 19
     python experiments/benchmarks/association.py --side 46        # a sixteenth of the work
 
-One image pair, value and gradients to both maps, with aggregation, float32. All compute the same numbers, which is
-checked: values to a 10,000th, norms of gradients to a 100th, since where two positions resemble a third one almost
-equally the order of additions decides whose gradient it is. Each runs in a process of its own. Memory is what is
-needed beside the maps and their gradients: for JAX what the compiled code says it needs, for PyTorch the growth of the
-process's peak. Times are medians of the repeats, after one run that compiles: by the clock, and of all processor cores
-together, which on a busy machine is what to compare. Without PyTorch its row is left out.
+One image pair, value and gradients for both maps, with aggregation, float32. A check tests that all compute the same
+numbers: values to a 10,000th, norms of gradients to a 100th, since if two positions are almost equally similar to a
+third one, the order of additions decides which of them gets the gradient. Each form runs in its own process. Memory is
+what is needed in addition to the maps and their gradients: for JAX the figure of the compiled code, for PyTorch the
+growth of the process's peak. Times are medians of the repeats, after one run that compiles: wall-clock time, and the
+time of all processor cores together, which is the one to compare on a busy machine. Without PyTorch its row is skipped.
 """
 
 import argparse
@@ -32,7 +32,7 @@ CLASSES = 19
 
 
 def problem(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Source and target (1, side, side, channels), positive as features after a ReLU are, and labels."""
+    """Source and target (1, side, side, channels), not negative, like features after a ReLU, and labels."""
     rng = np.random.default_rng(0)
     shape = (1, options.side, options.side, options.channels)
     centres = rng.standard_normal((CLASSES, options.channels), np.float32)
@@ -45,7 +45,7 @@ def problem(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def measure(step: Callable, repeats: int) -> dict[str, float]:
-    """Median seconds of `step`, by the clock and of the processor."""
+    """Median seconds of `step`: wall-clock time and processor time."""
     clock, processor = [], []
     for _ in range(repeats):
         started = time.perf_counter(), time.process_time()
@@ -56,7 +56,7 @@ def measure(step: Callable, repeats: int) -> dict[str, float]:
 
 
 def run_jax(options: argparse.Namespace, loss: Callable) -> dict:
-    """Of a function of source, target, labels and metric."""
+    """Measures a function of source, target, labels and metric."""
     import jax
 
     source, target, labels = jax.device_put(problem(options))
@@ -91,7 +91,7 @@ def dense(options: argparse.Namespace) -> dict:
 
 
 def torch_loss(source, target, labels, metric: str):
-    """The same written for PyTorch, as plainly."""
+    """The same loss in simple PyTorch code."""
     import torch
     from torch.nn.functional import normalize
 
@@ -115,7 +115,7 @@ def torch_loss(source, target, labels, metric: str):
 
 
 def torch_dense(options: argparse.Namespace) -> dict:
-    """On the CPU, or on a GPU if PyTorch sees one."""
+    """The dense form in PyTorch, on a GPU if PyTorch finds one, else on the CPU."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -164,7 +164,7 @@ def main() -> None:
     rows = {}
     for form in FORMS:
         if form.endswith("PyTorch") and importlib.util.find_spec("torch") is None:
-            print("PyTorch is not installed: its row is left out")
+            print("PyTorch is not installed: its row is skipped")
             continue
         command = [sys.executable, __file__, *sys.argv[1:], "--form", form]
         rows[form] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)

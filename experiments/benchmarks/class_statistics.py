@@ -3,13 +3,13 @@
     python experiments/benchmarks/class_statistics.py                  # 2 images of 1280x720, ResNet-101
     python experiments/benchmarks/class_statistics.py --images 1 --limit 1
 
-Both formulations compute the same numbers in one process, compiled for whatever device JAX finds. The
-straightforward one spreads the features over a pixels x classes x channels array, as published code does, and takes
+Both formulations compute the same numbers in one process, compiled for the device that JAX finds. The
+straightforward one writes the features to a pixels x classes x channels array, as published code does, and computes
 means and centred squares of that. "plain" runs it as it is written, one operation after the other, each with its
 result in memory; "plain, compiled" gives it to XLA as a whole. Time is the median of the repeats; memory is what
-compiled code needs beside its arguments and results, and for the uncompiled form its largest two arrays, which
-exist at the same time. Where they do not fit (`--limit`, in GB) the form runs on the largest part of the pixels that
-fits, and its time is scaled up: it is linear in them.
+compiled code needs in addition to its arguments and results, and for the uncompiled form its two largest arrays, which
+exist at the same time. If they do not fit (`--limit`, in GB), the form runs on the largest part of the pixels that
+fits, and its time is scaled up: it is linear in the pixels.
 
 Measured on two busy CPU cores, 28,980 positions, --limit 2 (features alone: 237 MB):
 
@@ -38,7 +38,7 @@ Update = Callable[[ClassStatistics, jax.Array, jax.Array], ClassStatistics]
 
 
 def plain_update(stats: ClassStatistics, features: jax.Array, labels: jax.Array) -> ClassStatistics:
-    """The same update by way of a (P, C, A) array."""
+    """The same update with a (P, C, A) array."""
     members = jax.nn.one_hot(labels, CLASSES, dtype=features.dtype)[:, :, None]
     spread = features[:, None, :] * members
     count = jnp.sum(members, axis=(0, 2))
@@ -54,7 +54,7 @@ def plain_update(stats: ClassStatistics, features: jax.Array, labels: jax.Array)
 
 
 def median_seconds(update: Update, arguments: tuple, repeats: int) -> float:
-    """After one call that compiles."""
+    """Median seconds of the update, after one call that compiles."""
     jax.block_until_ready(update(*arguments))
     seconds = []
     for _ in range(repeats):
@@ -83,7 +83,7 @@ def main() -> None:
     labels = jax.device_put(rng.choice(np.array([*range(CLASSES), 255], np.int32), pixels))
     everything = (empty_statistics(CLASSES, CHANNELS), features, labels)
 
-    plain_bytes = 2 * 4 * CLASSES * CHANNELS  # per pixel: the spread features, and they centred
+    plain_bytes = 2 * 4 * CLASSES * CHANNELS  # per pixel: the spread features, and the same centred
     part = min(pixels, int(options.limit * 1e9 / plain_bytes))
     fitting = (everything[0], features[:part], labels[:part])
     ours, theirs = jax.jit(update_statistics)(*fitting), jax.jit(plain_update)(*fitting)

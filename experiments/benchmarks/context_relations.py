@@ -2,9 +2,9 @@
 
     python experiments/benchmarks/context_relations.py                  # 400 label maps of 1280x720, 19 classes
 
-The label maps are random windows of those of `streets`, enlarged: as many different ones as are asked for. Peak
+The label maps are enlarged random windows of those of `streets`, any number of different ones. Peak
 memory of the process is read at several counts of maps: it stops growing once the sample is full, so that the last
-figure holds for any number of maps, and time is linear in them. The clustering sees the sample alone.
+figure holds for any number of maps, and time is linear in them. The clustering uses the sample alone.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def peak_megabytes() -> float:
 
 
 def main() -> None:
-    """Prints memory and time by number of maps, then of the clustering, then what a whole source would take."""
+    """Prints memory and time by number of maps, then for the clustering, then for a whole source."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--maps", type=int, default=400)
     options = parser.parse_args()

@@ -3,8 +3,8 @@
     python experiments/benchmarks/evaluation.py
     python experiments/benchmarks/evaluation.py --network resnet18 --width 32
 
-jaxuda's own evaluator (which also takes figures that need no labels) and the loop that published evaluations run, with
-the same weights on the same images in memory, take turns; that both predict the same is checked.
+jaxuda's evaluator (which also computes figures that need no labels) and the loop of published evaluations take turns,
+with the same weights on the same images in memory. A check tests that both predict the same.
 """
 
 import argparse
@@ -28,7 +28,7 @@ INPUT, OUTPUT = (1024, 512), (2048, 1024)
 
 
 def make_records(count: int) -> list[dict]:
-    """Images at the size of the network, labels at that of the result."""
+    """Images at the network's input size, labels at the size of the result."""
     rng = np.random.default_rng(0)
     width, height = INPUT
     images = rng.integers(0, 256, (count, height // 16, width // 16, 3), np.uint8).repeat(16, 1).repeat(16, 2)

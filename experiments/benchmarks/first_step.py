@@ -3,8 +3,8 @@
     python experiments/benchmarks/first_step.py
     python experiments/benchmarks/first_step.py --method advent --network resnet101 --width 64 --batch 1
 
-Takes the options of train_step.py that describe a step. The cache is JAX's own (JAX_COMPILATION_CACHE_DIR), in a
-temporary folder; "cold" also fills it.
+It has the options of train_step.py that describe a step. The cache is JAX's own (JAX_COMPILATION_CACHE_DIR), in a
+temporary folder; the cold start also fills it.
 """
 
 import os

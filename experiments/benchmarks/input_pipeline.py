@@ -3,8 +3,8 @@
     python experiments/benchmarks/input_pipeline.py                    # threads of this process; DataLoader: none
     python experiments/benchmarks/input_pipeline.py --workers 2        # two worker processes each
 
-Both read the same PNG files of 1024x512 (drawn into a temporary folder), resize to 512x256, crop, flip and jitter, and
-make batches. They take turns; a turn is timed once workers run and buffers are empty.
+Both read the same PNG files of 1024x512 (drawn into a temporary folder), resize them to 512x256, crop, flip and jitter
+them, and make batches. They take turns; timing of a turn starts when the workers run and the buffers are empty.
 """
 
 import argparse
@@ -44,7 +44,7 @@ class Files(Sequence):
 
 
 class Transformed(Dataset):
-    """The same for a DataLoader."""
+    """The same records for a DataLoader."""
 
     def __init__(self, files: Files):
         self.files, self.transform = files, build_transform(TRANSFORM)
@@ -58,7 +58,7 @@ class Transformed(Dataset):
 
 
 def draw(folder: str, count: int) -> Files:
-    """Smooth images with grain, blocky labels."""
+    """Writes smooth images with grain, and labels in blocks."""
     rng = np.random.default_rng(0)
     for index in range(count):
         image = cv2.resize(rng.integers(0, 256, (32, 64, 3), np.uint8), (1024, 512), interpolation=cv2.INTER_CUBIC)
@@ -70,7 +70,7 @@ def draw(folder: str, count: int) -> Files:
 
 
 def seconds(batches: Iterator, count: int) -> float:
-    """For `count` batches, after as many others as empty the buffers."""
+    """Seconds for `count` batches, after the batches that empty the buffers."""
     for _ in range(WARM_UP):
         next(batches)
     start = time.perf_counter()
@@ -80,7 +80,7 @@ def seconds(batches: Iterator, count: int) -> float:
 
 
 def ours(files: Files, options: argparse.Namespace) -> float:
-    """Of jaxuda.data."""
+    """Seconds of jaxuda.data."""
     steps, transform = WARM_UP + options.batches, build_transform(TRANSFORM)
     with make_input(
         files, batch=options.batch, steps=steps, source_transform=transform, num_workers=options.workers
@@ -89,7 +89,7 @@ def ours(files: Files, options: argparse.Namespace) -> float:
 
 
 def theirs(files: Files, options: argparse.Namespace) -> float:
-    """Of a DataLoader, over one long epoch."""
+    """Seconds of a DataLoader, over one long epoch."""
     loader = DataLoader(
         ConcatDataset([Transformed(files)] * (1 + (WARM_UP + options.batches) * options.batch // len(files))),
         options.batch,

@@ -1,12 +1,12 @@
-"""What one published step of PLCA needs: ResNet-101, 8 + 8 crops of 730x730, by compiling it, without running it.
+"""Memory of one published step of PLCA: ResNet-101, 8 + 8 crops of 730x730; the step is compiled but not run.
 
     python experiments/benchmarks/plca_memory.py                                     # two or three minutes
     python experiments/benchmarks/plca_memory.py --config.model.remat=False          # without computing blocks twice
 
-Any field of configs/plca.py:gta5 can be set. The convolutions are those that an accelerator is given. On a CPU the
-figures are XLA's plan for the arrays of the step; an accelerator's library may take some working memory more. XLA's
-compiler for CPUs undoes `model.remat`, since it drops the barriers between the first and the second computation of a
-block, and orders operations for speed: both are switched off here, as compilers for accelerators do neither.
+Any field of configs/plca.py:gta5 can be set. The convolutions are those for accelerators. On a CPU the
+figures are XLA's plan for the arrays of the step; an accelerator's library may need some working memory in addition.
+XLA's compiler for CPUs undoes `model.remat`, since it drops the barriers between the first and the second computation
+of a block, and orders operations for speed: both are switched off here, as compilers for accelerators do neither.
 """
 
 import os
@@ -38,7 +38,7 @@ def main() -> None:
     step, arguments = abstract_step(stage, CLASSES, stage.batch)
     compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
     memory = compiled.memory_analysis()
-    # The state is donated: what comes out lies where it came in.
+    # The state is donated: the new state takes the memory of the old one.
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     print(f"{stage.batch} + {stage.batch} images of {width}x{height} in {stage.accumulate} parts, {stage.model.dtype}")
     print(f"state and images {memory.argument_size_in_bytes / 2**30:6.2f} GiB")

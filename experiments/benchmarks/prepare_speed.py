@@ -1,11 +1,11 @@
-"""How fast `prepare` takes in Cityscapes, against copying the same files and against decoding them.
+"""How fast `prepare` reads and writes Cityscapes, against copying the same files and against decoding them.
 
     python experiments/benchmarks/prepare_speed.py [--images 200] [--folder DIR]
 
 Draws images of 2048x1024 with labels, as large on disk as the real ones, below DIR (default: a temporary folder), in
-the published layout; a few, under many names. Copying reads and writes every byte once, as preparing must; both are
-timed until the disk has all. What is read lies in memory already, so that the disk is only written to. Where other
-programs use the processor, its time per image says more than images per second.
+the published layout; a few images under many names. Copying reads and writes every byte once, as preparing must; both
+are timed until everything is on disk. The files to read are cached in memory, so the disk is only written. If other
+programs use the processor, its time per image is more reliable than images per second.
 """
 
 import argparse
@@ -24,7 +24,7 @@ DIFFERENT = 20  # images
 
 
 def draw(root: Path, count: int) -> None:
-    """Smooth noise with a little grain: a PNG of 2 to 3 MB; labels of many regions."""
+    """Writes images of smooth noise with a little grain (PNG of 2 to 3 MB), and labels of many regions."""
     rng, drawn = np.random.default_rng(0), {}
     for split, number in (("train", count), ("val", 1)):
         for index in range(number):

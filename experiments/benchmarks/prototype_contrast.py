@@ -3,10 +3,10 @@
     python experiments/benchmarks/prototype_contrast.py            # up to 8 images of each domain
     python experiments/benchmarks/prototype_contrast.py --images 1,2
 
-Everything that CFContra adds behind the projection head is compiled as one function: pseudo-labels, four contrast
+Everything that CFContra adds after the projection head is compiled as one function: pseudo-labels, four contrast
 terms and their gradient on the features of both domains, class centres, and the two moved memories. Images are of
-1280x640 (81 x 161 positions of 2048 channels) with 19 classes. Nothing is computed: the table is what the compiler
-says it needs beside arguments and results. A contrast of pixels with pixels would need their matrix, given beside it.
+1280x640 (81 x 161 positions of 2048 channels) with 19 classes. Nothing is computed: the table has the compiler's figure
+for memory in addition to arguments and results. The last column is the matrix of a contrast of pixels with pixels.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def contrastive_part(source: jax.Array, target: jax.Array, labels: jax.Array, me
 
 
 def temporary_megabytes(images: int) -> float:
-    """What the compiled part needs for that many images of each domain."""
+    """The memory of the compiled part for this many images of each domain."""
     features = jax.ShapeDtypeStruct((images, ROWS, COLUMNS, CHANNELS), jnp.float32)
     labels = jax.ShapeDtypeStruct(features.shape[:3], jnp.int32)
     memory = jax.ShapeDtypeStruct((CLASSES, CHANNELS), jnp.float32)

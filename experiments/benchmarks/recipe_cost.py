@@ -1,11 +1,11 @@
-"""What the published recipes take: memory and arithmetic of one step of each training stage, as a Markdown table.
+"""Cost of the published recipes: memory and arithmetic of one step of each training stage, as a Markdown table.
 
     python experiments/benchmarks/recipe_cost.py configs/sdca.py:gta5 [...]
 
-Nothing is computed: the step is traced at full size, with the forms of the layers that a GPU gets. Memory is what is
-alive at once if every operation runs in the order of the trace and nothing is fused; compilers do better. Arithmetic
-counts convolutions and matrix products, two operations per multiply-add; hours are for 40 TFLOP/s sustained. On the
-machine that is to train, `python -m jaxuda.main --config ... --dry_run` compiles the steps too.
+Nothing is computed: the step is traced at full size, with the forms of the layers for a GPU. Memory is the largest sum
+of arrays that are alive at the same time, if operations run in the order of the trace and none are fused; compilers do
+better. Arithmetic counts convolutions and matrix products, two operations per multiply-add; hours are for 40 TFLOP/s
+sustained. On the training machine, `python -m jaxuda.main --config ... --dry_run` compiles the steps too.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""What the benchmarks compare with: DeepLab-v2 and the train steps of three methods in plain PyTorch.
+"""The reference of the benchmarks: DeepLab-v2 and the train steps of three methods in plain PyTorch.
 
-The same networks and losses as in jaxuda, under the parameter names of the published networks, so that
-`jaxuda.interop` carries weights over. Written to be fast where that costs no readability: fused library operations,
-either memory layout, gradients set to None.
+The same networks and losses as in jaxuda, with the parameter names of the published networks, so that
+`jaxuda.interop` can convert weights. The code is fast where it stays readable: fused library operations, either memory
+layout, gradients set to None.
 """
 
 import itertools
@@ -16,7 +16,7 @@ IGNORE = 255
 
 
 def conv(inputs: int, features: int, size: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """Without bias; keeps the size at stride 1."""
+    """A convolution without bias; keeps the size at stride 1."""
     return nn.Conv2d(inputs, features, size, stride, dilation * (size // 2), dilation, bias=False)
 
 
@@ -121,7 +121,7 @@ def discriminator(classes: int, width: int) -> nn.Sequential:
 
 
 def upsample(logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """To the size of the images."""
+    """Logits at the size of the images."""
     return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=True)
 
 
@@ -137,7 +137,7 @@ def entropy_map(logits: torch.Tensor) -> torch.Tensor:
 
 
 def lovasz_softmax(probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Class after class, over the labelled pixels of the batch."""
+    """Class by class, over the labelled pixels of the batch."""
     valid = labels != IGNORE
     probs, labels, losses = probs.permute(0, 2, 3, 1)[valid], labels[valid], []
     for index in labels.unique():
@@ -206,9 +206,9 @@ class Trainer:
         if method == "advent":
             levels = ("main", "aux") if model.aux else ("main",)
             for level in levels:
-                player = discriminator(classes, config.discriminator_width).to(device, memory_format=layout)
-                self.discriminators[level] = player
-                self.optimizers.append(torch.optim.Adam(player.parameters(), config.discriminator_lr, (0.9, 0.99)))
+                network = discriminator(classes, config.discriminator_width).to(device, memory_format=layout)
+                self.discriminators[level] = network
+                self.optimizers.append(torch.optim.Adam(network.parameters(), config.discriminator_lr, (0.9, 0.99)))
         if method == "sdca":
             channels = self.model.layer5.conv2d_list[0].in_channels
             self.statistics = [Statistics(classes, n, device) for n in (channels, classes)]
@@ -245,10 +245,10 @@ class Trainer:
         return loss
 
     def advent(self, source: torch.Tensor, label: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Losses are propagated as soon as they are there, as published: less memory."""
+        """Each loss is propagated as soon as it is computed, as published: this saves memory."""
         config, total = self.config, 0.0
-        for player in self.discriminators.values():
-            player.requires_grad_(False)
+        for network in self.discriminators.values():
+            network.requires_grad_(False)
         loss, ours = self.supervised(self.model(source), source, label)
         loss.backward()
         total += loss.detach()
@@ -256,18 +256,18 @@ class Trainer:
         theirs = [upsample(logits.float(), target) for logits in self.model(target)[:2] if logits is not None]
         maps, weights = [entropy_map(logits) for logits in theirs], (config.lambda_adv, config.lambda_adv_aux)
         loss = 0.0
-        for player, values, weight in zip(self.discriminators.values(), maps, weights, strict=False):
-            loss = loss + weight * F.softplus(player(values)).mean()
+        for network, values, weight in zip(self.discriminators.values(), maps, weights, strict=False):
+            loss = loss + weight * F.softplus(network(values)).mean()
         loss.backward()
         total += loss.detach()
 
-        for player in self.discriminators.values():
-            player.requires_grad_(True)
+        for network in self.discriminators.values():
+            network.requires_grad_(True)
         with torch.no_grad():
             ours = [entropy_map(logits) for logits in ours]
-        for player, source_maps, target_maps in zip(self.discriminators.values(), ours, maps, strict=True):
+        for network, source_maps, target_maps in zip(self.discriminators.values(), ours, maps, strict=True):
             for values, domain in ((source_maps, 0), (target_maps.detach(), 1)):
-                logits = player(values)
+                logits = network(values)
                 loss = 0.5 * (F.softplus(logits) - domain * logits).mean()
                 loss.backward()
                 total += loss.detach()

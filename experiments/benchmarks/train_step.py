@@ -1,26 +1,26 @@
 """Whole train steps against PyTorch: forward, loss, backward and update of the same network and losses.
 
-    python experiments/benchmarks/train_step.py                                  # what configs/minent.py:streets trains
+    python experiments/benchmarks/train_step.py                                  # network of configs/minent.py:streets
     python experiments/benchmarks/train_step.py --method advent
     python experiments/benchmarks/train_step.py --network resnet101 --width 64 --batch 1 --source 513x257
     python experiments/benchmarks/train_step.py --network resnet101 --width 64 --levels 2 --method sdca --memory
 
-Both start from the same weights and take the same images; that their losses agree over the first steps is checked. Then
-their steps take turns in one process, on the same number of threads, and the medians are compared. Where other programs
-use the processor, threads that wait for each other suffer most: `--one_core` compares the processor time of one thread
-each. PyTorch runs eagerly with whichever memory layout (`--layout`) is faster: on the CPU the plain one, on a GPU
-channels_last. With `--memory` each also runs in a process of its own, and what a step needs beside weights, momentum
-and batch is reported: for JAX what the compiled code asks for, for PyTorch the growth of the peak. Both run with
-`jaxuda.allocation.keep_freed_memory`, unless `--default_allocator`.
+Both start from the same weights and use the same images; a check tests that their losses agree over the first steps.
+Then their steps take turns in one process, on the same number of threads, and the medians are compared. If other
+programs use the processor, threads that wait for each other lose most: `--one_core` compares the processor time of one
+thread each. PyTorch runs eagerly with the memory layout (`--layout`) that is faster: on the CPU the plain one, on a GPU
+channels_last. With `--memory` each also runs in its own process, and reports the memory of a step in addition to
+weights, momentum and batch: for JAX the figure of the compiled code, for PyTorch the growth of the peak. Both run with
+`jaxuda.training.allocation.keep_freed_memory`, unless `--default_allocator` is set.
 
 On a GPU (needs CUDA builds of both; written for one, not yet run there):
 
     python experiments/benchmarks/train_step.py --network resnet101 --width 64 --levels 2 --method advent \
         --batch 2 --source 1280x720 --target 1024x512 --dtype bfloat16
 
-float32 means TF32 for both, bfloat16 AMP for PyTorch. The rate is also given as a share of a matrix product's, 8192
-on a side and of the same dtype, measured before. Operations are those of the convolutions and products in the trace of
-the plain forms, two per multiply-add, whatever form is run.
+float32 means TF32 for both, bfloat16 means AMP for PyTorch. The rate is also given as a share of the rate of a matrix
+product of 8192 x 8192 with the same dtype, measured before. Operations are those of the convolutions and products in
+the trace of the plain forms, two per multiply-add, whatever forms run.
 """
 
 import argparse
@@ -59,14 +59,14 @@ CLASSES = 19
 
 
 def stage_config(options: argparse.Namespace):
-    """The stage `adapt` of the method's quick recipe (MinEnt's `source_only`) with the network asked for."""
+    """The stage `adapt` of the method's quick recipe (MinEnt's `source_only`) with the chosen network."""
     name = {"source_only": "minent"}.get(options.method, options.method)
     config = importlib.import_module(f"configs.{name}").get_config("streets")
     variant = "torchvision" if options.network == "resnet18" else "caffe"
     config.model.update({"backbone": options.network, "variant": variant, "width": options.width})
     config.model.update({"aux": options.levels == 2, "dtype": options.dtype})
     for stage in ("source_only", "adapt"):
-        # Where the first steps are huge, as of a deep network from scratch, they would amplify rounding at once.
+        # The first steps of a deep network from scratch are huge: they would amplify rounding errors at once.
         config[stage].lr = 1e-4 if options.network == "resnet18" else 1e-7
     known = SimpleNamespace(fingerprint="", labelled=True)
     stages = {stage.name: stage for stage in plan(config, Path("runs"), Domains(known, known, (known,)))}
@@ -134,14 +134,14 @@ class Ours:
 
     def weights(self) -> tuple[dict, dict]:
         """Torch state dicts of the network and the discriminators."""
-        players = self.state.params.get("discriminator", {})
+        discriminators = self.state.params.get("discriminator", {})
         fields = {"params": self.state.params["model"], "batch_stats": self.state.batch_stats}
         return torch_weights(fields, self.model), {
-            level: torch_weights({"params": player}, FCDiscriminator()) for level, player in players.items()
+            level: torch_weights({"params": params}, FCDiscriminator()) for level, params in discriminators.items()
         }
 
     def operations(self) -> float:
-        """Of one step, with the forms that are chosen on a GPU."""
+        """Number of operations of one step, with the forms for a GPU."""
         chosen, layers.use_cpu_forms = layers.use_cpu_forms, lambda: False
         try:
             return operations(self.plain().jaxpr)
@@ -149,7 +149,7 @@ class Ours:
             layers.use_cpu_forms = chosen
 
     def memory(self) -> float:
-        """Bytes beside the arguments and those results that do not take their place."""
+        """Bytes in addition to the arguments; results count if they do not replace an argument."""
         needs = self.compiled.memory_analysis()
         return needs.temp_size_in_bytes + max(needs.output_size_in_bytes - needs.alias_size_in_bytes, 0)
 
@@ -182,7 +182,7 @@ class Theirs:
         return self.trainer.step(*self.batch).item()
 
     def memory(self) -> float:
-        """Bytes by which the peak grew over two steps, without the momentum that the first one makes."""
+        """Bytes by which the peak grew over two steps, without the momentum that the first one creates."""
         before = self.peak(reset=True)
         self.step(), self.step()
         moments = [x for o in self.trainer.optimizers for s in o.state.values() for x in s.values()]
@@ -214,7 +214,7 @@ def interleaved(steps: list, repeats: int, clock: Callable[[], float] = time.per
     seconds = np.zeros((repeats, len(steps)))
     for row in seconds:
         for index, step in enumerate(steps):
-            time.sleep(0.02)  # threads of the other one that still spin for work go to sleep
+            time.sleep(0.02)  # lets idle threads of the other one, which still spin, go to sleep
             started = clock()
             step()
             row[index] = clock() - started
@@ -222,7 +222,7 @@ def interleaved(steps: list, repeats: int, clock: Callable[[], float] = time.per
 
 
 def main() -> None:
-    """Prints losses, times, rates and, if asked for, memory."""
+    """Prints losses, times, rates and, with --memory, memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=("source_only", "advent", "sdca"), default="source_only")
     parser.add_argument("--network", choices=("resnet18", "resnet50", "resnet101"), default="resnet18")

@@ -1,4 +1,4 @@
-"""Reports for people: one HTML file that needs nothing else, of one run or of several.
+"""Reports for people: one HTML file that needs nothing else, for one run or several.
 
 `python -m jaxuda.report` writes it from a work folder; `python -m jaxuda.report.pictures` draws single pictures.
 """
@@ -16,9 +16,9 @@ IMAGES = 4  # in a gallery
 
 
 def refresh(workdir: Path) -> None:
-    """Writes the page of a run that is done, unless it has one that is newer than all of its stages.
+    """Writes the page of a finished run, unless it has one that is newer than all of its stages.
 
-    Whatever goes wrong with it, the run is done and its results are written.
+    An error is only logged, since the run is finished and its results are written.
     """
     from jaxuda.training.logs import RunLog
 
@@ -44,7 +44,7 @@ def write(workdirs: Sequence[Path], out: Path | None = None) -> Path:
       The file.
 
     Raises:
-      UserError: a folder is no work folder, there are several and no `out`, or they cannot be compared.
+      UserError: a folder is not a work folder, there are several and no `out`, or they cannot be compared.
     """
     from jaxuda.report.comparison import check_comparable, comparison_page  # here: --help must not wait for JAX
     from jaxuda.report.gallery import make_gallery
@@ -52,7 +52,7 @@ def write(workdirs: Sequence[Path], out: Path | None = None) -> Path:
     from jaxuda.report.runs import read_run
 
     if out is None and len(workdirs) > 1:
-        raise UserError("several work folders make a comparison: say where with --out comparison.html")
+        raise UserError("several work folders make a comparison: set the file to write with --out comparison.html")
     runs = [read_run(Path(folder)) for folder in workdirs]
     check_comparable(runs)
     galleries, notes = {}, []
@@ -60,7 +60,7 @@ def write(workdirs: Sequence[Path], out: Path | None = None) -> Path:
         try:
             stages = None if len(runs) == 1 else [run.outcome] if run.outcome else []
             galleries[index] = make_gallery(run, IMAGES, stages)
-        except Exception as error:  # a full memory, a file that went away: tables and curves are worth having
+        except Exception as error:  # out of memory, a missing file: tables and curves are still useful
             notes.append(f"There are no pictures of {run.title}: {error or type(error).__name__}")
     page = run_page(runs[0], galleries.get(0), notes) if len(runs) == 1 else comparison_page(runs, galleries, notes)
     out = out or runs[0].folder / FILE

@@ -1,7 +1,7 @@
 """python -m jaxuda.report --workdir runs/minent-streets-seed0 [MORE ...] [--out FILE]
 
 Writes report.html in the work folder: settings, tables, curves and pictures in one file that needs no network.
-Several work folders make one page that compares them, at --out.
+For several work folders, writes one page that compares them to --out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxuda.cli import Parser, guarded
 
 
 def run(argv: list[str] | None) -> None:
-    """Parses, writes the page, says where."""
+    """Parses the arguments, writes the page and prints its path."""
     parser = Parser("jaxuda.report", __doc__)
     parser.add_argument("--workdir", required=True, nargs="+", type=Path, help="one or more work folders")
     parser.add_argument("--out", type=Path, help="the HTML file (default: report.html in the work folder)")

@@ -1,4 +1,4 @@
-"""Charts as SVG elements: lines, bars, heat maps, points. Their look is in chart.css; colours go by number there."""
+"""Charts as SVG elements: lines, bars, heat maps, points. chart.css has their style, with numbered colours."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy as np
 
 from jaxuda.report.markup import Markup, join, tag
 
-COLOURS = 6  # that chart.css defines; further series repeat them with dashes
+COLOURS = 6  # number of colours in chart.css; further series repeat them with dashes
 WIDTH, HEIGHT = 640, 280
 LEFT, RIGHT, TOP, BOTTOM = 52, 18, 24, 40
-FEW = 12  # points of a curve that are drawn as dots, too
+FEW = 12  # a curve with at most this many points also shows them as dots
 _LETTER = 6.2  # rough width of a letter, in the units of the drawing
 
 
@@ -29,14 +29,14 @@ class Series(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """Where something begins on the x axis of a line chart."""
+    """The start of a stage on the x axis of a line chart."""
 
     x: float
     name: str
 
 
 def style() -> Markup:
-    """The style element that the charts need."""
+    """The style element of the charts."""
     return tag("style", Markup(resources.files(__package__).joinpath("chart.css").read_text()))
 
 
@@ -48,7 +48,7 @@ def standalone(chart: Markup) -> bytes:
 
 
 def stacked(line_charts: Sequence[Markup]) -> Markup:
-    """Line charts below each other, as one."""
+    """Line charts below each other, as one chart."""
     placed = (
         Markup(chart.replace("<svg ", f'<svg y="{index * HEIGHT}" width="{WIDTH}" height="{HEIGHT}" ', 1))
         for index, chart in enumerate(line_charts)
@@ -69,7 +69,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def legend(series: Sequence[Series]) -> Markup:
-    """The names of series beside their colours."""
+    """The names of series next to their colours."""
     items = (
         tag(
             "li",
@@ -89,7 +89,7 @@ def legend(series: Sequence[Series]) -> Markup:
 
 
 def look(colour: int) -> str:
-    """The classes of a curve of a colour number; numbers beyond `COLOURS` are dashed."""
+    """The CSS classes of a curve with a colour number; numbers from `COLOURS` on are dashed."""
     return f"line c{colour % COLOURS}" + (" dashed" if colour >= COLOURS else "")
 
 
@@ -98,7 +98,7 @@ def line_chart(series: Sequence[Series], title: str, x_label: str, marks: Sequen
 
     Args:
       series: `values` are (x, y) points.
-      title: what is drawn, also for those who cannot see it, together with first and last values.
+      title: of the chart; screen readers get it with the first and last values.
       x_label: below the x axis.
       marks: in order.
     """
@@ -162,7 +162,7 @@ def bar_chart(groups: Sequence[str], series: Sequence[Series], title: str, highe
     Args:
       groups: the names of the groups.
       series: `values` are one number per group, NaN where there is none.
-      title: also for those who cannot see it.
+      title: of the chart, also for screen readers.
       highest: the end of the axis.
     """
     thick, gap = 9, 8
@@ -220,7 +220,7 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, ti
 
 
 class Cloud(NamedTuple):
-    """Points of one class: (n, 2) in `first` and `second`, say the domains. colour: RGB."""
+    """Points of one class: (n, 2) in `first` and `second`, for example the two domains. colour: RGB."""
 
     name: str
     colour: tuple[int, int, int]
@@ -229,11 +229,11 @@ class Cloud(NamedTuple):
 
 
 def clouds(rows: Sequence[tuple[str, Sequence[Cloud]]], headings: tuple[str, str, str]) -> Markup:
-    """For each row the first points, the second points, and the way from the first class means to the second.
+    """For each row the first points, the second points, and lines from the first class means to the second.
 
     Args:
-      rows: title and clouds; axes are shared within a row.
-      headings: of the three panels.
+      rows: title and clouds; the panels of a row have the same axes.
+      headings: those of the three panels.
     """
     side, gap, top = 280, 14, 40
     body, width = [], 3 * (side + gap) + gap
@@ -262,7 +262,7 @@ def clouds(rows: Sequence[tuple[str, Sequence[Cloud]]], headings: tuple[str, str
 
 
 def _placement(points: np.ndarray, side: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Maps points into a square, the same scale on both axes."""
+    """Maps points into a square, with the same scale on both axes."""
     middle = (points.max(0) + points.min(0)) / 2
     scale = (side - 16) / max(np.ptp(points, axis=0).max(), 1e-12)
     return lambda part: (part - middle) * scale * (1, -1) + side / 2
@@ -274,7 +274,7 @@ def _dots(points: np.ndarray, cloud: Cloud) -> Markup:
 
 
 def _way(first: np.ndarray, second: np.ndarray, cloud: Cloud, named: list[np.ndarray]) -> Markup | None:
-    """A line between means; its name is written where it covers none of `named`, to which it is added."""
+    """A line between means. Its name is written, and its end added to `named`, if that covers no name there."""
     if not (len(first) and len(second)):
         return None
     (x1, y1), (x2, y2) = first.mean(0), second.mean(0)
@@ -296,7 +296,7 @@ def _rgb(colour: Sequence[int]) -> str:
 
 
 def colour_map(shades: np.ndarray) -> np.ndarray:
-    """(H, W) uint8, dark to bright, as (H, W, 3) uint8 RGB that the colour-blind see as ordered, too."""
+    """(H, W) uint8, dark to bright, as (H, W, 3) uint8 RGB; the order is also visible to colour-blind people."""
     return cv2.applyColorMap(shades, cv2.COLORMAP_CIVIDIS)[..., ::-1]
 
 
@@ -305,5 +305,5 @@ def _svg(body: Sequence[Markup], spoken: str, width: float, height: float) -> Ma
 
 
 def _n(value: float) -> str:
-    """A coordinate in few digits."""
+    """A coordinate with few digits."""
     return f"{value:.1f}".removesuffix(".0")

@@ -29,7 +29,7 @@ def comparison_page(runs: Sequence[Run], galleries: Mapping[int, Gallery], notes
 
     Args:
       runs: in the order in which they are shown.
-      galleries: index of the run -> its pictures, where there are some.
+      galleries: index of the run -> its pictures, if there are any.
       notes: further lines for the reader.
     """
     names = run_names(runs)
@@ -52,7 +52,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 
 def _facts(run: Run) -> dict[str, Any]:
-    """What the scores of a run depend on, as far as its work folder tells."""
+    """What the scores of a run depend on, as far as its work folder has it."""
     size = run.config.get("evaluation", {}).get("size")
     numbered = run.classes[:1] == ("class 0",)  # their names are not known
     return {
@@ -64,14 +64,14 @@ def _facts(run: Run) -> dict[str, Any]:
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """A name for each run that no other has."""
+    """A unique name for each run."""
     titles = Counter(run.title for run in runs)
     names = [run.title if titles[run.title] == 1 else f"{run.title} ({run.folder.name})" for run in runs]
     return names if len(set(names)) == len(names) else [f"{name} [{i}]" for i, name in enumerate(names, 1)]
 
 
 def _finals(runs: Sequence[Run], names: Sequence[str]) -> list[Column]:
-    """What each run came to: its last adapted stage, else its last one that was scored."""
+    """The final stage of each run: its last adapted stage, else its last stage with a score."""
     pairs = zip(names, runs, strict=True)
     found = [(name, run, run.final(ADAPTED) or (run.scored[-1] if run.scored else None)) for name, run in pairs]
     return [Column(f"{name}: {stage.title}", run, stage) for name, run, stage in found if stage is not None]
@@ -104,7 +104,7 @@ def _scores(runs: Sequence[Run], names: Sequence[str]) -> Markup:
 
 
 def _over_seeds(runs: Sequence[Run]) -> Markup | None:
-    """Mean and spread of runs that differ in their seed, where there are any."""
+    """Mean and spread of runs that differ in their seed, if there are any."""
     scored = [run for run in runs if run.scored and "name" in run.config]
     rows = seeds.rows_of(
         [
@@ -143,7 +143,7 @@ def _classes(finals: Sequence[Column]) -> Markup | None:
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
-    """The curves of each run, beside each other."""
+    """The curves of each run, next to each other."""
     parts = []
     for name, run in zip(names, runs, strict=True):
         pair = [
@@ -174,7 +174,7 @@ def _adapted_curves(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
 
 
 def _gallery(runs: Sequence[Run], names: Sequence[str], galleries: Mapping[int, Gallery]) -> Markup | None:
-    """The pictures of the first run with what the others' final stages say of them, where they are of the same data."""
+    """The pictures of the first run, with the predictions of the final stages of all runs on the same data."""
     shown = {i: g for i, g in galleries.items() if g.data == next(iter(galleries.values())).data}
     if not shown:
         return None

@@ -28,10 +28,10 @@ POINTS = 40  # pixels per class, domain and stage in a picture of features
 
 
 class Request(NamedTuple):
-    """What is to be drawn.
+    """What to draw.
 
-    stages: those asked for, or all trainings that have begun. count: of images. projection: of features, "pca" or
-    "tsne".
+    stages: the chosen ones, or all trainings that have begun. count: number of images. projection: "pca" or "tsne",
+    for features.
     """
 
     run: Run
@@ -41,7 +41,7 @@ class Request(NamedTuple):
 
 
 def predictions(request: Request) -> bytes:
-    """Rows are images, columns image, truth (if there is one) and stages."""
+    """Rows are images; columns are image, truth (if there is one) and stages."""
     gallery = make_gallery(request.run, request.count, request.stages)
 
     def columns(picture: Picture) -> dict[str, np.ndarray]:
@@ -52,13 +52,13 @@ def predictions(request: Request) -> bytes:
 
 
 def entropy(request: Request) -> bytes:
-    """Rows are images, columns the image and the entropy of each stage's prediction."""
+    """Rows are images; columns are the image and the entropy of each stage's prediction."""
     gallery = make_gallery(request.run, request.count, request.stages)
     return _sheet(gallery, lambda picture: {n: charts.colour_map(e) for n, e in picture.entropy.items()})
 
 
 def _sheet(gallery: Gallery, columns: Callable[[Picture], dict[str, np.ndarray]]) -> bytes:
-    """The images and what `columns` adds to each, all of the size of the first one, under the names of the columns."""
+    """The images and the pictures that `columns` returns for each, at the size of the first image, with headings."""
     height, width = gallery.pictures[0].image.shape[:2]
     rows = []
     for picture in gallery.pictures:
@@ -77,7 +77,7 @@ def _heading(name: str, width: int) -> np.ndarray:
 
 
 def features(request: Request) -> bytes:
-    """For each stage the features of both domains, projected together."""
+    """The features of both domains for each stage, projected together."""
     run = request.run
     target, space = open_target(run)
     source = open_split(run.config, "source")
@@ -109,7 +109,7 @@ def stage_features(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features (n, A) of at most `POINTS` pixels per class of `count` images, and their classes (n,).
 
-    Classes are those of the labels, or where the records have none, the predicted ones.
+    Classes are those of the labels, or the predicted ones if the records have no labels.
     """
     model, variables, config = restore(str(run.folder / stage.name), space.num_classes)
     transform = input_transform(config)
@@ -180,18 +180,18 @@ def _matrix(alike: np.ndarray, names: Sequence[str], title: str) -> bytes:
 
 
 def cosine(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Cosine of every row of (n, A) with every row of (m, A); NaN where a row is zero, such as a class never seen."""
+    """Cosine of every row of (n, A) with every row of (m, A); NaN where a row is zero (a class that was never seen)."""
     with np.errstate(invalid="ignore"):
         ours, theirs = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (ours, theirs))
     return ours @ theirs.T
 
 
 def _arrays(run: Run, name: str, wanted: Sequence[str]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Arrays of the file `name` that a stage of the run left, and the names of the classes."""
+    """Arrays of the file `name` that a stage of the run wrote, and the names of the classes."""
     paths = [run.folder / stage.name / "artifacts" / name for stage in run.stages]
     path = next((path for path in paths if path.exists()), None)
     if path is None:
-        raise UserError(f"no stage in {run.folder} has left {name}: this picture needs a recipe that makes it")
+        raise UserError(f"no stage in {run.folder} has written {name}: this picture needs a recipe that writes it")
     arrays, classes = load_arrays(path, path.stem.replace("_", " "), wanted)
     return arrays, list(classes)
 

@@ -1,7 +1,7 @@
-"""Pictures for the eye: a few images with their truth, and what each stage says of them.
+"""Pictures for a report: a few images with their labels, and the predictions of each stage.
 
-Predictions need a pass of the network, so they are kept as PNG in the work folder (`pictures/`), under names that
-change with the stage, its checkpoint and the data.
+Predictions need a forward pass, so they are kept as PNG in the work folder (`pictures/`), under names that change with
+the stage, its checkpoint and the data.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from jaxuda.losses.entropy import entropy_map
 from jaxuda.report.runs import Run, StageRun, label_space, open_split
 
 FOLDER = "pictures"
-WIDEST = 512  # pixels; wider images are shrunk
+WIDEST = 512  # pixels; wider images are scaled down
 
 
 class Picture(NamedTuple):
     """One image. All maps have its height and width.
 
-    id: of the record.
+    id: that of the record.
     image: (H, W, 3) uint8 RGB.
     truth: (H, W) uint8 train ids, None without labels.
     labels: stage -> (H, W) uint8 predicted train ids.
@@ -60,10 +60,10 @@ def make_gallery(run: Run, count: int, stages: Sequence[StageRun] | None = None)
     Args:
       run: the work folder.
       count: how many images.
-      stages: whose predictions; default: all trainings that have a checkpoint.
+      stages: the stages that predict; default: all trainings that have a checkpoint.
 
     Raises:
-      UserError: the data are not there any more, no stage has a checkpoint, or a checkpoint is damaged.
+      UserError: the data are missing, no stage has a checkpoint, or a checkpoint is damaged.
     """
     records, space = open_target(run)
     chosen = [stage for stage in (run.trainings if stages is None else stages) if _newest(run.folder / stage.name)]
@@ -91,7 +91,7 @@ def make_gallery(run: Run, count: int, stages: Sequence[StageRun] | None = None)
 
 
 def open_target(run: Run) -> tuple[data.Records, LabelSpace]:
-    """The images that are shown, and the classes of the run; raises UserError if the data are not there any more."""
+    """The images that are shown, and the classes of the run; raises UserError if the data are missing."""
     space = label_space(run.config) or open_split(run.config, "source").label_space
     try:
         return open_split(run.config, "target", run.config.get("evaluation", {}).get("split")), space
@@ -114,7 +114,7 @@ def _newest(stage: Path) -> int:
 def _maps(
     run: Run, stage: StageRun, fingerprint: str, indices: Sequence[int], rows: Sequence[dict]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Train ids and entropy of each row by one stage, from the files of an earlier call where they are there."""
+    """Train ids and entropy of each row, predicted by one stage or read from the files of an earlier call."""
     folder = run.folder / FOLDER
     step = _newest(run.folder / stage.name)
     key = hashlib.sha256(f"{stage.fingerprint} {step} {fingerprint} {WIDEST}".encode()).hexdigest()[:12]
@@ -126,7 +126,7 @@ def _maps(
         except (OSError, ValueError):
             network = network or predictor.load(str(run.folder / stage.name))
             maps = _predict(network, row["image"])
-            with contextlib.suppress(OSError):  # a work folder that cannot be written can be read all the same
+            with contextlib.suppress(OSError):  # a read-only work folder has a report too
                 folder.mkdir(exist_ok=True)
                 for old in folder.glob(f"{index}-{stage.name}-*-*.png"):
                     old.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""HTML and SVG as text in which everything is escaped unless it is markup already."""
+"""HTML and SVG as text; everything is escaped unless it is markup already."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VOID = frozenset({"br", "circle", "img", "input", "line", "link", "meta", "path"
 
 
 class Markup(str):
-    """Text that is HTML or SVG already; any other text is escaped when it is put inside."""
+    """Text that is HTML or SVG already; any other text is escaped when it is inserted."""
 
     __slots__ = ()
 
@@ -20,17 +20,17 @@ def tag(name: str, /, *content: Any, **attributes: Any) -> Markup:
     """One element.
 
     Args:
-      name: of the element; one of `VOID` takes no content.
+      name: that of the element; those in `VOID` have no content.
       *content: `Markup` as it is, iterables piece by piece, None as nothing, and anything else as escaped text.
-      **attributes: escaped; `class_` and `aria_label` stand for `class` and `aria-label`; True is an attribute
-        without a value, False and None leave it out.
+      **attributes: escaped; `class_` and `aria_label` stand for `class` and `aria-label`; True gives an attribute
+        without a value, False and None give no attribute.
     """
     words = "".join(
         f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{html.escape(str(value))}"')
         for key, value in attributes.items()
         if value is not None and value is not False
     )
-    # The slash is what closes an element of SVG; HTML does not mind it.
+    # SVG needs the slash to close the element; HTML ignores it.
     return Markup(f"<{name}{words}/>" if name in VOID else f"<{name}{words}>{join(*content)}</{name}>")
 
 
@@ -52,5 +52,5 @@ def _pieces(content: Iterable[Any]) -> Iterable[str]:
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """Bytes of a picture, `kind` being "image/png" or the like, as an address that holds them."""
+    """A URI that holds the bytes of a picture; `kind` is "image/png" or similar."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"

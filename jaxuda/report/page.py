@@ -1,4 +1,4 @@
-"""The page of one run, and what every page has: head, navigation, charts of stages, gallery."""
+"""The page of one run, and the parts of every page: head, navigation, charts of stages, gallery."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxuda.report.markup import Markup, data_uri, join, tag
 from jaxuda.report.runs import ADAPTED, ORACLE, SOURCE_ONLY, Run, StageRun
 
 JPEG_QUALITY = 85
-SHADES = 32  # of an entropy map in a page: fewer compress better
+SHADES = 32  # number of levels of an entropy map in a page: fewer compress better
 NOT_CURVES = ("stage", "step", "time", "images_per_s", "input_wait", "log_wait", "loss")
 Section = tuple[str, str, Markup | None]  # its id, its heading, its content
 
@@ -28,7 +28,7 @@ def run_page(run: Run, gallery: Gallery | None, notes: Sequence[str] = ()) -> st
     """The report of one run as HTML.
 
     Args:
-      run: what its work folder tells.
+      run: the run, as read from its work folder.
       gallery: its pictures, None if they could not be made.
       notes: further lines for the reader, such as why there are no pictures.
     """
@@ -44,10 +44,10 @@ def run_page(run: Run, gallery: Gallery | None, notes: Sequence[str] = ()) -> st
 
 
 def document(title: str, headline: Any, notes: Sequence[str], sections: Sequence[Section]) -> str:
-    """A whole HTML file; sections without content are left out."""
+    """A whole HTML file; sections without content are skipped."""
     shown = [section for section in sections if section[2]]
     script = Markup(_resource("page.js"))
-    # Nothing is fetched, and no script but ours runs, whatever a name in the data should hold.
+    # Nothing is fetched, and no script but ours runs, whatever names in the data contain.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     head = tag(
@@ -94,12 +94,12 @@ def _headline(run: Run) -> Markup | None:
 
 
 def colours(stages: Sequence[StageRun]) -> dict[str, int]:
-    """Stage -> number of its colour in all charts of a page."""
+    """Stage -> the number of its colour in all charts of a page."""
     return {stage.name: index for index, stage in enumerate(stages)}
 
 
 def stage_curves(run: Run, metric: str, title: str, scale: float = 1) -> Markup | None:
-    """A metric over the training steps of all stages, one after the other; None where it was never logged."""
+    """A metric over the training steps of all stages, one after the other; None if it was never logged."""
     chart = stage_chart(run, metric, title, scale)
     return chart and tag("figure", chart, tag("figcaption", charts.legend(_stage_series(run, metric, scale)[0])))
 
@@ -156,7 +156,7 @@ def _bars(run: Run) -> Markup | None:
 
 
 def iou_bars(classes: Sequence[str], stages: Mapping[str, tuple[int, StageRun]]) -> Markup:
-    """IoU per class of some stages, given as name -> (number of the colour, stage)."""
+    """IoU per class of some stages, which are given as name -> (number of the colour, stage)."""
     series = [
         charts.Series(name, number, [float("nan") if v is None else 100 * v for v in stage.last["iou"]])
         for name, (number, stage) in stages.items()
@@ -202,7 +202,7 @@ def run_gallery(run: Run, gallery: Gallery) -> Markup:
 
 
 def picture_layers(picture: Picture, predicted: Mapping[str, np.ndarray], space: LabelSpace) -> dict[str, Markup]:
-    """Image, truth and predictions as pictures, by the name of their layer."""
+    """Layer name -> picture: the image, the truth and the predictions."""
     jpeg = cv2.imencode(".jpg", picture.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
     layers = {"image": _image(jpeg, "image/jpeg", f"image {picture.id}", picture)}
     truth = {} if picture.truth is None else {"truth": picture.truth}
@@ -213,7 +213,7 @@ def picture_layers(picture: Picture, predicted: Mapping[str, np.ndarray], space:
 
 
 def entropy_image(picture: Picture, stage: StageRun) -> Markup:
-    """The entropy of a stage's prediction, dark where it is sure, bright where it is not."""
+    """The entropy of a stage's prediction: dark is sure, bright is unsure."""
     levels = (picture.entropy[stage.name].astype(int) * SHADES // 256).astype(np.uint8)
     palette = charts.colour_map(np.linspace(0, 255, SHADES).astype(np.uint8)[None])[0]
     mean = picture.entropy[stage.name].mean() / 255
@@ -227,14 +227,14 @@ def _image(content: bytes, kind: str, spoken: str, picture: Picture) -> Markup:
 
 
 def _most(ids: np.ndarray, space: LabelSpace) -> str:
-    """The classes that cover most of a map, for those who cannot see it."""
+    """The classes that cover most of a map, for screen readers."""
     counts = np.bincount(ids.ravel(), minlength=IGNORE + 1)[: space.num_classes]
     order = [c for c in np.argsort(-counts, kind="stable")[:3] if counts[c]]
     return ", ".join(f"{space.classes[c]} {100 * counts[c] / ids.size:.0f}%" for c in order) or "nothing labelled"
 
 
 def slider(gallery: Gallery, pictures: Sequence[Mapping[str, Markup]]) -> Markup:
-    """All pictures with one slider over their layers; without scripts the layers lie side by side."""
+    """All pictures with one slider over their layers; without scripts the layers are shown side by side."""
     names = list(pictures[0])
     control = tag(
         "input",

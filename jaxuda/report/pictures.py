@@ -2,12 +2,12 @@
 
 KIND is one of
   curves       loss and mIoU over the steps of all stages (SVG)
-  predictions  target images beside their truth and what the stages predict (PNG)
-  entropy      target images beside the entropy of the stages' predictions, dark: sure, bright: unsure (PNG)
+  predictions  target images next to their truth and the predictions of the stages (PNG)
+  entropy      target images next to the entropy of the stages' predictions, dark: sure, bright: unsure (PNG)
   features     features of both domains in two dimensions, by class and by stage (SVG): their main axes, or with
                --projection tsne an embedding that keeps neighbours together, whose distances mean little
-  statistics   how alike the classes are in the class statistics that a sweep collected: cosine of their means (SVG)
-  prototypes   how alike the prototypes of both domains are: cosine, source against target (SVG)
+  statistics   similarity of the classes in the class statistics that a sweep collected: cosine of their means (SVG)
+  prototypes   similarity of the prototypes of both domains: cosine, source against target (SVG)
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def draw(
         raise UserError(f"there is no picture '{kind}'; choose one of: {', '.join(figures.KINDS)}")
     function, suffix = figures.KINDS[kind]
     if out.suffix != suffix:
-        raise UserError(f"--out {out}: this picture is written as {suffix}; name the file so")
+        raise UserError(f"--out {out}: this picture is written as {suffix}; give the file this suffix")
     run = read_run(workdir)
     known = [stage for stage in run.trainings if stage.status != "missing"]
     unknown = sorted(set(stages) - {stage.name for stage in known})
@@ -49,7 +49,7 @@ def draw(
 
 
 def run(argv: list[str] | None) -> None:
-    """Parses, draws, says where."""
+    """Parses the arguments, draws the picture and prints its path."""
     parser = Parser("jaxuda.report.pictures", __doc__)
     parser.add_argument("kind", metavar="KIND")
     parser.add_argument("--workdir", required=True, type=Path, help="the work folder")

@@ -1,4 +1,4 @@
-"""What a work folder tells about its run: finished, half-finished, or with parts missing."""
+"""Reads the run in a work folder: finished, half-finished, or with parts missing."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SOURCE_ONLY, ADAPTED, ORACLE, SWEEP = "source only", "adapted", "oracle", "sweep
 class StageRun(NamedTuple):
     """One stage.
 
-    name: of the stage and its folder.
+    name: that of the stage and its folder.
     role: `SOURCE_ONLY`, `ADAPTED`, `ORACLE` or `SWEEP`.
     settings: the stage's own section of the config.
     status: "done", "started" or "missing".
-    fingerprint: of the stage, "" where it has not begun.
-    rows: its lines of metrics.jsonl, by step; of a stage that was taken over, those of the run that trained it.
-    evaluations: what was measured on the validation images, by step.
-    results: what it reports when done, else {}.
+    fingerprint: that of the stage, "" if it has not begun.
+    rows: its lines of metrics.jsonl, by step; for a stage that was taken over, those of the run that trained it.
+    evaluations: the measurements on the validation images, by step.
+    results: its results when it is done, else {}.
     """
 
     name: str
@@ -53,7 +53,7 @@ class StageRun(NamedTuple):
 
     @property
     def last(self) -> Mapping[str, Any]:
-        """The last evaluation, of a stage that still runs the latest one; {} if there was none."""
+        """The last evaluation (so far, if the stage is not done); {} if there was none."""
         return self.results.get("last") or (self.evaluations[-1] if self.evaluations else {})
 
     @property
@@ -62,7 +62,7 @@ class StageRun(NamedTuple):
         return "confusion" in self.last
 
     def curve(self, metric: str) -> list[tuple[float, float]]:
-        """(step, value) wherever the metric was logged and is finite; "val/..." is of the evaluations."""
+        """(step, value) wherever the metric was logged and is finite; "val/..." is a metric of the evaluations."""
         # A stage that was taken over always has its evaluations, but not always the lines of its training.
         own = metric.removeprefix("val/")
         rows = self.evaluations if own != metric else self.rows
@@ -81,7 +81,7 @@ class Run(NamedTuple):
     classes: the names of the classes, () if unknown.
     validation: what the scores were measured on, or "".
     evaluated: a checksum of these images and their labels, or "".
-    notes: what is missing, for the reader.
+    notes: sentences about what is missing.
     """
 
     folder: Path
@@ -113,7 +113,7 @@ class Run(NamedTuple):
 
     @property
     def outcome(self) -> StageRun | None:
-        """What the run is about: its last adapted stage that has begun, else its last training that has."""
+        """The final stage so far: the last adapted stage that has begun, else the last training that has begun."""
         begun = [stage for stage in self.trainings if stage.status != "missing"]
         return next((s for s in reversed(begun) if s.role == ADAPTED), begun[-1] if begun else None)
 
@@ -126,7 +126,7 @@ def read_run(folder: Path) -> Run:
     """Reads a work folder.
 
     Raises:
-      UserError: it is no work folder, or one of its files is damaged.
+      UserError: it is not a work folder, or one of its files is damaged.
     """
     saved = files.read_json(folder / "config.json") or {}
     results = files.read_json(folder / "results.json") or {}
@@ -134,7 +134,7 @@ def read_run(folder: Path) -> Run:
     known = config.get("pipeline") or [record.parent.name for record in sorted(folder.glob("*/stage.json"))]
     if not known and not results:
         raise UserError(
-            f"{folder} is no work folder: it has neither config.json nor stages; runs are in runs/ by default"
+            f"{folder} is not a work folder: it has neither config.json nor stages; runs are in runs/ by default"
         )
     rows = files.read_json_lines(folder / "metrics.jsonl")
     stages = [_read_stage(folder, name, config, rows, results) for name in known or results["stages"]]
@@ -159,14 +159,14 @@ def read_run(folder: Path) -> Run:
 
 
 def open_split(config: Mapping[str, Any], domain: str, split: str | None = None) -> data.Records:
-    """The records of a run's "source" or "target": of its own split, or of another.
+    """The records of a run's "source" or "target": its own split, or another.
 
     Raises:
-      UserError: config.json does not tell, or the data are not there any more.
+      UserError: config.json does not name them, or the data are missing.
     """
     place = config.get(domain, {})
     if not {"name", "split", "path"} <= place.keys():
-        raise UserError(f"config.json does not tell which data the {domain} has")
+        raise UserError(f"config.json does not name the data of the {domain}")
     wanted = {each: config[each] for each in ("source", "target") if config.get(each, {}).get("name") or each == domain}
     for named in wanted.values():
         for part in part_names(named["name"]) if named["name"] else ():
@@ -176,7 +176,7 @@ def open_split(config: Mapping[str, Any], domain: str, split: str | None = None)
 
 
 def label_space(config: Mapping[str, Any]) -> LabelSpace | None:
-    """The classes and colours of a run; None where neither its config nor its source, if it is still there, tells."""
+    """The classes and colours of a run, from its config or its source; None if both are missing."""
     try:
         if config.get("label_space"):
             return data.labels.label_space(config["label_space"])
@@ -188,7 +188,7 @@ def label_space(config: Mapping[str, Any]) -> LabelSpace | None:
 def _read_stage(
     folder: Path, name: str, config: Mapping[str, Any], rows: list[dict], results: Mapping[str, Any]
 ) -> StageRun | None:
-    """One stage of a run; None where its name is not that of a folder in the work folder, or it was left out."""
+    """One stage of a run; None if its name is not that of a folder in the work folder, or if it was skipped."""
     if Path(name).name != name:
         return None
     record = files.read_json(folder / name / "stage.json") or {}
@@ -218,9 +218,9 @@ def _of_stage(rows: list[dict], name: str) -> list[dict]:
 
 
 def _rows_elsewhere(folder: Path, fingerprint: str | None) -> list[dict]:
-    """What the training of a stage logged in a work folder beside `folder`, from where it was taken over."""
+    """The lines that the training of a stage logged in the neighbour of `folder` from which it was taken over."""
     for record in sorted(folder.absolute().parent.glob("*/*/stage.json")) if fingerprint else ():
-        with contextlib.suppress(UserError, OSError):  # a neighbour that cannot be read is not this report's business
+        with contextlib.suppress(UserError, OSError):  # a neighbour that cannot be read does not matter here
             if (files.read_json(record) or {}).get("fingerprint") == fingerprint:
                 stage = record.parent
                 rows = _of_stage(files.read_json_lines(stage.parent / "metrics.jsonl"), stage.name)

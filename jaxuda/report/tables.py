@@ -39,7 +39,7 @@ def gain(after: Any, before: Any) -> str:
 def table(
     caption: str, head: Sequence[Any], rows: Sequence[Sequence[Any]], foot: Sequence[Sequence[Any]] = (), kind: str = ""
 ) -> Markup:
-    """A table whose first column names the rows; it can be scrolled with the keyboard where it is wide."""
+    """A table whose first column names the rows; a wide table can be scrolled with the keyboard."""
 
     def row(cells: Sequence[Any]) -> Markup:
         return tag("tr", tag("th", cells[0], scope="row"), [tag("td", cell) for cell in cells[1:]])
@@ -56,7 +56,7 @@ def table(
 
 
 def results(run: Run) -> Markup:
-    """IoU per class and mean of every stage that was scored, and what else is told of each."""
+    """IoU per class and mean IoU of every stage with a score, and its other scores."""
     stages = run.scored
     scores = [np.array([np.nan if v is None else v for v in stage.last["iou"]]) for stage in stages]
     first, last = run.final(SOURCE_ONLY), run.final(ADAPTED)
@@ -97,7 +97,7 @@ def _when(stage: StageRun) -> str | None:
 
 
 def label_free(run: Run) -> Markup | None:
-    """The figures that need no labels, of the last evaluation of each stage; None if nothing was evaluated."""
+    """The figures that need no labels, from the last evaluation of each stage; None if nothing was evaluated."""
     stages = [stage for stage in run.trainings if stage.last]
     if not stages:
         return None
@@ -113,7 +113,7 @@ def _figure(value: Any) -> str:
 
 
 def confusion(run: Run, stage: StageRun) -> Markup:
-    """Where the pixels of each class went, in % of the class."""
+    """How the pixels of each class were predicted, in % of the class."""
     counts = np.asarray(stage.last["confusion"], float)
     total = counts.sum(1, keepdims=True)
     shares = np.divide(100 * counts, total, out=np.zeros_like(counts), where=total > 0)
@@ -141,7 +141,7 @@ def stages(run: Run) -> Markup:
 
 
 def data(run: Run) -> Markup:
-    """Source, target and what was evaluated."""
+    """Source, target and evaluation data."""
     rows = []
     for domain in ("source", "target"):
         place = run.config.get(domain, {})

@@ -1,8 +1,8 @@
-"""Tries faults on runs of a tiny recipe, and counts what became of them.
+"""Injects faults into runs of a tiny recipe, and counts how the runs end.
 
-Several faults follow each other on one work folder: a run is struck, what it left may be damaged, and the same command
-goes on, to be struck again. In the end it must come to the parameters, artefacts and scores of an undisturbed run.
-A run may also stop with one message; then what it asks for is done (`--from_stage`, or nothing but to run again).
+Several faults follow each other on one work folder: a run is hit by a fault, its files may be damaged, and the same
+command continues it and is hit again. In the end it must have the parameters, artifacts and scores of an undisturbed
+run. A run may also stop with one message; then the harness does what it asks for (`--from_stage`, or just run again).
 """
 
 import contextlib
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 STAGES = {"source_only": 6, "self_train": 6}
 STRIKES = ("kill", "terminate", "full", "readonly")
 DAMAGES = ("flip", "truncate", "remove")
-# Of every twenty faults. A killed worker costs the start of another process.
+# The kinds of every twenty faults. A killed worker costs the start of another process.
 DECK = ("kill",) * 5 + ("terminate",) * 3 + ("full",) * 3 + ("readonly",) * 2 + DAMAGES * 2 + ("worker",)
 PER_FOLDER = 5
 LONGEST = 600  # seconds that a run may take on a busy machine before it counts as hung
@@ -50,7 +50,7 @@ class Server:
         self._process.wait()
 
     def run(self, words: list[str], folder: Path, during=lambda pid: None, **fault) -> tuple[int, str, str, int]:
-        """Exit code (negative: the signal), what was printed, errors, and how often files were used."""
+        """Exit code (negative: the signal), stdout, stderr, and how often files were used."""
         self._runs += 1
         output = self._folder / f"run{self._runs}"
         order = {"words": words, "output": str(output), "longest": LONGEST, "fault": {"folder": str(folder), **fault}}
@@ -67,7 +67,7 @@ class Server:
 
 
 class SmallDisk:
-    """A file system of its own for a work folder, where this process may mount one."""
+    """A separate file system for a work folder, if this process may mount one."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -80,7 +80,7 @@ class SmallDisk:
         return False
 
     def fill(self, spare: int) -> None:
-        """Leaves `spare` bytes."""
+        """Leaves `spare` bytes free."""
         usage = os.statvfs(self._folder)
         used = (usage.f_blocks - usage.f_bfree) * usage.f_frsize
         assert self._mount("-o", f"remount,size={used + spare}")
@@ -90,24 +90,24 @@ class SmallDisk:
         assert self._mount("-o", "remount,ro")
 
     def mend(self) -> None:
-        """All is well again."""
+        """Makes it large and writable again."""
         if self.real:
             assert self._mount("-o", "remount,rw,size=256M")
 
     def close(self) -> None:
-        """Gives the folder back."""
+        """Unmounts it."""
         if self.real:
             subprocess.run(["umount", "-l", str(self._folder)], check=True)
 
 
 class Campaign:
-    """Tries faults one after the other; `counts` tells what happened.
+    """Tries faults one after the other; `counts` has the results.
 
     Args:
       server: starts the runs.
       words: the command line without --workdir.
-      folder: for work folders.
-      seed: decides all that is random.
+      folder: the parent of the work folders.
+      seed: seed of all random choices.
     """
 
     def __init__(self, server: Server, words: list[str], folder: Path, seed: int):
@@ -123,7 +123,7 @@ class Campaign:
         assert self._steps == sum(STAGES.values())
 
     def run(self, faults: int) -> None:
-        """Tries that many more faults."""
+        """Tries this many more faults."""
         goal = self.counts["tried"] + faults
         while self.counts["tried"] < goal:
             self._one_folder(min(PER_FOLDER, goal - self.counts["tried"]))
@@ -198,7 +198,7 @@ class Campaign:
         return *result[:3], f"at use {at}" + (f" + {delay:.2f}s" if delay else "")
 
     def _check(self, status: int, err: str, story: list[str]) -> None:
-        """It ended in one of the promised ways."""
+        """The run must have ended in one of the allowed ways."""
         assert "Traceback" not in err, err
         assert status in (0, 2, 75, -signal.SIGKILL), story
         if status == 2:
@@ -238,7 +238,7 @@ class WorkerKiller:
 
 
 def children(run: int) -> list[int]:
-    """Processes that multiprocessing has started for another."""
+    """The processes that multiprocessing has started for the process `run`."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -249,12 +249,12 @@ def children(run: int) -> list[int]:
 
 
 def steps(out: str) -> int:
-    """Training steps that were taken, by the lines of the log."""
+    """The number of training steps, counted in the lines of the log."""
     return len(re.findall(r"^\w+ \d+/\d+  ", out, re.MULTILINE))
 
 
 def damage(workdir: Path, how: str, rng: np.random.Generator) -> str:
-    """Changes one file of a checkpoint or an artefact; returns which, "" where there is none."""
+    """Changes one file of a checkpoint or an artifact; returns its path, "" if there is none."""
     found = sorted(p for kind in ("checkpoints", "artifacts") for p in workdir.glob(f"*/{kind}/**/*") if p.is_file())
     found = [path for path in found if path.stat().st_size]
     if not found:
@@ -272,7 +272,7 @@ def damage(workdir: Path, how: str, rng: np.random.Generator) -> str:
 
 
 def outcome(workdir: Path) -> dict:
-    """What must be the same: parameters and the rest of the state, bit for bit, artefacts, scores."""
+    """What must be the same: parameters and the rest of the state, bit for bit, artifacts, scores."""
     found = {}
     for stage in STAGES:
         saved = checkpoints.Checkpoints(workdir / stage / "checkpoints", read_only=True)
@@ -281,7 +281,7 @@ def outcome(workdir: Path) -> dict:
         for name, array in saved.read(step).items():
             found[f"{stage} {name}"] = (array.shape, array.tobytes())
         saved.close()
-    found["artefacts"] = files.checksums(workdir / "pseudo_labels" / "artifacts")
+    found["artifacts"] = files.checksums(workdir / "pseudo_labels" / "artifacts")
     found["scores"] = json.dumps(files.read_json(workdir / "results.json")["stages"], sort_keys=True)
     rows = files.read_json_lines(workdir / "metrics.jsonl")
     found["metrics"] = [(row["stage"], row["step"], row["loss"]) for row in rows if "loss" in row]

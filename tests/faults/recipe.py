@@ -1,4 +1,4 @@
-"""The recipe that faults are tried on: training, pseudo-labels, training on these; three classes, six steps."""
+"""The recipe for the fault tests: training, pseudo-labels, training on these; three classes, six steps."""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +6,7 @@ from configs import common
 
 
 def get_config(benchmark: str = "folder") -> ConfigDict:
-    """Every kind of thing that a work folder holds, at the smallest size."""
+    """A recipe with every kind of file that a work folder holds, at the smallest size."""
     config = common.base("faults", benchmark)
     for domain in (config.source, config.target):
         domain.resize = (48, 32)

@@ -1,10 +1,10 @@
-"""Starts runs of `jaxuda.main` as real processes within a moment: it has imported everything, and forks.
+"""Starts runs of `jaxuda.main` as real processes quickly: it has imported everything, and forks.
 
 Reads one JSON object per line: {"words": [after "jaxuda"], "output": stem of its files, "longest": seconds, "fault":
 {...}}. Answers with a process id when the run has begun, and with its wait status when it has ended. No JAX backend is
 started in this process.
 
-A fault strikes at the n-th use of a file below a folder, counted by Python's audit events, so that a seed decides
+A fault happens at the n-th use of a file below a folder, counted by Python's audit events, so that a seed decides
 where: {"do": "kill" | "terminate" | "full" | "readonly", "at": n, "delay": seconds, "folder": DIR}.
 """
 
@@ -30,7 +30,7 @@ SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM}
 
 
 class Fault:
-    """An audit hook that counts uses of files below a folder, and strikes at one of them."""
+    """An audit hook that counts uses of files below a folder, and makes the fault happen at one of them."""
 
     def __init__(self, folder: str, do: str = "", at: int = 0, delay: float = 0.0):
         self._folder, self._do, self._at, self._delay = folder, do, at, delay
@@ -43,7 +43,7 @@ class Fault:
         if self._do in SIGNALS and self.uses == self._at:
             threading.Thread(target=self._signal, daemon=True).start()
             if not self._delay:
-                time.sleep(0.05)  # here and nowhere else
+                time.sleep(0.05)  # so that the signal arrives here
         writes = event in CHANGES or (event == "open" and arguments[2] & WRITING)
         if self._do in ERRORS and self.uses >= self._at and writes:
             number = ERRORS[self._do]
@@ -55,12 +55,12 @@ class Fault:
 
 
 def run(order: dict) -> None:
-    """In a child: never returns."""
+    """Runs in a child process and never returns."""
     os.setsid()
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         file = os.open(f"{order['output']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, stream.fileno())
-    faulthandler.dump_traceback_later(0.9 * order["longest"])  # where it hangs
+    faulthandler.dump_traceback_later(0.9 * order["longest"])  # shows where a run hangs
     hook = Fault(**order["fault"])
     sys.addaudithook(hook)
     code = 1
@@ -78,7 +78,7 @@ def run(order: dict) -> None:
 
 
 def wait(child: int, longest: float) -> int | str:
-    """The wait status of a child; "hung" if it had to be killed after so many seconds."""
+    """The wait status of a child; "hung" if it had to be killed after `longest` seconds."""
     ends = time.monotonic() + longest
     while time.monotonic() < ends:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -91,7 +91,7 @@ def wait(child: int, longest: float) -> int | str:
 
 
 def serve() -> None:
-    """Until the input ends."""
+    """Serves orders until the input ends."""
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()

@@ -1,6 +1,6 @@
-"""Whatever happens to a run, the same command ends in the parameters of an undisturbed one, or says what to do.
+"""After any fault, the same command ends with the parameters of an undisturbed run, or says what to do.
 
-`pytest tests/faults --faults 200 -s` tries more than the usual twenty, `--fault_seed 1` others.
+`pytest tests/faults --faults 200 -s` tries 200 faults instead of twenty, `--fault_seed 1` tries other faults.
 """
 
 import os

@@ -18,7 +18,7 @@ NAMES = {"cos": "cosine", "kl": "kl"}
 
 
 def close(actual, expected, tolerance):
-    """Relative to the largest entry of the tensor."""
+    """Compares with a tolerance relative to the largest entry of the tensor."""
     expected = np.asarray(expected)
     assert actual.shape == expected.shape
     error = np.abs(np.asarray(actual) - expected).max(initial=0)
@@ -35,7 +35,7 @@ def maps(rng, metric, *shape):
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def evaluate(source, target, labels, metric, share, block, logits):
-    """Value and gradients to both maps, of features, probabilities or (`logits`) logits."""
+    """Value and gradients for both maps, which are features, probabilities or (with `logits`) logits."""
 
     def loss(source, target):
         if logits:
@@ -57,7 +57,7 @@ def test_loss_and_gradients_equal_the_published_ones(case, metric, share):
     run = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
     kind = "features" if metric == "cos" else "logits"
     labels = arrays["src_labels"]
-    # One case in double precision and many blocks, the other as it runs: in single precision, one block.
+    # One case in double precision with many blocks, the other as in training: single precision, one block.
     wide, block = case == "a", 40 if case == "a" else 512
     with jax.enable_x64(wide):
         maps = [jnp.asarray(arrays[f"{d}_{kind}"], jnp.float64 if wide else jnp.float32) for d in ("src", "trg")]
@@ -106,8 +106,8 @@ def test_smoothness_equals_the_published_one(threshold):
 def test_lfass_code_and_its_equations(case):
     """The replication's code normalises column j with the statistics of row j, and lets gradients through them.
 
-    With that, and nothing else changed, our oracle gives its numbers; from its aggregated target on, our cycles, which
-    do not depend on the normalisation, are its cycles.
+    With only that changed, our oracle gives its numbers. From its aggregated target on, our cycles, which do not depend
+    on the normalisation, are its cycles.
     """
     arrays = {key[2:]: value for key, value in golden("lfass").items() if key.startswith(f"{case}_")}
     size = arrays["labels_small"].shape[1:]
@@ -196,7 +196,7 @@ def test_of_equals_the_first_counts(block, seed):
 def test_no_positive_gives_zero(metric):
     rng = np.random.default_rng(0)
     source, target = (maps(rng, metric, 1, 3, 4, 5).astype(np.float32) for _ in range(2))
-    # Nothing labelled; and labels so different that only a cycle to the very pixel would be positive.
+    # No labels; and labels so different that only a cycle that returns to its own pixel is positive.
     for labels in (np.full((1, 3, 4), 255), np.arange(12).reshape(1, 3, 4)):
         value, gradients = evaluate(source, target, labels, metric, 0.5, 512, False)
         found = follow(source, target, metric, 0.5, 512)
@@ -210,7 +210,7 @@ def test_no_positive_gives_zero(metric):
 @pytest.mark.parametrize("metric", NAMES.values())
 @pytest.mark.parametrize("sizes", [(1, 1), (9, 1), (9, 9)])
 def test_constant_maps_are_finite(metric, sizes):
-    """Also of one position, and of zeros, which have no direction."""
+    """Also with one position, and with zeros, which have no direction."""
     labels = np.zeros((1, 1, sizes[0]), np.int32)
     for constant in (0.0, 0.2, 1.0):
         source, target = (np.full((1, 1, size, 5), constant, np.float32) for size in sizes)

@@ -32,7 +32,7 @@ def test_three_updates_equal_the_published_estimator():
 
 
 def test_updates_pool():
-    """Any cut into batches gives the mean and the biased variance of all pixels."""
+    """Any split into batches gives the mean and the biased variance of all pixels."""
     rng = np.random.default_rng(0)
     features, labels = rng.normal(size=(90, 6)), rng.choice([0, 1, 3, 255], 90)
     with jax.enable_x64(True):

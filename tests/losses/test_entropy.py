@@ -39,7 +39,7 @@ def test_adaptive_entropy_counts_what_is_above_its_margin():
         assert adaptive_entropy(probs, opening) == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(adaptive_entropy(probs, 0.0), entropy_loss(probs), rtol=1e-6)
     gradient = jax.grad(lambda p: adaptive_entropy(p, 1.0))(probs)
-    # No entry of the sure position is above the margin, all of the other are; the margin carries no gradient.
+    # No entry of the sure position is above the margin, all entries of the other are; the margin has no gradient.
     assert not gradient[0].any()
     np.testing.assert_allclose(gradient[1], -(np.log(probs[1]) + 1) / np.log(3) / 2, rtol=1e-5)
 

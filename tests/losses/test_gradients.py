@@ -1,7 +1,7 @@
 """The gradient of every loss equals central differences of its value, in float64.
 
-What a loss holds constant (a margin, a threshold, the contrast of similarities) is held constant in the differences
-too: by an entry that does not move, or by writing the loss down with the constant.
+What is constant in a loss (a margin, a threshold, the contrast of similarities) is constant in the differences too:
+by an entry that does not change, or by a copy of the loss with the constant.
 """
 
 import importlib
@@ -36,7 +36,7 @@ OTHER = RNG.normal(size=SHAPE)
 SOFT = RNG.random((*SHAPE[:3], SHAPE[-1] // 2 + 1))
 START = RNG.normal(size=SHAPE)
 FAR = np.zeros(SHAPE[:3])
-FAR[0, 0, 0] = 1e3  # the largest error, which sets the threshold of berhu, is of an entry that does not move
+FAR[0, 0, 0] = 1e3  # the largest error, which sets the threshold of berhu, belongs to an entry that does not change
 
 
 def _constant_margin(x: jax.Array) -> jax.Array:
@@ -81,7 +81,7 @@ def _dense_aggregate(x: jax.Array) -> jax.Array:
     return jnp.sum(OTHER * jnp.stack(mixed).reshape(SHAPE))
 
 
-# Name -> loss of an array of SHAPE, and the function whose differences its gradient must equal where it is another one.
+# Name -> loss of an array of SHAPE, and another function whose differences its gradient must equal (None: the loss).
 CASES = {
     "cross_entropy": (lambda x: cross_entropy(x, LABELS), None),
     "lovasz_softmax": (lambda x: lovasz_softmax(softmax(x), LABELS), None),
@@ -114,7 +114,7 @@ CASES = {
     "masked_mean": (lambda x: masked_mean(jnp.square(x), LABELS[..., None] == 1), None),
     "gradient_reversal": (lambda x: jnp.sum(OTHER * jnp.tanh(gradient_reversal(x, 0.3))), None),
 }
-# What is in the modules of losses beside them: no gradient passes, or they are parts of those above.
+# The other functions in the modules of losses: they have no gradient, or are parts of those above.
 NO_LOSSES = {
     *("class_centres", "cycle", "empty_statistics", "global_max", "global_sum", "image_means"),
     *("nearest_prototype_labels", "positive", "update_memory", "update_statistics"),

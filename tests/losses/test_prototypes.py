@@ -51,7 +51,7 @@ def test_loss_gradient_and_memory_equal_the_published_ones(call):
 
 
 def test_four_terms_together():
-    """The gradients are those with the memories held fixed; the published ones are 3 to 5% off (see CFContra)."""
+    """The gradients are those with fixed memories; the published ones differ by 3 to 5% (see CFContra)."""
     arrays = {key[6:]: value for key, value in golden("cfcontra_memory").items() if key.startswith("joint_")}
     with jax.enable_x64(True):
         source, target, memory_s, memory_t = (
@@ -102,7 +102,7 @@ def test_pseudo_labels_and_centres_equal_the_published_ones(case):
 
 
 def test_distances_survive_long_features():
-    """Features a thousand times as long as the differences that decide."""
+    """Features are a thousand times longer than the differences that matter."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         memory = _unit(np.ones((1, 8)) + 1e-3 * rng.normal(size=(CLASSES, 8)))
@@ -167,7 +167,7 @@ def test_nothing_seen_and_nothing_labelled_is_finite(features, label, seen):
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(features, jnp.float32))
     np.testing.assert_allclose(value, 0, atol=2e-6)  # a softmax over one class, or no pixel at all
     assert np.isfinite(gradient).all()
-    # Not even with one candidate: it would be every pixel's.
+    # With one candidate no pixel is labelled either: all would get its label.
     np.testing.assert_array_equal(nearest_prototype_labels(features, memory, 0.0), np.full(4, 255))
     centres, present = class_centres(features, labels, CLASSES)
     np.testing.assert_array_equal(present, np.arange(CLASSES) == label)

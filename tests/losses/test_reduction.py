@@ -1,4 +1,4 @@
-"""The law of reduction: N devices give the value and, after one pmean, the gradient of one device."""
+"""The rule of reduction: N devices give the value and, after one pmean, the gradient of one device."""
 
 import functools
 
@@ -34,7 +34,7 @@ LOSSES = {
 
 @pytest.fixture
 def batch():
-    """Uneven labels: one image without any, one with a class that no other has."""
+    """Uneven labels: one image without labels, one with a class that no other has."""
     rng = np.random.default_rng(0)
     labels = rng.choice([0, 1, 2, 255], (DEVICES, 6, 7))
     labels[1] = 255

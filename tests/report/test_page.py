@@ -1,4 +1,4 @@
-"""Reports of work folders written by hand: no network runs here."""
+"""Reports of hand-written work folders: no network runs here."""
 
 import html.parser
 import json
@@ -29,7 +29,7 @@ STAGES = {
 
 
 class Parsed(html.parser.HTMLParser):
-    """elements: (name, attributes). tables: caption -> rows of cells. text: all that is shown."""
+    """elements: (name, attributes). tables: caption -> rows of cells. text: all visible text."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -124,7 +124,7 @@ def hostile_gallery() -> Gallery:
 
 
 def assert_harmless(page: str) -> Parsed:
-    """One script, which is ours; nothing that is fetched; no handlers in attributes."""
+    """There is one script, ours; nothing is fetched; attributes have no handlers."""
     parsed = Parsed(page)
     assert [name for name, _ in parsed.elements].count("script") == 1
     for name, attributes in parsed.elements:
@@ -274,7 +274,7 @@ def test_command(tmp_path, capsys) -> None:
     assert main(["--workdir", str(folder), str(folder)]) == 2
     assert "--out" in capsys.readouterr().err
     assert main(["--workdir", str(tmp_path)]) == 2
-    assert "is no work folder" in capsys.readouterr().err
+    assert "is not a work folder" in capsys.readouterr().err
     with pytest.raises(UserError, match="damaged"):
         (folder / "config.json").write_text("{")
         read_run(folder)

@@ -1,4 +1,4 @@
-"""Reports and pictures of a run whose networks exist, if tiny ones; and the page in a browser."""
+"""Reports and pictures of a run with real, tiny networks; and the page in a browser."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def finished(data, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(finished, tmp_path) -> Path:
-    """A copy of it to do things to."""
+    """A copy of it that a test may change."""
     return shutil.copytree(finished, tmp_path / "run")
 
 
@@ -80,7 +80,7 @@ def test_a_method_with_its_own_predict_is_asked(finished: Path, monkeypatch) -> 
     from jaxuda.methods import minent
 
     def predict(variables, images, *, model, config):
-        """All pixels are of the class that the stage's own config names."""
+        """All pixels get the class that the stage's own config names."""
         grid = model.apply(variables, images, train=False).main.shape[1:3]
         return jnp.broadcast_to(jnp.eye(3)[int(config.lambda_entropy > 0)], (len(images), *grid, 3))
 
@@ -160,7 +160,7 @@ def test_sheets_and_features(copied: Path, tmp_path, capsys) -> None:
     assert pictures.main(["features", *words, "--out", str(out), "--stages", "nothing"]) == 2
     assert "source_only, adapt, oracle" in capsys.readouterr().err
     assert pictures.main(["prototypes", *words, "--out", str(out)]) == 2
-    assert "has left prototypes.npz" in capsys.readouterr().err
+    assert "has written prototypes.npz" in capsys.readouterr().err
 
 
 def test_curves(copied: Path, tmp_path, capsys) -> None:
@@ -170,7 +170,7 @@ def test_curves(copied: Path, tmp_path, capsys) -> None:
     charts = svg.findall("{http://www.w3.org/2000/svg}svg")
     assert [len(list(chart.iter("{http://www.w3.org/2000/svg}polyline"))) for chart in charts] == [3, 3]
     assert [chart.get("y") for chart in charts] == ["0", "280"]
-    # While a run has logged nothing there is nothing to draw.
+    # A run that has logged nothing has no curves.
     (copied / "metrics.jsonl").unlink()
     for stage in ("source_only", "adapt", "oracle"):
         (copied / stage / "evaluations.jsonl").unlink()
@@ -199,7 +199,7 @@ def test_neighbours_stay_together() -> None:
     assert points.shape == (30, 2) and ((nearest < 15) == (np.arange(30) < 15)).all()
 
 
-def test_similarities_are_of_the_artefacts(tmp_path) -> None:
+def test_similarities_are_of_the_artifacts(tmp_path) -> None:
     names = ("<b>road</b>", "sky", "never seen")
     (tmp_path / "config.json").write_text(json.dumps({"config": {"pipeline": ["collect"], "collect": {"sweep": "x"}}}))
     folder = tmp_path / "collect" / "artifacts"
@@ -234,7 +234,7 @@ def test_page_in_a_browser(finished: Path, tmp_path) -> None:
         layers = ["image", "truth", "source only", "adapt", "oracle", "entropy of adapt"]
         assert page.names("button") == layers
         shown = [name for name in page.names("image") if "of image" in name or name.startswith("image ")]
-        assert shown == [f"image {index}" for index in (0, 1, 3, 5)]  # what is covered is not read out
+        assert shown == [f"image {index}" for index in (0, 1, 3, 5)]  # hidden layers are not read out
         assert page.names("navigation") == ["Sections"] and all(page.names("table"))
 
         page.value("document.querySelector('input').focus()")
@@ -260,7 +260,7 @@ def test_page_in_a_browser(finished: Path, tmp_path) -> None:
         assert page.value("document.documentElement.scrollWidth") <= 360  # wide tables scroll by themselves
         assert page.problems == []
 
-        # Should escaping ever fail, a script from the data still does not run, and nothing is fetched.
+        # Even if escaping failed, a script from the data would not run, and nothing would be fetched.
         hostile = tmp_path / "hostile.html"
         added = "<script>window.hit = 1</script><img src='http://127.0.0.1:9/x.png' onerror='window.hit = 2'></body>"
         hostile.write_text((finished / "report.html").read_text().replace("</body>", added))

@@ -1,6 +1,6 @@
-"""Scores on the published benchmarks: as the Cityscapes scripts give them, and by hand for 16, 13 and 7 classes.
+"""Scores on the published benchmarks: those of the Cityscapes scripts, and by hand for 16, 13 and 7 classes.
 
-Images paint the prediction: the class of a pixel is its red value divided by ten.
+Images contain the prediction: the class of a pixel is its red value divided by ten.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ NAN = np.nan
 
 
 def painted(variables, images, *, model, config) -> jax.Array:
-    """Probabilities (N, h, w, C) of the class that is painted, and a little of the others."""
+    """Probabilities (N, h, w, C): high for the painted class, low for the others."""
     red = (images[..., 0] * 0.229 + 0.485) * 255
     return 0.9 * jax.nn.one_hot(jnp.round(red / 10).astype(int), model.num_classes) + 0.1 / model.num_classes
 
@@ -60,7 +60,7 @@ def test_nineteen_classes_as_the_cityscapes_scripts(tmp_path: Path) -> None:
     raw = np.array([7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33])
     for file in sorted((source / "leftImg8bit" / "val").rglob("*.png")):
         label = Path(str(file).replace("leftImg8bit/", "gtFine/").replace("_leftImg8bit", "_gtFine_labelIds"))
-        # Right in half of the pixels; class 9 neither labelled nor predicted, 16 labelled but never predicted.
+        # Half of the pixels are correct; class 9 is neither labelled nor predicted, 16 labelled but never predicted.
         truth = rng.choice(np.delete(np.arange(19), 9), size[::-1])
         guess = np.where(rng.random(truth.shape) < 0.5, truth, rng.choice(np.delete(np.arange(19), 9), size[::-1]))
         void = rng.random(truth.shape) < 0.2
@@ -100,7 +100,7 @@ def test_sixteen_and_thirteen_classes_by_hand(tmp_path: Path) -> None:
     prepare("cityscapes", manual_dir=source, data_dir=tmp_path)
 
     confusion = score("cityscapes", "val", "synthia16", tmp_path, size).confusion
-    # Terrain and truck are no classes: what is predicted there counts nowhere.
+    # Terrain and truck are not classes here: predictions on them are not counted.
     expected = {"road": 1 / 3, "sidewalk": 1 / 2, "fence": 0, "person": 1 / 2, "rider": 0}
     table = dict(zip(label_space("synthia16").classes, iou(confusion), strict=True))
     assert {name: value for name, value in table.items() if not np.isnan(value)} == pytest.approx(expected)

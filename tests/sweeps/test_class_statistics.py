@@ -67,7 +67,7 @@ def _collect(folder, devices=1):
 
 
 def _expected():
-    """Mean, variance and count of every class, straight from the definition, from the images at their final size."""
+    """Features, logits and labels of all pixels, from the images at their final size."""
     features, logits, labels = [], [], []
     for record in _source():
         image = resize_image(record["image"], (48, 32))[None]

@@ -31,7 +31,7 @@ def config(**changes) -> ConfigDict:
 
 
 class _Source(list):
-    """Labels without images, since the search must not look at any."""
+    """Labels without images, since the search must not read images."""
 
     name, label_space = "a tiny source", SPACE
 
@@ -114,14 +114,14 @@ def test_even_share_fills_the_sample(counts: list[int], limit: int) -> None:
 
 
 def test_sample_is_balanced_and_bounded() -> None:
-    """Of 3000 regions of road, 300 with a car and 20 with a train, 100 are kept: all trains, as many cars as roads."""
+    """100 of 3000 regions of road, 300 with a car and 20 with a train are kept: all trains, as many cars as roads."""
     sample = sweep.BalancedSample(100, 3)
     held = []
     for index in range(20):
         regions = np.zeros((166, 4, 4), np.uint8)
         regions[:15, 0, 0], regions[15, 0, 0] = 1, 2
         regions[16, 0] = regions[16, 1] = 255  # half is ignored
-        regions[17, :3] = 255  # more: left out
+        regions[17, :3] = 255  # more: skipped
         sample.add(regions, np.random.default_rng(index).random(166))
         held.append(sum(len(rows) for rows, _, _ in sample._kept))
     regions, weights = sample.result()
@@ -132,7 +132,7 @@ def test_sample_is_balanced_and_bounded() -> None:
 
 
 def test_dropping_early_loses_nothing() -> None:
-    """What is kept are the smallest keys of each class in the whole stream."""
+    """The kept regions are those with the smallest keys of each class in the whole stream."""
     sample, everything = sweep.BalancedSample(30, 2), {0: [], 1: []}
     for index in range(25):
         keys = np.random.default_rng(index).random(12)
@@ -173,14 +173,14 @@ def test_the_largest_clusters_stay() -> None:
     regions = np.repeat(np.arange(3, dtype=np.uint8), [5, 30, 20])[:, None, None] * np.ones((1, 8, 8), np.uint8)
     weights = np.repeat([100.0, 1.0, 2.0], [5, 30, 20])
     found = sweep.find_relations(regions, weights, 3, config(max_relations=2))
-    # The cluster of 5 goes although its regions are the most frequent in the source; then frequency orders.
+    # The cluster of 5 is dropped although its regions are the most frequent in the source; the rest is sorted by that.
     assert [regions[rows[0], 0, 0] for rows in found.members] == [2, 1]
     np.testing.assert_allclose(found.shares, np.array([40, 30]) / weights.sum())
     assert all(is_single(regions[rows], 3) for rows in found.members)
 
 
 def test_recipe_on_tiny_data(tmp_path: Path, monkeypatch, capsys) -> None:
-    """The sweep needs no network, and the adaptation learns from what it left."""
+    """The sweep needs no network, and the adaptation uses its artifacts."""
     monkeypatch.chdir(Path(__file__).parents[2])
     domains = tiny.prepare_domains(tmp_path)
     words = ["jaxuda", *tiny.arguments("crcda", workdir=tmp_path / "run", **domains)]

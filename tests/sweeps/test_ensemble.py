@@ -79,7 +79,7 @@ def test_two_networks_average_their_logits(variables: list[dict]) -> None:
     found = dict(ensemble_predictions(Ensemble(members), variables, rows))
     assert list(found) == ["image0", "image1", "image2"]
     for row, ids in zip(rows, expected, strict=True):
-        assert np.mean(found[row["id"]] == ids) > 0.999  # rounding decides where two classes are level
+        assert np.mean(found[row["id"]] == ids) > 0.999  # rounding decides where two classes are equal
     evaluate = make_ensemble_evaluator(Ensemble(members), jax.local_devices()[:2])
     evaluation = evaluate(variables, rows)
     sums = sum(np.asarray(confusion_matrix(row["label"], found[row["id"]], 4)) for row in rows)
@@ -103,7 +103,7 @@ def test_scales_and_mirrored_images_average_probabilities(variables: list[dict])
 
 
 def test_images_that_keep_their_aspect(variables: list[dict]) -> None:
-    """The image lies at the top left of a canvas of the input's aspect; its scores are cut out of the canvas's."""
+    """The image is at the top left of a canvas with the input's aspect; its scores are cut out of the canvas."""
     settings = config((64, 48), keep_aspect=True)
     rows = records([(30, 80), (48, 20)])
     found = dict(ensemble_predictions(Ensemble([Member(MODEL, PLAIN, settings)]), variables[:1], rows))

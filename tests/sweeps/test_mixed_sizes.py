@@ -1,7 +1,7 @@
-"""Sweeps over a target whose images keep their aspect: what pads an image to the network's input counts nowhere.
+"""Sweeps over a target whose images keep their aspect: the padding to the network's input is never counted.
 
-The network is a drawing: an image's red value divided by ten is the class of a pixel, its green value the confidence.
-Every sweep is compared with what each image gives alone and without padding.
+Instead of a network, the red value of a pixel divided by ten is its class, and its green value the confidence.
+Every sweep is compared with the result for each image alone, without padding.
 """
 
 import json
@@ -51,7 +51,7 @@ class Memory(list):
 def target() -> Memory:
     rng, records = np.random.default_rng(0), Memory()
     for name, size in IMAGES.items():
-        # Large areas, so that resizing leaves most pixels alone; never the black of the padding.
+        # Large areas, so that resizing does not change most pixels; never black, as the padding is.
         areas = np.stack([10 * rng.integers(0, 7, (3, 3)), rng.integers(40, 256, (3, 3)), np.zeros((3, 3), int)], -1)
         rows, columns = np.arange(size[0]) * 3 // size[0], np.arange(size[1]) * 3 // size[1]
         records.append({"id": name, "image": areas[rows[:, None], columns].astype(np.uint8)})
@@ -71,7 +71,7 @@ METHOD = SimpleNamespace(predict=drawn)
 
 
 def alone(record: dict, within: tuple[int, int] = SIZE) -> np.ndarray:
-    """Probabilities (h, w, 7) of an image at the size at which it lies in the network's input."""
+    """Probabilities (h, w, 7) of an image at the size that it has in the network's input."""
     height, width = record["image"].shape[:2]
     image = resize_image(record["image"], fitted_size((width, height), within))
     normalised = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
@@ -119,7 +119,7 @@ def test_classes_seen_in_the_target(tmp_path: Path) -> None:
 
 
 def test_figures_without_labels() -> None:
-    small = (16, 12)  # so few pixels that all are looked at for the density
+    small = (16, 12)  # so few pixels that the density uses all of them
     settings = config(evaluation={"size": small})
     evaluate = make_evaluator(SimpleNamespace(num_classes=7), METHOD, settings, jax.local_devices()[:2])
     found, singles = evaluate({}, target()).figures, []
@@ -144,7 +144,7 @@ def test_masks_follow_the_images() -> None:
 
 
 def test_prototypes(tmp_path: Path) -> None:
-    """Half a network's input of black must not become a prototype."""
+    """A black half of the network's input must not become part of a prototype."""
     features = jnp.concatenate([jnp.ones((1, 24, 16, 2)), jnp.full((1, 24, 16, 2), 5.0)], 2)
     shown = image_masks({"size": [(24, 16)], "image": np.zeros((1, 24, 32, 3))}, SIZE, fit=True)
     sums, used, pixels = prototypes._sums(features, jnp.zeros((1, 24, 32), jnp.int32), jnp.asarray(shown), 3)

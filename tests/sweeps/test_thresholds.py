@@ -8,7 +8,7 @@ from jaxuda.sweeps.thresholds import BINS, apply_thresholds, class_thresholds, c
 
 
 def _exact(confidence, labels, classes, cap):
-    """The definition: sort, take the element at round(n / 2)."""
+    """The definition: sort, and take the element at round(n / 2)."""
     thresholds = np.zeros(classes)
     for c in range(classes):
         values = np.sort(confidence[labels == c])
@@ -20,7 +20,7 @@ def _exact(confidence, labels, classes, cap):
 def test_thresholds_and_labels_equal_the_published_ones():
     arrays = golden("sdca_pseudo")
     probs = np.asarray(jax.nn.softmax(arrays["logits"]))
-    # Image after image, as a sweep adds them up.
+    # Image by image, as in a sweep.
     histogram = sum(np.asarray(confidence_histogram(image), np.int64) for image in probs)
     np.testing.assert_array_equal(histogram.sum(1), arrays["pixel_counts"])
     thresholds = class_thresholds(histogram, float(arrays["cap"]))
@@ -53,7 +53,7 @@ def test_any_number_of_pixels_agrees_within_the_bin_width(seed, pixels):
 
 
 def test_half_of_a_class_always_stays():
-    """However high and equal the confidences: nothing is strictly below its own bin."""
+    """Even if all confidences are high and equal, since none is strictly below its own bin."""
     probs = np.full((5, 2), [0.0, 1.0], np.float32) * np.float32(0.83)
     thresholds = class_thresholds(np.asarray(confidence_histogram(probs)), 0.9)
     assert not np.any(apply_thresholds(probs.argmax(1), probs.max(1), thresholds) == 255)
