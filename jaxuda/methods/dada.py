@@ -58,8 +58,8 @@ def source_pass(
     outputs, loss, carry = supervise(params, carry, batch, model=model, config=config, axis_name=axis_name, **given)
     depth, maps = weighted_maps(outputs, source["image"], config)
     berhu_loss = berhu(depth, source["depth"], axis_name=axis_name)
-    player = params["discriminator"]["main"]
-    d_source = advent.discriminate(model, config, player, stop_gradient(maps), SOURCE, axis_name)
+    discriminator = params["discriminator"]["main"]
+    d_source = advent.discriminate(model, config, discriminator, stop_gradient(maps), SOURCE, axis_name)
     loss += config.lambda_depth * berhu_loss + d_source
     return loss, carry.log(depth=berhu_loss, d_source_main=d_source)
 

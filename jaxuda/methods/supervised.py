@@ -47,7 +47,7 @@ def forward(
 def supervise(
     params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
 ) -> tuple[Outputs, jax.Array, Carry]:
-    """A forward pass on the source, with `supervised_loss`: how most source passes begin; its terms are logged."""
+    """A forward pass on the source, with `supervised_loss`: most source passes start with it; it logs the terms."""
     source = batch["source"]
     outputs, carry = forward(
         model, params["model"], carry, source["image"], keys=keys, use="source", axis_name=axis_name
