@@ -55,7 +55,7 @@ def test_every_training_is_in_the_table(finished: dict[str, Path], recipe: str) 
     assert any(all(head in line for head in heads) for line in log.splitlines()) and len(heads) == 4
 
 
-def test_sdca_artefacts(finished: dict[str, Path], data: dict) -> None:
+def test_sdca_artifacts(finished: dict[str, Path], data: dict) -> None:
     workdir = finished["sdca"]
     assert (workdir / "statistics" / "artifacts" / "class_statistics.npz").exists()
     thresholds = json.loads((workdir / "pseudo_labels" / "artifacts" / "thresholds.json").read_text())
@@ -66,8 +66,8 @@ def test_sdca_artefacts(finished: dict[str, Path], data: dict) -> None:
 
 
 def test_cfcontra_tells_how_good_its_pseudo_labels_are(finished: dict[str, Path]) -> None:
-    artefacts = finished["cfcontra"] / "prototypes" / "artifacts"
-    assert [path.name for path in artefacts.iterdir()] == ["prototypes.npz"]
+    artifacts = finished["cfcontra"] / "prototypes" / "artifacts"
+    assert [path.name for path in artifacts.iterdir()] == ["prototypes.npz"]
     rows = [json.loads(line) for line in (finished["cfcontra"] / "metrics.jsonl").read_text().splitlines()]
     adapted = [row for row in rows if row["stage"] == "adapt" and "loss" in row]
     for figure in ("pseudo_accuracy_using_target_labels", "pseudo_kept", "drift_source", "cosine_target"):
@@ -91,7 +91,7 @@ def test_intrada_splits_the_target(finished: dict[str, Path]) -> None:
     assert max(float(rows[name]) for name in easy) <= min(float(rows[name]) for name in hard)
 
 
-def test_damaged_artefacts_are_refused(finished: dict[str, Path], data: dict, tmp_path, capsys) -> None:
+def test_damaged_artifacts_are_refused(finished: dict[str, Path], data: dict, tmp_path, capsys) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(finished["sdca"], workdir)
     shutil.rmtree(workdir / "self_train")

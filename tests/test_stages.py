@@ -73,14 +73,14 @@ def test_what_a_stage_reads_belongs_to_it() -> None:
         fingerprints(config)
 
 
-def test_artefacts_are_verified(tmp_path: Path) -> None:
+def test_artifacts_are_verified(tmp_path: Path) -> None:
     recipe = {stage.name: stage for stage in plan(sdca.get_config(), tmp_path, DOMAINS)}
-    artefact = tmp_path / "statistics" / "artifacts" / "numbers"
-    artefact.parent.mkdir(parents=True)
-    artefact.write_text("1")
+    artifact = tmp_path / "statistics" / "artifacts" / "numbers"
+    artifact.parent.mkdir(parents=True)
+    artifact.write_text("1")
     recipe["statistics"].mark("done")
-    assert recipe["adapt"].artifacts() == {"statistics": artefact.parent}
-    artefact.write_text("2")
+    assert recipe["adapt"].artifacts() == {"statistics": artifact.parent}
+    artifact.write_text("2")
     with pytest.raises(UserError, match=r"not what the stage 'statistics' wrote.*--from_stage statistics"):
         recipe["adapt"].artifacts()
 

@@ -27,7 +27,7 @@ class PseudoLabelled(Sequence):
 
     Args:
       records: the images.
-      folder: the artefacts of a pseudo-label stage.
+      folder: the artifacts of a pseudo-label stage.
       space: the label space the ids are in.
 
     Raises:

@@ -43,7 +43,7 @@ class Stage(NamedTuple):
     folder: workdir/name.
     config: the run's shared sections overlaid with the stage's own; frozen.
     init: where the weights come from: None, or (checkpoints folder, "last" | "best").
-    reads: the earlier stages whose artefacts it uses, name -> folder.
+    reads: the earlier stages whose artifacts it uses, name -> folder.
     weights: the converted weights that its method may ask for, name -> checkpoints folder.
     identity: everything that decides the stage's result, as plain JSON values.
     """
@@ -92,13 +92,13 @@ class Stage(NamedTuple):
         return "done" if saved["status"] == "done" else "started"
 
     def damage(self) -> str | None:
-        """What of a finished stage is not as it was left: its artefacts or its last checkpoint; None if all is well.
+        """What of a finished stage is not as it was left: its artifacts or its last checkpoint; None if all is well.
 
         Folders that are gone as a whole were removed on purpose; stages that need them will say so.
         """
         folder = self.folder / ARTIFACTS
         if folder.is_dir() and files.checksums(folder) != read_record(self.record).get("artifacts", {}):
-            return f"the artefacts in {folder} have changed"
+            return f"the artifacts in {folder} have changed"
         return checkpoints.damage(self.folder / "checkpoints")
 
     def mark(self, status: str) -> None:
@@ -118,7 +118,7 @@ class Stage(NamedTuple):
         files.write_json(folder / "stage.json", record)
 
     def artifacts(self) -> dict[str, Path]:
-        """The folders of artefacts that this stage reads, by stage, each verified.
+        """The folders of artifacts that this stage reads, by stage, each verified.
 
         Raises:
           UserError: a file is missing or not as its stage wrote it.
@@ -127,7 +127,7 @@ class Stage(NamedTuple):
             record = read_record(folder / "stage.json")
             if record is None or files.checksums(folder / ARTIFACTS) != record.get("artifacts"):
                 raise UserError(
-                    f"the artefacts in {folder / ARTIFACTS} are not what the stage '{name}' wrote: add --from_stage "
+                    f"the artifacts in {folder / ARTIFACTS} are not what the stage '{name}' wrote: add --from_stage "
                     f"{name}, which makes them again"
                 )
         return {name: folder / ARTIFACTS for name, folder in self.reads.items()}

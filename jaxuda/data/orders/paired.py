@@ -69,7 +69,7 @@ def partners(folder: Path, source: Records, target: Records, draws: int, seed: i
     """The order of the source, (draws,) indices, for the first `draws` target images of a training.
 
     Args:
-      folder: the artefacts of a target_classes stage.
+      folder: the artifacts of a target_classes stage.
       source: labelled records.
       target: records, all of them predicted by that stage.
       draws: steps * batch.
