@@ -1,4 +1,4 @@
-"""Layers that every network shares: convolution, batch normalisation, pooling, resizing, gradient reversal.
+"""Layers that every network shares: convolution, batch normalisation, pooling, dropout, resizing, gradient reversal.
 
 This is the only file that decides how a convolution is lowered. On GPU (and wherever it runs best) a
 convolution is the library's; on CPU some shapes have an equal form (`cpu_forms.py`) that XLA compiles to far
@@ -201,6 +201,46 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0, ceil: bool 
     # The start must be a constant while tracing, else JAX does not see a maximum that it can differentiate.
     pads = ((0, 0), *pads, (0, 0))
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, size, size, 1), (1, stride, stride, 1), pads)
+
+
+# Drawing at random ------------------------------------------------------------------------------------------
+
+
+class Dropout(nn.Module):
+    """Each entry is zero with probability `rate` (0 <= rate < 1) while training, the others are scaled to make up.
+
+    Every example draws by its place in the global batch, so that neither devices nor accumulation matter; Flax's own
+    layer would give two devices the same mask. The key is that of "dropout", see `jaxuda.methods.supervised.forward`.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, index: jax.Array | None) -> jax.Array:
+        """(N, ...) -> (N, ...); `index` (N,) int32 are the places of the examples in the global batch."""
+        return _drop(self, x, train, index, x.shape[1:])
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., ECCV 2016): as `Dropout`, but an example is dropped as a whole."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, index: jax.Array | None) -> jax.Array:
+        """(N, ...), a residual branch -> (N, ...); `index` as for `Dropout`."""
+        return _drop(self, x, train, index, (1,) * (x.ndim - 1))
+
+
+def _drop(layer: nn.Module, x: jax.Array, train: bool, index: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+    """`x` with what is drawn for each example in `shape`, which broadcasts to one of it."""
+    if not train or not layer.rate:
+        return x
+    if index is None:
+        raise UserError("a network that draws at random needs `index` while it trains: the examples' global places")
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(layer.make_rng("dropout"), index)
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - layer.rate, shape))(keys)
+    return jnp.where(kept, x / (1 - layer.rate), 0).astype(x.dtype)
 
 
 # Resizing ---------------------------------------------------------------------------------------------------

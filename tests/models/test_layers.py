@@ -239,3 +239,66 @@ def test_conv_keeps_size_and_adds_bias():
     y, variables = conv.init_with_output(jax.random.key(0), jnp.zeros((1, 6, 7, 3)))
     assert variables["params"]["kernel"].shape == (3, 3, 3, 4)
     np.testing.assert_array_equal(y, np.ones((1, 6, 7, 4)))
+
+
+# Drawing at random
+
+
+def drop(kind, x, index, rate=0.3, train=True, key=0):
+    return kind(rate).apply({}, x, train, index, rngs={"dropout": jax.random.key(key)})
+
+
+@pytest.mark.parametrize("kind", [layers.Dropout, layers.DropPath])
+def test_share_and_scale_of_what_is_dropped(kind):
+    count = 64 if kind is layers.Dropout else 4096
+    x = np.random.default_rng(0).uniform(1, 2, (count, 8, 4, 3)).astype(np.float32)
+    y = np.asarray(drop(kind, x, jnp.arange(count)))
+    kept = y != 0
+    np.testing.assert_allclose(y[kept], x[kept] / 0.7, rtol=1e-6)
+    whole = kept.reshape(count, -1)
+    drawn = whole if kind is layers.Dropout else whole[:, 0]
+    assert abs(drawn.mean() - 0.7) < 5 * np.sqrt(0.21 / drawn.size)
+    if kind is layers.DropPath:
+        assert (whole == whole[:, :1]).all()
+
+
+@pytest.mark.parametrize("kind", [layers.Dropout, layers.DropPath])
+def test_nothing_is_dropped_in_evaluation_or_at_rate_0(kind):
+    x = jnp.ones((4, 3, 2, 5))
+    for y in (
+        drop(kind, x, None, train=False),
+        drop(kind, x, jnp.arange(4), rate=0.0),
+        kind(0.3).apply({}, x, False, None),
+    ):
+        np.testing.assert_array_equal(y, x)
+    with pytest.raises(UserError, match="needs `index`"):
+        drop(kind, x, None)
+
+
+@pytest.mark.parametrize("kind", [layers.Dropout, layers.DropPath])
+def test_examples_draw_alone_by_their_place_in_the_global_batch(kind):
+    x = jnp.ones((64, 2, 3, 4))
+    whole = np.asarray(drop(kind, x, jnp.arange(64)))
+    for places in (np.arange(32, 64), np.arange(1, 64, 2)):  # a device's share, and a part of an accumulated batch
+        np.testing.assert_array_equal(drop(kind, x[places], jnp.asarray(places)), whole[places])
+    assert len(np.unique(whole.reshape(64, -1), axis=0)) > (1 if kind is layers.DropPath else 60)
+    assert np.any(drop(kind, x, jnp.arange(64), key=1) != whole)
+    # Neighbours agree as often as chance lets them.
+    kept = whole.reshape(64, -1)[:, 0] != 0
+    assert 0.3 < np.mean(kept[1:] == kept[:-1]) < 0.9
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x, index):
+            return kind(0.3)(x, True, index), kind(0.3)(x, True, index)
+
+    first, second = Two().apply({}, x, jnp.arange(64), rngs={"dropout": jax.random.key(0)})
+    assert np.any(first != second)
+
+
+def test_dropout_keeps_the_dtype_and_its_gradient_is_its_mask():
+    x = jnp.ones((8, 16), jnp.bfloat16)
+    assert drop(layers.Dropout, x, jnp.arange(8)).dtype == jnp.bfloat16
+    x = x.astype(jnp.float32)
+    gradient = jax.grad(lambda x: jnp.sum(drop(layers.Dropout, x, jnp.arange(8))))(x)
+    np.testing.assert_allclose(gradient, drop(layers.Dropout, x, jnp.arange(8)))
