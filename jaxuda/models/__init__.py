@@ -21,8 +21,8 @@ The Flax module has
         The parts of the parameters that end in classes: that of `Outputs.main`, then that of `Outputs.aux` where there
         is one. The last axis of all their arrays is the classes.
     classifier(num_classes) -> a Flax module
-        A head like the network's own: with the parameters of CLASSIFIERS[0] it maps `Outputs.features` to
-        `Outputs.main`.
+        A head like the network's own, a module by itself (`parent=None`): with the parameters of CLASSIFIERS[0] it maps
+        `Outputs.features` to `Outputs.main`.
     parameter_group(path) -> str
         The optimizer's group of the parameter at a path ("backbone", "conv1", "kernel"); see `jaxuda.optimizers`.
     describe() -> str

@@ -44,7 +44,7 @@ def check(config: ConfigDict) -> None:
         wrong.append(f"config.test.scales={scales!r} must be factors above 0, such as (1.0,)")
     if not _all_numbers(weights) or min(weights, default=0) < 0 or (weights and not sum(weights)):
         wrong.append(f"config.test.weights={weights!r} must be numbers that are not negative, and not all 0")
-    blocks = plain["model"]["blocks"]
+    blocks = plain["model"].get("blocks")  # a field of networks of the literature alone
     if blocks is not None and not all(type(n) is int and 0 < n < 1000 for n in blocks):
         wrong.append(f"config.model.blocks={blocks!r} must be numbers of blocks, one per stage")
     wrong += _pipeline(plain)
