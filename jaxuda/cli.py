@@ -74,8 +74,8 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
         raise UserError(_value_message(error, args)) from error
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(_text(error)) from error
-    if rest:
-        raise UserError(f"not understood: {' '.join(rest)} (flags start with --)")
+    for word in rest:
+        raise unknown(word, ())
     from jaxuda.pipeline import settings  # here: it needs JAX
 
     settings.check(args.config)
@@ -169,7 +169,7 @@ def _check_fields(config: ConfigDict, words: Sequence[str]) -> None:
             section, place = section[name], f"{place}.{name}"
         if field and isinstance(section, ConfigDict):
             raise UserError(
-                f"{place} is a section: set its fields ({', '.join(f'{place}.{name}' for name in section)})"
+                f"{place} is a section: set its fields ({', '.join(section)}), each as --{place}.FIELD=VALUE"
             )
 
 
@@ -198,12 +198,14 @@ def seeds(text: str) -> list[int]:
 
 
 def unknown(word: str, known: Iterable[str]) -> UserError:
-    """The error for a flag that a command lacks; it names a similar one.
+    """The error for a word that a command does not understand; it names a similar flag.
 
     Args:
       word: as it was given, such as "--sedes=1".
       known: the command's flags; those of `jaxuda.main` include "--config.FIELD" for the first level of fields.
     """
+    if not word.startswith("-"):
+        return UserError(f"not understood: {word} (flags start with --)")
     name, known = word.partition("=")[0], list(known)
     # What is --data_dir of one command is --config.data_dir of another.
     twins = [name.replace("--", "--config.", 1), name.replace("--config.", "--", 1)]
@@ -224,17 +226,19 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
-        """All words, or UserError."""
-        args, rest = self.parse_known_args(argv)
+        """The flags of a command that reads no recipe."""
+        args, rest = self.parse_with_fields(argv)
         for word in rest:
-            if word.startswith("-"):
-                raise unknown(word, self.flags())
-            raise UserError(f"not understood: {word} (flags start with --)")
+            raise unknown(word, self._option_string_actions)
         return args
 
-    def flags(self) -> list[str]:
-        """All flags of the command, each as it is given."""
-        return list(self._option_string_actions)
+    def parse_with_fields(self, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+        """The command's own flags, and the words --config.FIELD=VALUE for `parse`."""
+        args, rest = self.parse_known_args(argv)
+        for word in rest:
+            if word.startswith("-") and not word.startswith("--config."):
+                raise unknown(word, self._option_string_actions)
+        return args, rest
 
     def error(self, message: str) -> Any:
         """Raises the message as a UserError."""

@@ -11,37 +11,31 @@ python -m jaxuda.convert STAGE --export FILE
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from jaxuda import data
-from jaxuda.cli import guarded, parse
+from jaxuda.cli import Parser, guarded, parse
 from jaxuda.errors import UserError
-from jaxuda.inference import conversion
-from jaxuda.pipeline import domains, stages
-from jaxuda.training import weights
 
 
 def convert(argv: list[str] | None = None) -> None:
     """What the command line asks for."""
-    parser = argparse.ArgumentParser(
-        "python -m jaxuda.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("jaxuda.convert", __doc__)
     parser.add_argument("file", type=Path, help="a .pth or .safetensors file; to export, a stage's folder")
-    parser.add_argument("--imagenet", metavar="NETWORK", help=f"one of {', '.join(weights.IMAGENET)}")
+    parser.add_argument("--imagenet", metavar="NETWORK", help="as python -m jaxuda.main --list names it")
     parser.add_argument("--data_dir", default="", help="where datasets and weights are (default: as in a config)")
     parser.add_argument("--config", help="the recipe whose network FILE is of; --config.FIELD=VALUE works too")
     parser.add_argument("--stage", default="", help="of that recipe (default: the last one that adapts)")
     parser.add_argument("--out", type=Path, help="where to write (default: DATA_DIR/weights/NAME_OF_FILE)")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write this torch file")
     parser.add_argument("--layout", default="", help="its names (default: those of the most similar published network)")
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = parser.parse_with_fields(argv)
+    from jaxuda.inference import conversion  # here: --help must not wait for JAX
+    from jaxuda.pipeline import stages
+    from jaxuda.training import weights
+
     if [bool(args.imagenet), bool(args.config and not args.export), bool(args.export)].count(True) != 1:
         raise UserError("say one of --imagenet NETWORK, --config FILE and --export FILE (--help tells which)")
     if overrides and not args.config:
@@ -71,6 +65,9 @@ def _trained_stage(config: ConfigDict, name: str) -> str:
 
 
 def _num_classes(config: ConfigDict) -> int:
+    from jaxuda import data
+    from jaxuda.pipeline import domains
+
     if config.label_space:
         return data.labels.label_space(config.label_space).num_classes
     return domains.open_records(config, "source", config.source.split).label_space.num_classes

@@ -32,7 +32,7 @@ def prepare(
 def run(argv: list[str] | None) -> None:
     """Parses and prepares."""
     parser = Parser("jaxuda.prepare", __doc__)
-    parser.add_argument("name", help="a dataset, such as camvid, or one of its configs, such as camvid/day")
+    parser.add_argument("name", help="a dataset, one of its configs (camvid/day), or the dotted path of your own")
     parser.add_argument("--manual_dir", help="folder with the dataset's published files")
     parser.add_argument("--path", default="", help="your own folder, for the dataset 'folder'")
     where = "where prepared data goes (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"

@@ -15,7 +15,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jaxuda import files
-from jaxuda.cli import Parser, guarded, parse, seeds, unknown
+from jaxuda.cli import Parser, guarded, parse, seeds
 from jaxuda.main import run_and_report
 
 
@@ -26,11 +26,7 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--benchmarks", default="streets", help="comma-separated")
     parser.add_argument("--seeds", default="0", type=seeds, help="comma-separated")
     parser.add_argument("--runs", default="runs", type=Path, help="the folder of work folders")
-    args, overrides = parser.parse_known_args(argv)
-    for word in overrides:
-        if word.startswith("-") and not word.startswith("--config."):
-            raise unknown(word, parser.flags())
-    run_all(args, overrides)
+    run_all(*parser.parse_with_fields(argv))
 
 
 def run_all(args: argparse.Namespace, overrides: list[str]) -> None:

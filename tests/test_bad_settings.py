@@ -96,12 +96,3 @@ def test_settings_that_make_no_sense_are_named(words: list[str], expected: str, 
     assert main(["jaxuda", "--config=configs/minent.py", "--workdir=/nowhere/at/all", *words]) == MISTAKE
     message = capsys.readouterr().err
     assert expected in message and message.startswith("error: ") and "Traceback" not in message
-
-
-def test_a_broken_config_file_tells_its_line(tmp_path: Path, capsys) -> None:
-    file = tmp_path / "configs" / "broken.py"
-    file.parent.mkdir()
-    file.write_text("def get_config():\n    return nothing\n")
-    assert main(["jaxuda", f"--config={file}"]) == MISTAKE
-    message = capsys.readouterr().err
-    assert "NameError" in message and "line 2" in message and "Traceback" not in message

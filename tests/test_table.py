@@ -10,6 +10,7 @@ from jaxuda import table
 from jaxuda.cli import MISTAKE
 from jaxuda.errors import UserError
 from jaxuda.main import main
+from jaxuda.pipeline import tables
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,10 +39,10 @@ def test_table_refuses_what_cannot_be_compared(data: dict, tmp_path, capsys) -> 
     assert "their evaluation sizes differ: (1024, 512) against (1460, 730)" in message and not list(tmp_path.iterdir())
     run = {"config": "minent", "benchmark": "folder", "seed": 0, "classes": ["a"], "data": {"evaluation": None}}
     with pytest.raises(UserError, match="their classes differ"):
-        table.comparable([run, run | {"seed": 1, "classes": ["b"]}])
+        tables.comparable([run, run | {"seed": 1, "classes": ["b"]}])
     with pytest.raises(UserError, match="their evaluated images differ"):
-        table.comparable([run | {"data": {"evaluation": {"fingerprint": text}}} for text in "xy"])
-    table.comparable([run, run | {"benchmark": "streets", "classes": ["b"]}])
+        tables.comparable([run | {"data": {"evaluation": {"fingerprint": text}}} for text in "xy"])
+    tables.comparable([run, run | {"benchmark": "streets", "classes": ["b"]}])
 
 
 def test_a_baseline_of_other_settings_has_its_own_row() -> None:
@@ -65,14 +66,14 @@ def test_a_baseline_of_other_settings_has_its_own_row() -> None:
         run("lfass", 1, "Lovasz", source_only=0.13),
         run("crcda", 0, "plain", source_only=0.10),
     ]
-    lines = table.summary(runs).splitlines()[2:6]
+    lines = tables.summary(runs).splitlines()[2:6]
     assert [line.split(" | ")[1:5] for line in lines] == [
         ["source only", "2", "10.0 12.0", "11.0 ± 1.4"],
         ["minent: adapt", "2", "20.0 22.0", "21.0 ± 1.4"],
         ["plca: source only", "2", "11.0 13.0", "12.0 ± 1.4"],
         ["plca: adapt", "2", "21.0 24.0", "22.5 ± 2.1"],
     ]
-    assert table.summary(runs).splitlines()[6] == ""
+    assert tables.summary(runs).splitlines()[6] == ""
 
 
 def test_table_runs_what_is_missing(data: dict, tmp_path, capsys) -> None:

@@ -104,7 +104,9 @@ def _make_ready(config: ConfigDict, domains: Sequence[str]) -> None:
             missing[prepare_command(part, data_dir, path)] = part
     if missing:
         names, verb = " and ".join(missing.values()), "is" if len(missing) == 1 else "are"
-        raise UserError(f"{names} {verb} not prepared in {root(data_dir)}; run\n  " + "\n  ".join(missing))
+        elsewhere = "or, if prepared elsewhere, add --config.data_dir=DIR (what --data_dir is to jaxuda.prepare)"
+        commands = "\n  ".join(missing)
+        raise UserError(f"{names} {verb} not prepared in {root(data_dir)}; run\n  {commands}\n{elsewhere}")
 
 
 def _parts(name: str) -> list[str]:

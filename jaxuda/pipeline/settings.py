@@ -23,12 +23,17 @@ _LEAST = {
     **dict.fromkeys(("weight_decay", "head_factor", "norm_eps", "rare_class_pixels"), 0),
     "rare_class_temperature": 1e-6,
 }
+_NEEDED = ("name", "benchmark", "seed", "pipeline", "source", "target", "evaluation", "test", "model", "optim")
+_STAGE = {"domains", "init", "labels", "split", "reads"}  # fields of every stage, and of one that trains
+_TRAINING = _STAGE | {"steps", "schedule_steps", "batch", "lr", "order"}
 _MOST = {"width": 4096, "num_workers": 1024, "momentum": 1}
 
 
 def check(config: ConfigDict) -> None:
     """Raises a UserError that names every field of a config whose value makes no sense."""
     plain = config.to_dict()
+    if missing := [field for field in _NEEDED if field not in plain]:
+        raise UserError(f"the config lacks {', '.join(missing)}: make it with configs.common.base, then change it")
     wrong = [f"config.{field}={value!r} {problem}" for field, value, problem in _numbers(plain)]
     for domain in ("source", "target"):
         if not plain[domain]["name"]:
@@ -44,7 +49,7 @@ def check(config: ConfigDict) -> None:
         wrong.append(f"config.test.scales={scales!r} must be factors above 0, such as (1.0,)")
     if not _all_numbers(weights) or min(weights, default=0) < 0 or (weights and not sum(weights)):
         wrong.append(f"config.test.weights={weights!r} must be numbers that are not negative, and not all 0")
-    blocks = plain["model"].get("blocks")  # a field of networks of the literature alone
+    blocks = plain["model"].get("blocks")  # not every network family has it
     if blocks is not None and not all(type(n) is int and 0 < n < 1000 for n in blocks):
         wrong.append(f"config.model.blocks={blocks!r} must be numbers of blocks, one per stage")
     wrong += _pipeline(plain)
@@ -80,15 +85,19 @@ def _pipeline(plain: Mapping[str, Any]) -> list[str]:
     wrong = []
     for name in names:
         section = plain.get(name)
-        if isinstance(section, Mapping) and "train" in section:
+        if not isinstance(section, Mapping) or not {"train", "sweep"} & section.keys():
+            wrong.append(f"config.pipeline names '{name}', but config.{name} is no stage, with a `train` or a `sweep`")
+            continue
+        if missing := sorted((_TRAINING if "train" in section else _STAGE) - section.keys()):
+            wrong.append(f"config.{name} lacks {', '.join(missing)}: make stages with the functions of configs.common")
+            continue
+        if not section["domains"] or not {"source", "target"} >= set(section["domains"]):
+            wrong.append(f"config.{name}.domains={section['domains']!r} must name 'source', 'target' or both")
+        if "train" in section:
             parts = max(1, plain.get("accumulate", 1))
             parts = parts if parts > 1 else max(1, section.get("accumulate", 1))
             if section["batch"] % parts:
                 wrong.append(f"config.{name}.batch={section['batch']} does not divide into {parts} parts")
-        if isinstance(section, Mapping) and not {"source", "target"} >= set(section.get("domains", ())):
-            wrong.append(f"config.{name}.domains={section['domains']!r} must be of 'source' and 'target'")
-        if isinstance(section, Mapping) and not section.get("domains", ("source",)):
-            wrong.append(f"config.{name}.domains=() must name at least one of 'source' and 'target'")
     return wrong
 
 
