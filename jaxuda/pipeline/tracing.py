@@ -72,7 +72,7 @@ def abstract_step(
 
 
 def image_size(domain: Any) -> tuple[int, int]:
-    """(width, height) of the images of a domain; those of `fit`, which keeps the aspect, at most."""
+    """(width, height) of the images of a domain: with `fit` at most so large; 256x128 where the files alone decide."""
     return tuple(domain.crop or domain.resize or domain.get("fit") or (256, 128))
 
 
