@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # the coordination service has no public interface in jax
+from jax._src import distributed  # the coordination service has no public interface (up to jax 0.11.2)
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 

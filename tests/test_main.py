@@ -391,8 +391,3 @@ def test_devices_share_the_work(data: dict, finished: Path, tmp_path) -> None:
         return [row["loss"] for row in rows if "loss" in row and row["stage"] == "source_only"][:3]
 
     np.testing.assert_allclose(losses(workdir), losses(finished), rtol=1e-3)
-
-
-def test_help_is_readable(capsys) -> None:
-    assert main(["jaxuda", "--help"]) == 0
-    assert "--from_stage" in capsys.readouterr().out

@@ -74,6 +74,10 @@ def test_a_baseline_of_other_settings_has_its_own_row() -> None:
         ["plca: adapt", "2", "21.0 24.0", "22.5 ± 2.1"],
     ]
     assert tables.summary(runs).splitlines()[6] == ""
+    runs = [run(name, 0, "plain", source_only=0.1, control=0.15, adapt=0.2, oracle=0.3) for name in ("minent", "plca")]
+    lines = tables.summary(runs).splitlines()[2:]
+    titles = ["source only", "minent: control", "minent: adapt", "oracle", "plca: control", "plca: adapt"]
+    assert [line.split(" | ")[1] for line in lines[:6]] == titles
 
 
 def test_table_runs_what_is_missing(data: dict, tmp_path, capsys) -> None:

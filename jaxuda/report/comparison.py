@@ -13,7 +13,7 @@ from jaxuda.pipeline import tables as seeds
 from jaxuda.report import charts, page, tables
 from jaxuda.report.gallery import Gallery
 from jaxuda.report.markup import Markup, join, tag
-from jaxuda.report.runs import ADAPTED, ORACLE, SOURCE_ONLY, Run, StageRun
+from jaxuda.report.runs import ADAPTED, CONTROL, ORACLE, SOURCE_ONLY, Run, StageRun
 
 
 class Column(NamedTuple):
@@ -73,15 +73,16 @@ def run_names(runs: Sequence[Run]) -> list[str]:
 def _finals(runs: Sequence[Run], names: Sequence[str]) -> list[Column]:
     """The final stage of each run: its last adapted stage, else its last stage with a score."""
     pairs = zip(names, runs, strict=True)
-    found = [(name, run, run.final(ADAPTED) or (run.scored[-1] if run.scored else None)) for name, run in pairs]
-    return [Column(f"{name}: {stage.title}", run, stage) for name, run, stage in found if stage is not None]
+    return [Column(f"{name}: {run.result.title}", run, run.result) for name, run in pairs if run.result is not None]
 
 
 def _scores(runs: Sequence[Run], names: Sequence[str]) -> Markup:
+    baselines = [role for role in (SOURCE_ONLY, CONTROL) if role == SOURCE_ONLY or any(run.final(role) for run in runs)]
     rows = []
     for name, run in zip(names, runs, strict=True):
-        before, after, best = (run.final(role) for role in (SOURCE_ONLY, ADAPTED, ORACLE))
-        values = [stage.last["miou"] if stage else None for stage in (before, after, best)]
+        after, best = run.final(ADAPTED), run.final(ORACLE)
+        before = [stage.last["miou"] if (stage := run.final(role)) else None for role in baselines]
+        adapted = after.last["miou"] if after else None
         mean = after.results.get("mean_of_last", {}) if after else {}
         chosen = after.results.get("best_on_val_using_target_labels", {}) if after else {}
         rows.append(
@@ -90,13 +91,14 @@ def _scores(runs: Sequence[Run], names: Sequence[str]) -> Markup:
                 run.validation,
                 len(run.classes) or tables.NONE,
                 after.title if after else tables.NONE,
-                *map(tables.percent, values),
-                tables.gain(values[1], values[0]),
+                *map(tables.percent, [*before, adapted, best.last["miou"] if best else None]),
+                *(tables.gain(adapted, score) for score in before),
                 tables.percent(mean.get("miou")),
                 tables.percent(chosen.get("miou")),
             ]
         )
-    head = ["run", "measured on", "classes", "adapted stage", "source only", "adapted", "oracle", "gain"]
+    head = ["run", "measured on", "classes", "adapted stage", *baselines, ADAPTED, ORACLE]
+    head += [f"gain over {role}" for role in baselines]
     head += ["adapted, mean of the last few", "adapted, best on val (uses target labels) *"]
     chosen = "* This checkpoint was chosen with target labels, which an unlabelled target does not have."
     caption = "mIoU in %, last checkpoint of each stage, except in the column marked *"

@@ -16,7 +16,7 @@ from jaxuda.data.labels import IGNORE, LabelSpace
 from jaxuda.report import charts, tables
 from jaxuda.report.gallery import Gallery, Picture
 from jaxuda.report.markup import Markup, data_uri, join, tag
-from jaxuda.report.runs import ADAPTED, ORACLE, SOURCE_ONLY, Run, StageRun
+from jaxuda.report.runs import Run, StageRun
 
 JPEG_QUALITY = 85
 SHADES = 32  # number of levels of an entropy map in a page: fewer compress better
@@ -81,12 +81,7 @@ def _resource(name: str) -> str:
 
 
 def _headline(run: Run) -> Markup | None:
-    before, after, best = (run.final(role) for role in (SOURCE_ONLY, ADAPTED, ORACLE))
-    parts = [
-        join(f"{stage.title} ", tag("strong", tables.percent(stage.last["miou"])))
-        for stage in (before, after, best)
-        if stage is not None
-    ]
+    parts = [join(f"{stage.title} ", tag("strong", tables.percent(stage.last["miou"]))) for stage in run.compared]
     if not parts:
         return None
     arrows = [part for pair in zip(parts, [", "] * len(parts), strict=True) for part in pair][:-1]
@@ -148,11 +143,9 @@ def _folded(title: str, content: Sequence[Markup | None], is_open: bool = False)
 
 
 def _bars(run: Run) -> Markup | None:
-    stages = [stage for stage in map(run.final, (SOURCE_ONLY, ADAPTED, ORACLE)) if stage is not None]
-    if not stages:
-        return None
     numbers = colours(run.trainings)
-    return iou_bars(run.classes, {stage.title: (numbers[stage.name], stage) for stage in stages})
+    bars = {stage.title: (numbers[stage.name], stage) for stage in run.compared}
+    return iou_bars(run.classes, bars) if bars else None
 
 
 def iou_bars(classes: Sequence[str], stages: Mapping[str, tuple[int, StageRun]]) -> Markup:
@@ -168,9 +161,8 @@ def iou_bars(classes: Sequence[str], stages: Mapping[str, tuple[int, StageRun]])
 
 
 def _confusions(run: Run) -> Markup | None:
-    shown = run.final(ADAPTED) or (run.scored[-1] if run.scored else None)
     return join(
-        tag("details", tag("summary", stage.title), tables.confusion(run, stage), open=stage is shown)
+        tag("details", tag("summary", stage.title), tables.confusion(run, stage), open=stage is run.result)
         for stage in run.scored
     )
 

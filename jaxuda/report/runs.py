@@ -16,14 +16,14 @@ from jaxuda.data.labels import LabelSpace
 from jaxuda.errors import UserError
 from jaxuda.pipeline import domains
 
-SOURCE_ONLY, ADAPTED, ORACLE, SWEEP = "source only", "adapted", "oracle", "sweep"
+SOURCE_ONLY, CONTROL, ADAPTED, ORACLE, SWEEP = "source only", "control", "adapted", "oracle", "sweep"
 
 
 class StageRun(NamedTuple):
     """One stage.
 
     name: that of the stage and its folder.
-    role: `SOURCE_ONLY`, `ADAPTED`, `ORACLE` or `SWEEP`.
+    role: `SOURCE_ONLY`, `CONTROL`, `ADAPTED`, `ORACLE` or `SWEEP`.
     settings: the stage's own section of the config.
     status: "done", "started" or "missing".
     fingerprint: that of the stage, "" if it has not begun.
@@ -114,12 +114,27 @@ class Run(NamedTuple):
     @property
     def outcome(self) -> StageRun | None:
         """The final stage so far: the last adapted stage that has begun, else the last training that has begun."""
-        begun = [stage for stage in self.trainings if stage.status != "missing"]
-        return next((s for s in reversed(begun) if s.role == ADAPTED), begun[-1] if begun else None)
+        return _last_adapted([stage for stage in self.trainings if stage.status != "missing"])
+
+    @property
+    def result(self) -> StageRun | None:
+        """As `outcome`, of the stages with a score."""
+        return _last_adapted(self.scored)
+
+    @property
+    def compared(self) -> list[StageRun]:
+        """The last stage with a score of each role, from the baselines to the upper bound."""
+        return [stage for stage in map(self.final, (SOURCE_ONLY, CONTROL, ADAPTED, ORACLE)) if stage is not None]
 
     def final(self, role: str) -> StageRun | None:
         """The last stage of a role that has a score; None if there is none."""
         return next((stage for stage in reversed(self.scored) if stage.role == role), None)
+
+
+def _last_adapted(stages: list[StageRun]) -> StageRun | None:
+    """The last stage that adapts, else the last one that is not a control."""
+    others = [stage for stage in stages if stage.role != CONTROL]
+    return next((s for s in reversed(others) if s.role == ADAPTED), others[-1] if others else None)
 
 
 def read_run(folder: Path) -> Run:
@@ -232,6 +247,8 @@ def _rows_elsewhere(folder: Path, fingerprint: str | None) -> list[dict]:
 def _role(settings: Mapping[str, Any]) -> str:
     if "sweep" in settings:
         return SWEEP
+    if settings.get("train") == CONTROL:
+        return CONTROL
     if len(settings.get("domains", ())) != 1 or settings.get("labels"):
         return ADAPTED
     return SOURCE_ONLY if settings["domains"][0] == "source" else ORACLE

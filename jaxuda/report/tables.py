@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from jaxuda.report.markup import Markup, join, tag
-from jaxuda.report.runs import ADAPTED, ORACLE, SOURCE_ONLY, SWEEP, Run, StageRun
+from jaxuda.report.runs import ADAPTED, CONTROL, ORACLE, SOURCE_ONLY, SWEEP, Run, StageRun
 
 NONE = "-"  # as in the tables on the terminal
 ROLES = {
     SOURCE_ONLY: "labels of the source alone",
+    CONTROL: "trained as the adaptation, without its loss on the target",
     ADAPTED: "adapted to the target without its labels",
     ORACLE: "trained with target labels",
     SWEEP: "a pass over the data",
@@ -59,15 +60,14 @@ def results(run: Run) -> Markup:
     """IoU per class and mean IoU of every stage with a score, and its other scores."""
     stages = run.scored
     scores = [np.array([np.nan if v is None else v for v in stage.last["iou"]]) for stage in stages]
-    first, last = run.final(SOURCE_ONLY), run.final(ADAPTED)
-    compared = first is not None and last is not None
+    last = run.final(ADAPTED)
+    baselines = [stage for stage in map(run.final, (SOURCE_ONLY, CONTROL)) if stage and last]
     head = ["class", *(tag("span", s.title, tag("small", _when(s), ROLES[s.role])) for s in stages)]
-    head += [join("gain", tag("small", f"{last.title} over {first.title}"))] if compared else []
+    head += [join("gain", tag("small", f"{last.title} over {stage.title}")) for stage in baselines]
 
     def line(name: str, values: Sequence[Any]) -> list[Any]:
         found = dict(zip((s.name for s in stages), values, strict=True))
-        difference = [gain(found[last.name], found[first.name])] if compared else []
-        return [name, *map(percent, values), *difference]
+        return [name, *map(percent, values), *(gain(found[last.name], found[stage.name]) for stage in baselines)]
 
     rows = [line(name, [float(iou[index]) for iou in scores]) for index, name in enumerate(run.classes)]
     means = [stage.results.get("mean_of_last", {}) for stage in stages]

@@ -278,3 +278,46 @@ def test_command(tmp_path, capsys) -> None:
     with pytest.raises(UserError, match="damaged"):
         (folder / "config.json").write_text("{")
         read_run(folder)
+
+
+def test_a_control_stands_between_source_only_and_the_adapted_stage(tmp_path) -> None:
+    control = {"train": "control", "domains": ["source", "target"], **TRAINED, "init": "source_only"}
+    stages = {"source_only": STAGES["source_only"], "control": control}
+    stages |= {name: STAGES[name] for name in ("adapt", "oracle")}
+    folder = draw_run(tmp_path / "run", stages=stages)
+    parsed = assert_harmless(report.write([folder]).read_text())
+    head, *rows = next(rows for caption, rows in parsed.tables.items() if caption.startswith("IoU in % on"))
+    titles = (
+        "class",
+        "source only",
+        "control",
+        "adapt",
+        "oracle",
+        "gainadapt over source only",
+        "gainadapt over control",
+    )
+    assert all(cell.startswith(name) for cell, name in zip(head, titles, strict=True))
+    scores = {n: r["last"]["miou"] for n, r in json.loads((folder / "results.json").read_text())["stages"].items()}
+    found = {cells[0]: cells[1:] for cells in rows}
+    gains = [f"{100 * (scores['adapt'] - scores[name]):+.1f}" for name in ("source_only", "control")]
+    assert found["mIoU (3 classes)"][4:] == gains
+    assert re.search(r"source only [\d.]+, control [\d.]+, adapt [\d.]+, oracle [\d.]+ on", parsed.text)
+    plain = draw_run(tmp_path / "plain", seed=1)
+    parsed = assert_harmless(report.write([folder, plain], tmp_path / "both.html").read_text())
+    head, *rows = parsed.tables["mIoU in %, last checkpoint of each stage, except in the column marked *"]
+    assert head[4:10] == ["source only", "control", "adapted", "oracle", "gain over source only", "gain over control"]
+    assert rows[0][5] == f"{100 * scores['control']:.1f}" and rows[0][9] == gains[1] and rows[1][5] == rows[1][9] == "-"
+    assert not any("control" in row[0] for row in rows)
+
+
+def test_a_control_is_not_what_a_run_comes_to(tmp_path) -> None:
+    """Not even while nothing has been adapted."""
+    control = {"train": "control", "domains": ["source", "target"], **TRAINED}
+    stages = {"source_only": STAGES["source_only"], "control": control, "adapt": STAGES["adapt"]}
+    begun = read_run(draw_run(tmp_path / "begun", done=1, stages=stages))
+    assert [stage.name for stage in begun.scored] == ["source_only", "control"]
+    assert begun.outcome.name == begun.result.name == "source_only" and begun.final("adapted") is None
+    adapting = read_run(draw_run(tmp_path / "adapting", done=2, stages=stages))
+    assert adapting.outcome.name == adapting.result.name == "adapt"
+    alone = read_run(draw_run(tmp_path / "alone", done=1, stages={"control": control}))
+    assert alone.outcome is None and alone.result is None
