@@ -220,7 +220,7 @@ def _opened(data: bytes) -> Image.Image:
 
 @contextlib.contextmanager
 def _unreadable() -> Iterator[None]:
-    """Pillow raises whatever its parsers stumble over in a damaged file."""
+    """Pillow raises whatever its parsers stumble over in a corrupt file."""
     try:
         yield
     except Exception as error:

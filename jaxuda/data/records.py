@@ -130,7 +130,7 @@ class Records:
                 record["depth"] = encoding.inverse_depth(encoding.decode_depth(stored["depth"]))
         except (ValueError, KeyError, RuntimeError, OSError) as error:  # array_record raises the last two
             raise UserError(
-                f"{self.name}: record {record['id']!r} is damaged ({error}); "
+                f"{self.name}: record {record['id']!r} is corrupt ({error}); "
                 f"delete {self._folder} and prepare the dataset again"
             ) from error
         return record

@@ -55,7 +55,7 @@ def import_imagenet(
       The folder written.
 
     Raises:
-      UserError: the file is refused or damaged, is of another network, or the folder is taken.
+      UserError: the file is refused or corrupt, is of another network, or the folder is taken.
     """
     public = weights.published(network)
     fields = {"name": public.family, **public.fields}
@@ -84,7 +84,7 @@ def import_checkpoint(path: Path, stage: ConfigDict, num_classes: int, folder: P
       say: told what is in the file, and what was taken from it.
 
     Raises:
-      UserError: the file is refused or damaged, is of another network, or the folder is taken.
+      UserError: the file is refused or corrupt, is of another network, or the folder is taken.
     """
     model = make_model(stage.model, num_classes)
     source, state = _read(path, say)

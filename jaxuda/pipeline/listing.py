@@ -88,7 +88,7 @@ def _what_to_do(name: str, data_dir: str | None) -> str:
     try:
         return "" if prepared.read_summary(folder) is not None else f"missing: {command}"
     except UserError:
-        return f"damaged: delete {folder}, then {command}"
+        return f"corrupt: delete {folder}, then {command}"
 
 
 def _recipes(recipes: Iterable[Recipe], benchmarks: Mapping[str, ConfigDict]) -> list[str]:

@@ -83,11 +83,11 @@ def _finish(config: ConfigDict, workdir: Path, recipe: list[Stage], domains: Dom
 
 
 def _check_finished(finished: list[Stage]) -> None:
-    """Raises a UserError if what a finished stage has left is damaged: all that follows would be built on it."""
+    """Raises a UserError if what a finished stage has left is corrupt: all that follows would be built on it."""
     for stage in finished:
         if complaint := stage.damage():
             raise UserError(
-                f"the finished stage '{stage.name}' is damaged: {complaint}. Add --from_stage {stage.name}, which sets "
+                f"the finished stage '{stage.name}' is corrupt: {complaint}. Add --from_stage {stage.name}, which sets "
                 "it and what follows it aside and makes them again"
             )
 

@@ -140,7 +140,7 @@ class Stage(NamedTuple):
         """Takes over the same stage from a work folder beside this one, if one has finished it.
 
         Source-only and oracle runs are shared by many recipes. Files are linked, not copied, where the system
-        can; deleting either folder leaves the other whole. Damaged ones are passed over.
+        can; deleting either folder leaves the other whole. Corrupt ones are passed over.
 
         Returns:
           The folder it was taken from, or None.
@@ -154,7 +154,7 @@ class Stage(NamedTuple):
                 if saved["status"] != "done" or saved["fingerprint"] != self.fingerprint or theirs.damage():
                     continue
             except UserError:
-                continue  # a damaged neighbour is not this run's business
+                continue  # a corrupt neighbour is not this run's business
             aside = self.folder.with_name(f".{self.name}.adopting")
             shutil.rmtree(aside, ignore_errors=True)
             shutil.copytree(record.parent, aside, copy_function=_link)
@@ -167,7 +167,7 @@ class Stage(NamedTuple):
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A stage's record; None if there is none, and UserError if it is damaged."""
+    """A stage's record; None if there is none, and UserError if it is corrupt."""
     record = files.read_json(path)
     if record is None or (isinstance(record, dict) and {"status", "fingerprint", "identity"} <= record.keys()):
         return record
@@ -175,7 +175,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def _damaged(path: Path) -> UserError:
-    return UserError(f"{path} is damaged: delete it, then run the same command again")
+    return UserError(f"{path} is corrupt: delete it, then run the same command again")
 
 
 def _link(source: str, destination: str) -> None:

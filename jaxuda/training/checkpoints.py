@@ -1,7 +1,7 @@
 """Orbax checkpoints that are verified: the checksum of every file is written beside them and compared on restore.
 
 Orbax saves atomically but restores a flipped byte without an error. A checkpoint is valid only once its manifest of
-checksums is written: one without a manifest comes from a killed save, one that differs from its manifest is damaged.
+checksums is written: one without a manifest comes from a killed save, one that differs from its manifest is corrupt.
 Orbax's manager reads whatever it finds, so it only gets folders of valid checkpoints, to save and to delete. Leaves are
 stored under their path in the state ("params.model.backbone.conv1.kernel"), as host arrays, so that a restore does not
 depend on the number of devices. Of several processes only the first one saves and restores.
@@ -47,7 +47,7 @@ class Checkpoints:
 
     Args:
       folder: where they are; created if missing, unless `read_only`.
-      report: called with a line of text when a damaged or half-written checkpoint is skipped.
+      report: called with a line of text when a corrupt or half-written checkpoint is skipped.
       read_only: leave the folder as it is. Otherwise invalid checkpoints are removed: their steps run again.
       keep_every: also keep the checkpoints of every so many steps; 0: no others.
     """
@@ -134,13 +134,13 @@ class Checkpoints:
         try:
             sums = files.read_json(folder / MANIFEST)
         except UserError:
-            return "its manifest is damaged"
+            return "its manifest is corrupt"
         if not folder.is_dir():
             return "it does not exist"
         if sums is None:
             return "it was not saved completely"
         if not isinstance(sums, dict) or not sums:
-            return "its manifest is damaged"
+            return "its manifest is corrupt"
         for name, expected in sums.items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
@@ -166,7 +166,7 @@ class Checkpoints:
         return max(scores, key=lambda step: (scores[step], step), default=None)
 
     def _score(self, step: int) -> float | None:
-        """The mIoU that was saved with a checkpoint; None if there is none, or it is damaged."""
+        """The mIoU that was saved with a checkpoint; None if there is none, or it is corrupt."""
         file = self._folder / str(step) / "metrics" / "metrics"
         if not file.exists() or self._complaint(step):
             return None
@@ -176,7 +176,7 @@ class Checkpoints:
         """All arrays of a checkpoint by their dotted path.
 
         Raises:
-          UserError: it is damaged or missing.
+          UserError: it is corrupt or missing.
         """
         if complaint := self._complaint(step):
             raise UserError(f"checkpoint {self._folder / str(step)} cannot be used: {complaint}")
@@ -307,7 +307,7 @@ def manifest_hash(folder: Path, which: str = LAST) -> str:
 
 
 def damage(folder: Path) -> str | None:
-    """What is damaged in the last checkpoint of a finished stage; None if nothing is, or if its folder is missing."""
+    """What is corrupt in the last checkpoint of a finished stage; None if nothing is, or if its folder is missing."""
     step = (files.read_json(folder.parent / "results.json") or {}).get("step")
     if step is None or not folder.is_dir():
         return None
@@ -333,6 +333,6 @@ def _open(folder: Path, which: str) -> tuple[Checkpoints, int]:
     lost = lost or (which == BEST and best is not None and saved._score(step) != best["miou"])
     if lost:
         raise UserError(
-            f"the {which} checkpoint in {folder} is damaged or missing (found that of step {step} instead): {again}"
+            f"the {which} checkpoint in {folder} is corrupt or missing (found that of step {step} instead): {again}"
         )
     return saved, step
