@@ -41,7 +41,7 @@ def check(data: bytes) -> Header:
     """The header of a PNG that is whole, that is, all of whose checksums are right.
 
     Raises:
-        ValueError: what is wrong with it.
+      ValueError: what is wrong with it.
     """
     found = header(data)
     kinds = {kind for kind, _, _ in _chunks(data)}

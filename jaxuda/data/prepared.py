@@ -34,7 +34,7 @@ def prepared_folder(name: str, data_dir: str | os.PathLike | None, path: str = "
     """Where "dataset/config" (or "folder" with its path) is, or would be, prepared.
 
     Raises:
-        UserError: the name or the user's folder does not exist.
+      UserError: the name or the user's folder does not exist.
     """
     dataset, _, config = name.partition("/")
     builder = labels.dataset(dataset).builder
