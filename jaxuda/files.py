@@ -47,13 +47,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in `path`, or None if there is no such file; raises UserError if it is damaged."""
+    """The JSON in `path`, or None if there is no such file; raises UserError if it is corrupt."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, then run the same command again") from error
+        raise UserError(f"{path} is corrupt ({error}): delete it, then run the same command again") from error
 
 
 def read_json_lines(path: Path) -> list[dict]:

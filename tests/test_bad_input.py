@@ -371,7 +371,7 @@ def test_arrays_that_are_too_large_or_objects_are_refused(tmp_path: Path) -> Non
     with at_most(4 * MEGABYTES):
         for content in contents:
             file.write_bytes(content)
-            with pytest.raises(UserError, match=r"statistics\.npz is damaged"):
+            with pytest.raises(UserError, match=r"statistics\.npz is corrupt"):
                 arrays.read_arrays(file, "statistics", ["mean"], 1)
 
 

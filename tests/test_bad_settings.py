@@ -81,7 +81,7 @@ def test_any_setting_is_refused_or_makes_a_plan(name: str, data) -> None:
     ("words", "expected"),
     [
         (["--config.log_every=0"], "config.log_every=0 must be at least 1"),
-        (["--config.adapt.lr=nan"], "config.adapt.lr=nan is no number"),
+        (["--config.adapt.lr=nan"], "config.adapt.lr=nan is not finite"),
         (["--config.evaluation.size=(0, 5)"], "must be (width, height)"),
         (["--config.source.resize=(48,)"], "config.source: transform field resize=(48,): must be 2 numbers"),
         (["--config.pipeline=()"], "must name stages"),

@@ -70,7 +70,7 @@ def test_what_is_missing_comes_with_its_command(sections, tmp_path, capsys):
 
     (folder / "prepared.json").write_text("{}")
     _, benchmarks, datasets, _ = sections()
-    assert datasets["camvid/dusk"].startswith(f"damaged: delete {folder}, then python -m jaxuda.prepare camvid")
+    assert datasets["camvid/dusk"].startswith(f"corrupt: delete {folder}, then python -m jaxuda.prepare camvid")
     assert benchmarks["camvid"].endswith("needs camvid/dusk")
 
 

@@ -187,7 +187,7 @@ def test_eval_of_every_checkpoint_and_of_ensembles(finished: Path, data: dict, t
         (
             f"{adapt}",
             "--config.label_space=cityscapes19",
-            "was trained on the classes of its source, this config has those of cityscapes19",
+            "was trained on the classes of its source, but this config has those of cityscapes19",
         ),
     ):
         assert main([*words, f"--checkpoint={checkpoint}", *filter(None, [more])]) == MISTAKE
@@ -360,7 +360,7 @@ def test_damage_in_a_finished_stage_is_found(finished: Path, data: dict, tmp_pat
     shutil.copytree(finished, workdir)
     words = ["jaxuda", *tiny.arguments("minent", workdir=workdir, **data)]
     (workdir / "source_only" / "checkpoints" / "6" / "default" / "_METADATA").write_text("{")
-    with pytest.raises(UserError, match=r"last checkpoint .* is damaged or missing \(found that of step 4 instead\)"):
+    with pytest.raises(UserError, match=r"last checkpoint .* is corrupt or missing \(found that of step 4 instead\)"):
         checkpoints.read_variables(workdir / "source_only" / "checkpoints")
     shutil.rmtree(workdir / "adapt")
     assert main(words) == MISTAKE

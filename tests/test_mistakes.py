@@ -136,7 +136,7 @@ def test_of_a_flag_given_twice_the_last_one_holds(complaint) -> None:
     [
         (["--config.devices=3", "--config.source_only.batch=4"], "use one of [1, 2, 4]"),
         (["--config.platform=gpu"], "JAX only found cpu"),
-        (["--config.adapt.init=nowhere"], "which is no stage before it"),
+        (["--config.adapt.init=nowhere"], "which is not an earlier stage"),
         (["--config.adapt.train=nothing"], "unknown train='nothing'; choose one of: advent, "),
         (["--config.adapt.train=nothing.at_all"], "train='nothing.at_all' cannot be imported (ModuleNotFoundError"),
         (["--config.adapt.order=nothing"], "order='nothing'"),
@@ -201,7 +201,7 @@ def test_missing_dataset_names_the_command(complaint, tmp_path) -> None:
     ]
     message = complaint(["jaxuda", *words])
     assert f"python -m jaxuda.prepare camvid --manual_dir DIR --data_dir {tmp_path}" in message
-    assert message.endswith("if prepared elsewhere, add --config.data_dir=DIR (what --data_dir is to jaxuda.prepare)")
+    assert message.endswith("if prepared elsewhere, add --config.data_dir=DIR (the --data_dir of jaxuda.prepare)")
 
 
 def test_all_missing_datasets_are_named_at_once(complaint, tmp_path) -> None:

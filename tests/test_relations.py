@@ -148,5 +148,5 @@ def test_file_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no relations of region size 8: .*the same region_sizes"):
         read_relations(tmp_path, (4, 8), 3)
     (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:50])
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="is corrupt"):
         read_relations(tmp_path, (4,), 3)

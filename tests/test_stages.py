@@ -69,7 +69,7 @@ def test_what_a_stage_reads_belongs_to_it() -> None:
     after = fingerprints(config)
     assert {name for name in after if after[name] != before[name]} == {"pseudo_labels", "self_train"}
     config.self_train.labels = "oracle"
-    with pytest.raises(UserError, match="reads names 'oracle', which is no stage before it"):
+    with pytest.raises(UserError, match="reads names 'oracle', which is not an earlier stage"):
         fingerprints(config)
 
 

@@ -54,7 +54,7 @@ def load_arrays(path: Path, what: str, names: Sequence[str]) -> tuple[dict[str, 
       All arrays of the file, those that name its network among them, and the names of its classes.
 
     Raises:
-      UserError: the file is missing or damaged.
+      UserError: the file is missing or corrupt.
     """
     try:
         arrays = read_npz(path)
@@ -65,7 +65,7 @@ def load_arrays(path: Path, what: str, names: Sequence[str]) -> tuple[dict[str, 
     except FileNotFoundError as error:
         raise UserError(f"there are no {what} in {path.parent}: {REMEDY}") from error
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, then {REMEDY}") from error
+        raise UserError(f"{path} is corrupt ({error}): delete it, then {REMEDY}") from error
     return arrays, classes
 
 
@@ -75,7 +75,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     What a member declares is compared with its size first, so that no more memory is used than the file has bytes.
 
     Raises:
-      ValueError: it is anything else, or damaged.
+      ValueError: it is anything else, or corrupt.
       FileNotFoundError: there is none.
     """
     try:
@@ -126,7 +126,7 @@ def read_arrays(
       All arrays of the file.
 
     Raises:
-      UserError: the file is missing or damaged, or comes from another network or label space.
+      UserError: the file is missing or corrupt, or comes from another network or label space.
     """
     arrays, known = load_arrays(path, what, [*names, "network", "channels"] if network else names)
     if network is not None:

@@ -56,7 +56,7 @@ def read_prototypes(
       classes: as in `arrays.read_arrays`.
 
     Raises:
-      UserError: the file is missing or damaged, or comes from another network, head or label space.
+      UserError: the file is missing or corrupt, or comes from another network, head or label space.
     """
     path = folder / FILE
     names = [*Memories._fields, "kind"]
@@ -69,7 +69,7 @@ def read_prototypes(
     like = jax.eval_shape(lambda key: init_projection(key, kind, channels), jax.random.key(0))
     lost = [name for name in _flat(like) if name not in arrays]
     if lost:
-        raise UserError(f"{path} is damaged ({lost[0]} is missing): delete it, then {REMEDY}")
+        raise UserError(f"{path} is corrupt ({lost[0]} is missing): delete it, then {REMEDY}")
     memories = Memories(**{name: arrays[name] for name in Memories._fields})
     return memories, traverse_util.unflatten_dict({name: arrays[name] for name in _flat(like)}, sep=".")
 

@@ -161,7 +161,7 @@ def read_relations(
       classes: its class names in order; None where only their number is known.
 
     Raises:
-      UserError: the file is missing or damaged, belongs to another label space, or lacks a region size.
+      UserError: the file is missing or corrupt, belongs to another label space, or lacks a region size.
     """
     path = folder / FILE
     arrays = read_arrays(path, "context relations", (), num_classes, classes)

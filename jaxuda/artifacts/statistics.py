@@ -44,7 +44,7 @@ def read_statistics(
       classes: its class names in order; None where only their number is known.
 
     Raises:
-      UserError: the file is missing or damaged, or comes from another network or label space.
+      UserError: the file is missing or corrupt, or comes from another network or label space.
     """
     names = [f"{level}_{name}" for level in LevelStatistics._fields for name in ClassStatistics._fields]
     arrays = read_arrays(folder / FILE, "class statistics", names, model.num_classes, classes, (model, channels))

@@ -96,10 +96,10 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A builder of image and label files; subclasses say where they are and which ids they may hold.
 
     Attributes:
-        PUBLISHED: config ("" if there are none) -> split -> number of images in the published dataset.
-        SIZE: (width, height) of the published images, if all have one; other sizes are worth a warning.
-        HAS_DEPTH: whether every item has a depth file.
-        RESIZE_LABELS: whether labels of another size than their image are resized, not refused.
+      PUBLISHED: config ("" if there are none) -> split -> number of images in the published dataset.
+      SIZE: (width, height) of the published images, if all have one; other sizes are worth a warning.
+      HAS_DEPTH: whether every item has a depth file.
+      RESIZE_LABELS: whether labels of another size than their image are resized, not refused.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -220,9 +220,9 @@ class Examples:
     Raises a `UserError` that names all bad files at the end, or at the thousandth.
 
     Attributes:
-        file_bytes: size of all files together.
-        tally: what was counted so far.
-        remarks: what was mended or is unusual, a line each.
+      file_bytes: size of all files together.
+      tally: what was counted so far.
+      remarks: what was mended or is unusual, a line each.
     """
 
     def __init__(self, items: list[Item], builder: FilesBuilder):

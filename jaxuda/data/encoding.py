@@ -45,7 +45,7 @@ def decode_image(data: bytes) -> np.ndarray:
     """Decodes JPEG or PNG bytes of any kind to (H, W, 3) uint8 RGB, turned upright as its EXIF tag says.
 
     Raises:
-        ValueError: the bytes are no image.
+      ValueError: the bytes are no image.
     """
     return np.ascontiguousarray(_decode(data, cv2.IMREAD_COLOR)[..., ::-1])
 
@@ -95,10 +95,10 @@ def check_image(data: bytes) -> tuple[int, int]:
     A PNG is believed by its checksums; a JPEG, which has none, is decoded, at an eighth of its size.
 
     Returns:
-        (height, width) of the upright image.
+      (height, width) of the upright image.
 
     Raises:
-        ValueError: what is wrong with it.
+      ValueError: what is wrong with it.
     """
     if png.is_png(data):
         found = png.check(data)
@@ -126,10 +126,10 @@ def store_label(data: bytes) -> tuple[bytes, np.ndarray]:
     """A user's label PNG as `decode_label` reads it, and its ids; 8-bit files are not encoded again.
 
     Returns:
-        The bytes to store, and (H, W) uint8.
+      The bytes to store, and (H, W) uint8.
 
     Raises:
-        ValueError: as `read_label_file`.
+      ValueError: as `read_label_file`.
     """
     if png.is_png(data):
         found = png.check(data)
@@ -153,7 +153,7 @@ def store_depth(data: bytes) -> tuple[bytes, tuple[int, int]]:
     A grey file is not encoded again; a colour file must hold the same depth in all channels.
 
     Raises:
-        ValueError: what is wrong with it.
+      ValueError: what is wrong with it.
     """
     found = png.check(data)
     if found.bits != 16:
@@ -173,10 +173,10 @@ def read_first_channel(data: bytes) -> np.ndarray:
     equal channels and alpha.
 
     Returns:
-        (H, W) uint8.
+      (H, W) uint8.
 
     Raises:
-        ValueError: what is wrong with it.
+      ValueError: what is wrong with it.
     """
     first = _decode(data, cv2.IMREAD_UNCHANGED)[..., 2]
     if first.max(initial=0) > 255:
@@ -190,10 +190,10 @@ def read_label_file(data: bytes) -> np.ndarray:
     OpenCV would turn a palette into colours, and both libraries stretch 2 and 4 bit grey to 0..255.
 
     Returns:
-        (H, W) uint8.
+      (H, W) uint8.
 
     Raises:
-        ValueError: the file cannot be read, is no PNG, or holds colours instead of ids.
+      ValueError: the file cannot be read, is no PNG, or holds colours instead of ids.
     """
     with _opened(data) as image:
         if image.format != "PNG":
@@ -220,7 +220,7 @@ def _opened(data: bytes) -> Image.Image:
 
 @contextlib.contextmanager
 def _unreadable() -> Iterator[None]:
-    """Pillow raises whatever its parsers stumble over in a damaged file."""
+    """Pillow raises whatever its parsers stumble over in a corrupt file."""
     try:
         yield
     except Exception as error:

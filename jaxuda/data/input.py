@@ -52,26 +52,26 @@ def make_input(
     and how many records came before it.
 
     Args:
-        source: labelled records.
-        target: records whose images alone are used; their labels do not enter a training batch.
-        batch: global batch size B, over all processes.
-        source_transform, target_transform: see `build_transform`; they must bring all images to one size.
-        target_labels: puts the target's labels, where it has any, into the batches after all, for figures that are
-            marked as using them.
-        source_order: indices of the source records to draw, steps * batch of them (see
-            `jaxuda.data.orders`); None: shuffled anew every epoch.
-        num_workers: processes that decode and transform; 0 uses threads of this one.
-        process_index, process_count: this process gets rows process_index * b .. (process_index + 1) * b - 1
-            of each global batch, b = B / process_count.
+      source: labelled records.
+      target: records whose images alone are used; their labels do not enter a training batch.
+      batch: global batch size B, over all processes.
+      source_transform, target_transform: see `build_transform`; they must bring all images to one size.
+      target_labels: puts the target's labels, where it has any, into the batches after all, for figures that are
+        marked as using them.
+      source_order: indices of the source records to draw, steps * batch of them (see
+        `jaxuda.data.orders`); None: shuffled anew every epoch.
+      num_workers: processes that decode and transform; 0 uses threads of this one.
+      process_index, process_count: this process gets rows process_index * b .. (process_index + 1) * b - 1
+        of each global batch, b = B / process_count.
 
     Returns:
-        An iterator, to be closed after use, over {"source": {"image" (b, H, W, 3) uint8, "label" (b, H, W)
-        uint8, "depth" (b, H, W) float32 where the dataset has it, "id" list of str},
-        "target": {"image", "id", with `target_labels` "label"}}.
+      An iterator, to be closed after use, over {"source": {"image" (b, H, W, 3) uint8, "label" (b, H, W)
+      uint8, "depth" (b, H, W) float32 where the dataset has it, "id" list of str},
+      "target": {"image", "id", with `target_labels` "label"}}.
 
     Raises:
-        UserError: a dataset is empty or the source unlabelled, the batch does not divide over the processes,
-            or, while iterating, images of a batch differ in size.
+      UserError: a dataset is empty or the source unlabelled, the batch does not divide over the processes,
+        or, while iterating, images of a batch differ in size.
     """
     if batch < 1 or batch % process_count:
         raise UserError(f"a batch of {batch} does not divide over {process_count} processes")
@@ -247,11 +247,11 @@ def sweep_batches(records: Sequence[Record], transform: Transform, batch: int) -
     image, so that all batches have one shape. Decoding runs ahead in threads.
 
     Yields:
-        {"image" (B, H, W, 3) uint8, "count": number of valid examples n, "label": list of n (H_i, W_i) uint8
-        or None where there are none, "id": list of n str, "size": list of n (height, width) as stored}.
+      {"image" (B, H, W, 3) uint8, "count": number of valid examples n, "label": list of n (H_i, W_i) uint8
+      or None where there are none, "id": list of n str, "size": list of n (height, width) as stored}.
 
     Raises:
-        UserError: images of a batch differ in size after the transform.
+      UserError: images of a batch differ in size after the transform.
     """
     starts = iter(range(0, len(records), batch))
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -295,9 +295,9 @@ def prefetch_to_device(batches: Iterable[Batch], put: Callable[[Any], Any], dept
     """Keeps `depth` batches on their way to the device while one is in use.
 
     Args:
-        batches: nested dicts; NumPy arrays go to the device, all else (ids, counts, lists) stays as it is.
-        put: places a nested dict of arrays on the device without waiting, such as `jax.device_put`.
-        depth: number of batches ahead.
+      batches: nested dicts; NumPy arrays go to the device, all else (ids, counts, lists) stays as it is.
+      put: places a nested dict of arrays on the device without waiting, such as `jax.device_put`.
+      depth: number of batches ahead.
     """
     batches = iter(batches)
     ahead = deque()

@@ -1,6 +1,6 @@
 """PNG files as chunks: is one whole, what does it hold, and palette indices as grey values without encoding again.
 
-Every chunk of a PNG ends with a checksum and the last one is IEND, so that a damaged or truncated file shows
+Every chunk of a PNG ends with a checksum and the last one is IEND, so that a corrupt or truncated file shows
 without being inflated, some fifty times faster than by decoding it (PNG specification, third edition, 5.3).
 """
 
@@ -41,7 +41,7 @@ def check(data: bytes) -> Header:
     """The header of a PNG that is whole, that is, all of whose checksums are right.
 
     Raises:
-        ValueError: what is wrong with it.
+      ValueError: what is wrong with it.
     """
     found = header(data)
     kinds = {kind for kind, _, _ in _chunks(data)}
@@ -80,7 +80,7 @@ def as_grey(data: bytes) -> bytes:
 
 
 def _chunks(data: bytes, checked: bool = True) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start and end of the content of every chunk up to IEND; raises ValueError where the file is damaged."""
+    """Kind, start and end of the content of every chunk up to IEND; raises ValueError where the file is corrupt."""
     view, start = memoryview(data), len(SIGNATURE) + 8
     while True:
         if start > len(data):

@@ -34,7 +34,7 @@ def prepared_folder(name: str, data_dir: str | os.PathLike | None, path: str = "
     """Where "dataset/config" (or "folder" with its path) is, or would be, prepared.
 
     Raises:
-        UserError: the name or the user's folder does not exist.
+      UserError: the name or the user's folder does not exist.
     """
     dataset, _, config = name.partition("/")
     builder = labels.dataset(dataset).builder
@@ -51,7 +51,7 @@ def prepared_folder(name: str, data_dir: str | os.PathLike | None, path: str = "
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Reads `prepared.json` of a prepared dataset; None where there is none, UserError where it is damaged."""
+    """Reads `prepared.json` of a prepared dataset; None where there is none, UserError where it is corrupt."""
     try:
         summary = json.loads((folder / SUMMARY).read_bytes())
         for split in summary["splits"].values():
@@ -60,7 +60,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder / SUMMARY} is damaged: delete {folder} and prepare the dataset again") from error
+        raise UserError(f"{folder / SUMMARY} is corrupt: delete {folder} and prepare the dataset again") from error
     return summary
 
 
@@ -90,7 +90,7 @@ def read_pixel_counts(folder: Path, split: str, sha256: str) -> np.ndarray | Non
       sha256: of the split, from its summary.
 
     Returns:
-      None where there are no counts (folders that were prepared before `prepare` wrote them), where they are damaged,
+      None where there are no counts (folders that were prepared before `prepare` wrote them), where they are corrupt,
       or of other data.
     """
     try:

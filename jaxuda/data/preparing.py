@@ -40,17 +40,17 @@ def prepare(
     """Prepares a dataset unless it is prepared already.
 
     Args:
-        name: "camvid" for all its configs or "camvid/day" for one; "folder" together with `path`.
-        manual_dir: where the user has the dataset's published files, if it has any.
-        path: the user's own folder, for "folder".
-        data_dir: where prepared datasets live; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      name: "camvid" for all its configs or "camvid/day" for one; "folder" together with `path`.
+      manual_dir: where the user has the dataset's published files, if it has any.
+      path: the user's own folder, for "folder".
+      data_dir: where prepared datasets live; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
     Returns:
-        The folders of the prepared datasets, one for each config.
+      The folders of the prepared datasets, one for each config.
 
     Raises:
-        UserError: files are missing or wrong, the disk is too full, or the name is unknown. Nothing is left
-            behind.
+      UserError: files are missing or wrong, the disk is too full, or the name is unknown. Nothing is left
+        behind.
     """
     top, _, config = name.partition("/")
     names = [name]
@@ -131,7 +131,7 @@ def _generate(
     """Lets tfds write the records, with our progress bars in place of its own messages.
 
     Returns:
-        What the builder gave for each split, used up: its `tally` and `remarks` are complete.
+      What the builder gave for each split, used up: its `tally` and `remarks` are complete.
     """
     split_generators, generators = builder._split_generators, {}
 

@@ -40,11 +40,11 @@ class Records:
     "id" str.
 
     Attributes:
-        name: name and split for messages, such as "camvid/day train".
-        label_space: the space of the labels, or None for unlabelled data of which no classes are known.
-        fingerprint: hex text that changes with the prepared data, the split, or the classes.
-        labelled: whether records have a "label".
-        table: (256,) uint8, ids in the files -> train ids.
+      name: name and split for messages, such as "camvid/day train".
+      label_space: the space of the labels, or None for unlabelled data of which no classes are known.
+      fingerprint: hex text that changes with the prepared data, the split, or the classes.
+      labelled: whether records have a "label".
+      table: (256,) uint8, ids in the files -> train ids.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Records:
                 record["depth"] = encoding.inverse_depth(encoding.decode_depth(stored["depth"]))
         except (ValueError, KeyError, RuntimeError, OSError) as error:  # array_record raises the last two
             raise UserError(
-                f"{self.name}: record {record['id']!r} is damaged ({error}); "
+                f"{self.name}: record {record['id']!r} is corrupt ({error}); "
                 f"delete {self._folder} and prepare the dataset again"
             ) from error
         return record
@@ -146,11 +146,11 @@ class Subset(Sequence):
     """Some of the records, in a given order.
 
     Args:
-        records: all of them.
-        ids: the chosen ones.
+      records: all of them.
+      ids: the chosen ones.
 
     Raises:
-        UserError: there is no record of that id.
+      UserError: there is no record of that id.
     """
 
     def __init__(self, records: Records, ids: Sequence[str]):
@@ -229,18 +229,18 @@ def load(
     """Opens one split of a prepared dataset.
 
     Args:
-        name: "folder", a dataset without configs ("gta5"), or one of its configs ("camvid/day"). A dataset of the
-            user's own is named by the dotted path of its module. Several are joined with "+".
-        split: "train" or "val", or any other split the dataset has.
-        label_space: the classes of the labels, or their name (`jaxuda.data.labels.label_space`); default: the
-            dataset's own.
-            Classes of "folder" are matched with it by name; its labels of other classes become 255.
-        data_dir: where datasets were prepared; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-        path: the user's folder, for "folder" alone.
+      name: "folder", a dataset without configs ("gta5"), or one of its configs ("camvid/day"). A dataset of the
+        user's own is named by the dotted path of its module. Several are joined with "+".
+      split: "train" or "val", or any other split the dataset has.
+      label_space: the classes of the labels, or their name (`jaxuda.data.labels.label_space`); default: the
+        dataset's own.
+        Classes of "folder" are matched with it by name; its labels of other classes become 255.
+      data_dir: where datasets were prepared; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      path: the user's folder, for "folder" alone.
 
     Raises:
-        UserError: the name, split or label space is unknown, or the dataset is not prepared (the message
-            gives the command).
+      UserError: the name, split or label space is unknown, or the dataset is not prepared (the message
+        gives the command).
     """
     if PLUS in name:
         parts: dict[str, Records] = {}

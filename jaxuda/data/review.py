@@ -32,9 +32,9 @@ def warnings(
     """What commonly goes wrong with own data and is seen in these, a sentence each.
 
     Args:
-        items: the files of each split.
-        splits: what `prepared.json` says of each split.
-        classes: what `folder.read_classes` gave; None without labels.
+      items: the files of each split.
+      splits: what `prepared.json` says of each split.
+      classes: what `folder.read_classes` gave; None without labels.
     """
     found = _duplicates(items)
     pixels = {split: _pixels(content) for split, content in splits.items() if content["labelled"]}
@@ -58,8 +58,8 @@ def table(data: Mapping[str, Records], classes: Mapping[str, Any]) -> str:
     """Classes, their share of the pixels and the number of images that show them, by split, and weights.
 
     Args:
-        data: the labelled splits, at least one, read in the classes of the folder.
-        classes: as of `warnings`.
+      data: the labelled splits, at least one, read in the classes of the folder.
+      classes: as of `warnings`.
     """
     counts = {split: records.class_pixels() for split, records in data.items()}
     weights = class_weights(next(iter(counts.values()))[:, :-1].sum(0))

@@ -87,7 +87,7 @@ def build_transform(spec: Mapping[str, Any] | None) -> Transform:
     """Makes a picklable transform from a mapping with the fields of `TransformSpec`; None or {} does nothing.
 
     Raises:
-        UserError: a field is unknown, or its value makes no sense.
+      UserError: a field is unknown, or its value makes no sense.
     """
     spec = {key: tuple(v) if isinstance(v, list) else v for key, v in dict(spec or {}).items() if v is not None}
     known = [field.name for field in fields(TransformSpec)]

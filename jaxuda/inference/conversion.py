@@ -1,4 +1,4 @@
-"""Networks between torch's files and folders like those of finished stages. Nothing in a file is run."""
+"""Converts networks between torch files and folders like those of finished stages. Nothing in a file is run."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ Say = Callable[[str], None]
 def import_imagenet(
     path: Path, network: str, data_dir: str = "", model: nn.Module | None = None, say: Say = print
 ) -> Path:
-    """Converts ImageNet weights to where `init="imagenet"` looks for them.
+    """Converts ImageNet weights, and writes them where `init="imagenet"` finds them.
 
     Args:
       path: a .pth or .safetensors file with the backbone of `network`; a classifier in it is left out.
       network: one of `weights.IMAGENET`.
       data_dir: as in a config.
-      model: the network, where it is a reduced one.
-      say: told what is in the file, and what was taken from it.
+      model: the network, if it is a reduced one.
+      say: called with lines of text: what the file holds, and what was used of it.
 
     Returns:
       The folder written.
 
     Raises:
-      UserError: the file is refused or damaged, is of another network, or the folder is taken.
+      UserError: the file is refused or corrupt, is of another network, or the folder holds other weights.
     """
     public = weights.published(network)
     fields = {"name": public.family, **public.fields}
@@ -78,13 +78,13 @@ def import_checkpoint(path: Path, stage: ConfigDict, num_classes: int, folder: P
 
     Args:
       path: a .pth or .safetensors file.
-      stage: the resolved settings of the training stage that the checkpoint could be of.
-      num_classes: of its label space.
-      folder: where to.
-      say: told what is in the file, and what was taken from it.
+      stage: the resolved settings of a training stage that could have trained the checkpoint.
+      num_classes: the number of classes of its label space.
+      folder: the folder to write.
+      say: called with lines of text: what the file holds, and what was used of it.
 
     Raises:
-      UserError: the file is refused or damaged, is of another network, or the folder is taken.
+      UserError: the file is refused or corrupt, is of another network, or the folder holds other weights.
     """
     model = make_model(stage.model, num_classes)
     source, state = _read(path, say)
@@ -99,9 +99,9 @@ def import_checkpoint(path: Path, stage: ConfigDict, num_classes: int, folder: P
     _account(match, say, more=len(projection))
     if order := torch_layouts(model)[layout].order:
         variables = _reordered(variables, model, np.argsort(order))
-        say(f"its classes were brought from the order of '{layout}' to ours")
+        say(f"its classes were reordered: from the order of '{layout}' to ours")
     identity = json.loads(stage.to_json())
-    identity["evaluation"]["network"] = checkpoints.STUDENT  # whatever else the method has, the file holds one network
+    identity["evaluation"]["network"] = checkpoints.STUDENT  # the file holds one network, also for methods with several
     _write(folder, variables, identity, source, say, projection)
 
 
@@ -109,10 +109,10 @@ def export(folder: Path, path: Path, layout: str = "", say: Say = print) -> None
     """Writes the last checkpoint of a stage as a torch file: the network that was evaluated.
 
     Args:
-      folder: of a training stage, or what `import_checkpoint` wrote.
+      folder: the folder of a training stage, or one that `import_checkpoint` wrote.
       path: FILE.pth or FILE.safetensors.
-      layout: one of the network's; "" for that of the published network that is most like it.
-      say: told what was written.
+      layout: one of the network's layouts; "": that of the most similar published network.
+      say: called with a line of text: what was written.
 
     Raises:
       UserError: there is no such stage, the file cannot be written, or as for `restore`.
@@ -124,14 +124,14 @@ def export(folder: Path, path: Path, layout: str = "", say: Say = print) -> None
     layout = layout or published_layout(model)
     if layout in torch_layouts(model) and (order := torch_layouts(model)[layout].order):
         variables = _reordered(variables, model, np.array(order))
-        say(f"its classes were brought to the order of '{layout}'")
+        say(f"its classes were reordered: to the order of '{layout}'")
     head = _projection(folder / "checkpoints", step, say) if config.get("projection", "none") != "none" else {}
     save_torch(variables, model, path, layout, head)
     say(f"{path}: step {step} of {folder}, named as in the layout '{layout}'; torch.load(..., weights_only=True)")
 
 
 def _read(path: Path, say: Say) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What the file is, and its tensors by clean names."""
+    """The file's name, checksum and entries; and its tensors, by name without prefixes (see `clean`)."""
     tensors = read_tensors(path)
     source = {"file": path.name, "sha256": files.sha256(path), "names": list(tensors)}
     size = sum(array.nbytes for array in tensors.values()) / 2**20
@@ -140,7 +140,7 @@ def _read(path: Path, say: Say) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _account(match: Match, say: Say, more: int = 0) -> None:
-    """Tells where every entry went; `more` are taken beside those of the network."""
+    """Reports which entries were used; `more`: the number of used entries outside of the network."""
     say(f"taken:    {len(match.leaves) + more} tensors")
     if match.unused:
         say(f"not used: {len(match.unused)}: {', '.join(match.unused)}")
@@ -155,7 +155,7 @@ def _write(
     say: Say,
     projection: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """A folder like that of a finished stage, whole or not there; with the parameters of a projection head, if any."""
+    """Writes, atomically, a folder like that of a finished stage; with the parameters of a projection head, if any."""
     players = {"projection": flax.traverse_util.unflatten_dict(projection, sep=".")} if projection else {}
     flat = flax.traverse_util.flatten_dict(jax.device_get({**variables, **players}), sep=".")
     checksum = _checksum(flat)
@@ -185,7 +185,7 @@ def _write(
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    """Of names, shapes and numbers; the same wherever and whenever a file is converted."""
+    """A checksum of names, shapes and numbers; it does not depend on where or when a file is converted."""
     total = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
@@ -195,7 +195,7 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def _projection(folder: Path, step: int, say: Say) -> dict[str, np.ndarray]:
-    """The projection head in a checkpoint by its torch names; empty if it has none, or one that no file has."""
+    """The projection head in a checkpoint, by torch name; empty if there is none, or no torch file has this kind."""
     saved, prefix = checkpoints.Checkpoints(folder, read_only=True), "params.projection."
     arrays = {name: array for name, array in saved.read(step).items() if name.startswith(prefix)}
     saved.close()

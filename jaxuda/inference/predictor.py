@@ -32,7 +32,7 @@ PyTree = Any
 class Predictor(NamedTuple):
     """A trained network that labels any image.
 
-    classes: the names of its C classes in the order of the train ids, or None where its work folder does not tell.
+    classes: the names of its C classes in the order of the train ids, or None if its work folder does not have them.
     model, variables, config: what `jaxuda.inference.restore.restore` returns.
     """
 
@@ -42,13 +42,13 @@ class Predictor(NamedTuple):
     config: FrozenConfigDict
 
     def predict(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Labels one image of any size; the network sees it at the size of its evaluation, as in the tables.
+        """Labels one image of any size; the image is resized to the network's evaluation size, as for the tables.
 
         Args:
           image: (H, W, 3) uint8 RGB.
 
         Returns:
-          labels (H, W) uint8, the train ids of the likeliest classes, and probabilities (H, W, C) float32.
+          labels (H, W) uint8, the train ids of the most likely classes, and probabilities (H, W, C) float32.
 
         Raises:
           UserError: the image has another shape or type.
@@ -58,7 +58,7 @@ class Predictor(NamedTuple):
             raise UserError(f"predict takes one RGB image, (H, W, 3) uint8, not {image.dtype} {image.shape}")
         method, config = methods.load(self.config.train, imported=True), self.config
         if not hasattr(method, "predict"):
-            # Networks that differ in nothing but their weights share compiled code.
+            # Networks that differ only in their weights share compiled code.
             method = None
             config = FrozenConfigDict({name: config[name] for name in ("preprocess", "align_corners", "evaluation")})
         grid, run = _compiled(self.model, method, config)
@@ -84,7 +84,7 @@ def _compiled(model: nn.Module, method: ModuleType | None, config: FrozenConfigD
 def load(checkpoint: str, network: str = "") -> Predictor:
     """The network of a training stage, ready to predict; see `jaxuda.load`."""
     model, variables, config = restore(checkpoint, network=network)
-    methods.load(config.train, imported=True)  # if it cannot predict, that is told now
+    methods.load(config.train, imported=True)  # if it cannot be loaded, this is reported now
     if config.label_space:
         return Predictor(data.labels.label_space(config.label_space).classes, model, variables, config)
     results = files.read_json(Path(checkpoint).absolute().parent / "results.json")

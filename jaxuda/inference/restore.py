@@ -1,4 +1,4 @@
-"""Trained stages as networks: one, or several as an ensemble."""
+"""Restores the networks of trained stages: one, or several as an ensemble."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def restore(
 
     Args:
       checkpoint: the stage's folder.
-      num_classes: of the label space it was trained on; None: as many as its classifier has.
+      num_classes: that of the label space it was trained on; None: as many as its classifier has.
       which: "last", "best" (chosen with target labels), or a step.
-      network: its name, where the stage's method has several ("student", "teacher"); "": the one that was evaluated.
+      network: its name, if the stage's method has several ("student", "teacher"); "": the one that was evaluated.
 
     Returns:
       The network, its variables (host arrays), and the stage's resolved config.
 
     Raises:
-      UserError: there is no such stage, it has no whole checkpoint of this network, or its network is code outside
-        jaxuda that has not been imported.
+      UserError: there is no such stage, it has no valid checkpoint of this network, or its network is code outside
+        jaxuda that is not imported.
     """
     config = stage_config(checkpoint)
     folder = Path(checkpoint) / "checkpoints"
@@ -48,7 +48,7 @@ def restore(
 
 
 def evaluated_network(config: FrozenConfigDict) -> str:
-    """The network that a stage's config scores and labels with; stages of earlier builds have one only."""
+    """The network of a stage that is scored and that labels images; stages of earlier builds have only one."""
     return config.evaluation.get("network", checkpoints.STUDENT)
 
 
@@ -61,10 +61,10 @@ def network_names(checkpoint: str, which: str = "last", network: str = "") -> li
 
 def stage_config(checkpoint: str) -> FrozenConfigDict:
     if not checkpoint:
-        raise UserError("say which model: --checkpoint DIR, a stage's folder such as runs/minent-streets-seed0/adapt")
+        raise UserError("name a model: --checkpoint DIR, a stage's folder such as runs/minent-streets-seed0/adapt")
     record = files.read_json(Path(checkpoint) / "stage.json")
     if record is None or "train" not in record["identity"]:
-        raise UserError(f"{checkpoint} is not the folder of a training stage (it has no stage.json that says so)")
+        raise UserError(f"{checkpoint} is not the folder of a training stage (it has no stage.json of one)")
     return FrozenConfigDict(record["identity"])
 
 
@@ -72,10 +72,10 @@ def parse_checkpoint(text: str) -> list[tuple[str, str]]:
     """The stages and checkpoints that `--checkpoint` names: "DIR[:last|best|STEP|all]", several with commas.
 
     Returns:
-      (folder, "last", "best" or a step) of each; "all" becomes all that the stage has kept.
+      (folder, "last", "best" or a step) of each; "all" becomes all checkpoints that the stage has kept.
 
     Raises:
-      UserError: "all" is asked of a stage that has none, or beside others.
+      UserError: "all" is used for a stage without checkpoints, or together with other stages.
     """
     found = []
     for part in text.split(","):
@@ -84,7 +84,7 @@ def parse_checkpoint(text: str) -> list[tuple[str, str]]:
             found.append((folder, which or "last"))
             continue
         if "," in text:
-            raise UserError(f"--checkpoint {text}: '{ALL}' scores one stage after the other, it is no ensemble")
+            raise UserError(f"--checkpoint {text}: '{ALL}' scores the checkpoints of one stage, it is no ensemble")
         steps = checkpoints.kept_steps(Path(folder) / "checkpoints")
         if not steps:
             raise UserError(f"there are no checkpoints in {Path(folder) / 'checkpoints'}")
@@ -102,17 +102,17 @@ def make_ensemble(
 ) -> tuple[Ensemble, list[Any]]:
     """The networks of several checkpoints as one, and their variables.
 
-    Each sees images as in its own training's evaluation, but for the fields of `evaluation` that `overrides` sets.
+    Each gets its images as its own training's evaluation did, except for fields of `evaluation` that `overrides` sets.
 
     Args:
       chosen: see `parse_checkpoint`.
       num_classes, label_space: the classes, and the name of their label space ("": the source's own).
-      test: what is averaged, the section `config.test`.
+      test: the section `config.test`, which says what is averaged.
       overrides: what the command line sets, by dotted field.
-      network: of each checkpoint; "": the one that `overrides` asks for, else as for `restore`.
+      network: the name of the network in each checkpoint; "": the one that `overrides` names, else as for `restore`.
 
     Raises:
-      UserError: the checkpoints are of other classes, there are not as many weights, or as for `restore`.
+      UserError: the checkpoints have other classes, the number of weights differs, or as for `restore`.
     """
     weights = tuple(test.weights) or (1.0,) * len(chosen)
     if len(weights) != len(chosen):
@@ -123,7 +123,7 @@ def make_ensemble(
         theirs, ours = (space or "its source" for space in (stage_config(folder).label_space, label_space))
         if theirs != ours:
             raise UserError(
-                f"{folder} was trained on the classes of {theirs}, this config has those of {ours}: use the config "
+                f"{folder} was trained on the classes of {theirs}, but this config has those of {ours}: use the config "
                 "it was trained with"
             )
         model, arrays, trained = restore(folder, num_classes, which, network)
@@ -134,10 +134,10 @@ def make_ensemble(
 
 
 def _with_asked(trained: FrozenConfigDict, overrides: Mapping[str, Any]) -> FrozenConfigDict:
-    """A stage's config with `overrides` of `evaluation` ("evaluation.size": ...) in place of its own fields.
+    """A stage's config in which the `overrides` of `evaluation` ("evaluation.size": ...) replace its own fields.
 
     Raises:
-      UserError: the size is none.
+      UserError: the size is not a size.
     """
     size = overrides.get("evaluation.size", (1, 1))
     if not isinstance(size, tuple) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
@@ -151,9 +151,9 @@ def _with_asked(trained: FrozenConfigDict, overrides: Mapping[str, Any]) -> Froz
 
 
 def title(members: list[tuple[str, str]], every: bool, network: str = "") -> str:
-    """The heading of a column: of one checkpoint or of an ensemble; with `every`, of one step among others.
+    """The heading of a column for one checkpoint or an ensemble; with `every`, for one step of several.
 
-    `network` is named where it is not the one that was evaluated.
+    network: its name if it is not the one that was evaluated, else "".
     """
     beside = f" ({network})" if network else ""
     if every:

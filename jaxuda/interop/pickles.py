@@ -121,7 +121,7 @@ def load(data: BinaryIO, where: str) -> Any:
       of no use. It may share parts and, in a hostile file, contain itself.
 
     Raises:
-      UserError: it names something else than tensors are made of, or it is damaged.
+      UserError: it names something else than tensors are made of, or it is corrupt.
     """
     machine = _Machine(where)
     try:
@@ -132,8 +132,8 @@ def load(data: BinaryIO, where: str) -> Any:
                 return machine.stack.pop()
             machine.step(operation.name, argument)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, struct.error) as error:
-        raise UserError(f"{where} is damaged: its list of tensors cannot be read") from error
-    raise UserError(f"{where} is damaged: its list of tensors has no end")
+        raise UserError(f"{where} is corrupt: its list of tensors cannot be read") from error
+    raise UserError(f"{where} is corrupt: its list of tensors has no end")
 
 
 class _Machine:

@@ -49,7 +49,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     The format is told by the content, not by the file's name. The arrays are read-only views of the mapped file.
 
     Raises:
-      UserError: the file cannot be read, is damaged or cut off, declares more than it holds, asks for anything but
+      UserError: the file cannot be read, is corrupt or cut off, declares more than it holds, asks for anything but
         tensors, or is no file of weights at all.
     """
     where = str(path)
@@ -86,7 +86,7 @@ def _guess(data: mmap.mmap) -> str:
 
 def _read_zip(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
     """The format of torch 1.6 and later: an uncompressed zip with a pickle and one record per storage."""
-    cut_off = f"{where} is damaged or was cut off: its {len(data)} bytes do not end as an archive does"
+    cut_off = f"{where} is corrupt or was cut off: its {len(data)} bytes do not end as an archive does"
     try:
         if _directory_size(data) > _MAX_DIRECTORY:
             raise UserError(f"{where} is refused: its table of contents is too long")
@@ -101,7 +101,7 @@ def _read_zip(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
 
     def record(name: str) -> memoryview:
         if root + name not in entries:
-            raise UserError(f"{where} is damaged: it has no record {shown(name)}")
+            raise UserError(f"{where} is corrupt: it has no record {shown(name)}")
         return _record(data, entries[root + name], where)
 
     if f"{root}byteorder" in entries and bytes(record("byteorder")) != b"little":
@@ -114,10 +114,10 @@ def _read_zip(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
         buffers[storage.key] = record(f"data/{storage.key}")
         held += len(buffers[storage.key])
         if held > len(data):
-            raise UserError(f"{where} is damaged: its records overlap")
+            raise UserError(f"{where} is corrupt: its records overlap")
         if len(buffers[storage.key]) < storage.count * storage.dtype.itemsize:
             raise UserError(
-                f"{where} is damaged: the record data/{shown(storage.key)} has {len(buffers[storage.key])} bytes, for "
+                f"{where} is corrupt: the record data/{shown(storage.key)} has {len(buffers[storage.key])} bytes, for "
                 f"{storage.count} numbers of {storage.dtype.itemsize}"
             )
     return {name: _array(name, tensor, buffers[tensor.storage.key], where) for name, tensor in tensors.items()}
@@ -141,13 +141,13 @@ def _record(data: mmap.mmap, info: zipfile.ZipInfo, where: str) -> memoryview:
         raise UserError(f"{where} is refused: its record {name} is compressed, which torch.save never does")
     header = data[info.header_offset : info.header_offset + 30] if info.header_offset >= 0 else b""
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise UserError(f"{where} is damaged: its record {name} is not where it should be")
+        raise UserError(f"{where} is corrupt: its record {name} is not where it should be")
     start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
     if start + info.file_size > len(data):
-        raise UserError(f"{where} is damaged or was cut off: its record {name} ends behind its end")
+        raise UserError(f"{where} is corrupt or was cut off: its record {name} ends behind its end")
     content = memoryview(data)[start : start + info.file_size]
     if zlib.crc32(content) != info.CRC:
-        raise UserError(f"{where} is damaged: the checksum of its record {name} is wrong")
+        raise UserError(f"{where} is corrupt: the checksum of its record {name} is wrong")
     return content
 
 
@@ -157,7 +157,7 @@ def _read_legacy(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
         raise UserError(f"{where} is a pickle, but not one that torch.save wrote")
     protocol, system, tree, keys = (pickles.load(data, where) for _ in range(4))
     if protocol != _PROTOCOL or not isinstance(system, dict) or not isinstance(keys, list):
-        raise UserError(f"{where} is damaged, or of a version of torch that is not known")
+        raise UserError(f"{where} is corrupt, or of a version of torch that is not known")
     if not system.get("little_endian", True):
         raise UserError(f"{where} was written on a big-endian machine, which is not supported")
     tensors = _flatten(tree, where)
@@ -167,24 +167,24 @@ def _read_legacy(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
     for key in keys:
         if not isinstance(key, str) or key not in storages or key in buffers:
             # Without its type the length of a storage is not known, nor where the next one begins.
-            raise UserError(f"{where} is damaged: it lists numbers that belong to no tensor")
+            raise UserError(f"{where} is corrupt: it lists numbers that belong to no tensor")
         storage = storages[key]
         stored = content[position : position + 8]
         position += 8 + storage.count * storage.dtype.itemsize
         if position > len(data):
-            raise UserError(f"{where} is damaged or was cut off: it ends within the numbers of its tensors")
+            raise UserError(f"{where} is corrupt or was cut off: it ends within the numbers of its tensors")
         if struct.unpack("<q", stored)[0] != storage.count:
-            raise UserError(f"{where} is damaged: the lengths of its tensors disagree")
+            raise UserError(f"{where} is corrupt: the lengths of its tensors disagree")
         buffers[key] = content[position - storage.count * storage.dtype.itemsize : position]
     if missing := storages.keys() - buffers.keys():
-        raise UserError(f"{where} is damaged: the numbers of {len(missing)} tensors are missing")
+        raise UserError(f"{where} is corrupt: the numbers of {len(missing)} tensors are missing")
     return {name: _array(name, tensor, buffers[tensor.storage.key], where) for name, tensor in tensors.items()}
 
 
 def _read_safetensors(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
     size = struct.unpack("<Q", data[:8])[0]
     if size > len(data) - 8:
-        raise UserError(f"{where} is damaged, cut off, or no file of weights: its header ends behind its end")
+        raise UserError(f"{where} is corrupt, cut off, or no file of weights: its header ends behind its end")
     if size > _MAX_DIRECTORY:
         raise UserError(f"{where} is refused: its header is too long")
     try:
@@ -198,13 +198,13 @@ def _read_safetensors(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
                 raise UserError(f"{where}: {shown(name)} is of the type {shown(entry['dtype'])}, not supported here")
             dtype, (begin, end) = np.dtype(_SAFETENSORS[entry["dtype"]]), entry["data_offsets"]
             if not 0 <= begin <= end <= len(content):
-                raise UserError(f"{where} is damaged or was cut off: {shown(name)} ends behind its end")
+                raise UserError(f"{where} is corrupt or was cut off: {shown(name)} ends behind its end")
             count = (end - begin) // dtype.itemsize
             strides = [math.prod(entry["shape"][axis + 1 :]) for axis in range(len(entry["shape"]))]
             tensor = Tensor(Storage("", dtype, count, 0, count), 0, tuple(entry["shape"]), tuple(strides))
             tensors[name] = _array(name, tensor, content[begin:end], where)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise UserError(f"{where} is damaged: its header cannot be read") from error
+        raise UserError(f"{where} is corrupt: its header cannot be read") from error
     return tensors
 
 
@@ -217,7 +217,7 @@ def _flatten(tree: Any, where: str) -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             name = ".".join(names)
             if name in found:
-                raise UserError(f"{where} is damaged: it has two tensors of the name {shown(name)}")
+                raise UserError(f"{where} is corrupt: it has two tensors of the name {shown(name)}")
             found[name] = value
         elif isinstance(value, dict | list | tuple) and not isinstance(value, Storage) and value:
             if len(names) > _MAX_NESTING:
@@ -239,10 +239,10 @@ def _storages(tensors: Iterable[Tensor], where: str) -> list[Storage]:
     found: dict[str, Storage] = {}
     for storage in (tensor.storage for tensor in tensors):
         if min(storage.start, storage.length) < 0 or storage.start + storage.length > storage.count:
-            raise UserError(f"{where} is damaged: a part of a storage lies outside of it")
+            raise UserError(f"{where} is corrupt: a part of a storage lies outside of it")
         known = found.setdefault(storage.key, storage)
         if (known.dtype, known.count) != (storage.dtype, storage.count):
-            raise UserError(f"{where} is damaged: its storages contradict each other")
+            raise UserError(f"{where} is corrupt: its storages contradict each other")
     return list(found.values())
 
 
@@ -251,11 +251,11 @@ def _array(name: str, tensor: Tensor, buffer: memoryview, where: str) -> np.ndar
     storage, offset, shape, strides = tensor
     numbers = [offset, *shape, *strides] if type(shape) is type(strides) is tuple else [None]
     if any(type(n) is not int or not 0 <= n < 2**48 for n in numbers) or len(shape) != len(strides) or len(shape) > 8:
-        raise UserError(f"{where} is damaged: the shape of {shown(name)} is none")
+        raise UserError(f"{where} is corrupt: the shape of {shown(name)} is none")
     size, last = math.prod(shape), offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     if size > storage.length or (size and last >= storage.length):
         raise UserError(
-            f"{where} is damaged or was cut off: {shown(name)} of the shape {shape} needs more than the "
+            f"{where} is corrupt or was cut off: {shown(name)} of the shape {shape} needs more than the "
             f"{storage.length} numbers that are stored for it"
         )
     if not size:

@@ -1,4 +1,4 @@
-"""What a training stage takes, found without training it: parameters, arithmetic, memory and time of a step."""
+"""What a training stage costs, found without training it: parameters, arithmetic, memory and time of a step."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from jaxuda.pipeline.tracing import abstract_step
 
 PyTree = Any
 GIB = 2**30
-LONGEST = 10.0  # seconds: a step that matrix products alone would keep busy for longer is not tried
+LONGEST = 10.0  # seconds: a step whose matrix products alone would take longer is not run
 NOTES = """GiB on each device:
-'compiled' is what its compiler plans for state, images and working memory, 'traced' what is alive if the operations
-run in the order of the program and none are fused. (The compiler for CPUs undoes model.remat, so that for another
-device 'traced' says more.) TFLOP per step: of convolutions and matrix products, two operations per multiply-add.
-s/step: of a step that was run on zeros; with * as long as matrix products of as many operations take here, at least.
-Evaluations, sweeps and decoding come on top."""
+'compiled' is what its compiler plans for state, images and working memory; 'traced' is what is in use if the operations
+run in the order of the program and none are fused. (The compiler for CPUs undoes model.remat: for another device,
+'traced' is the better estimate.) TFLOP per step: convolutions and matrix products, two operations per multiply-add.
+s/step: measured on a step that was run on zeros; with *, a lower bound: the time that matrix products of as many
+operations take here. Evaluations, sweeps and decoding are not included."""
 
 
 class Cost(NamedTuple):
-    """Of one training step. bytes are per device, operations of all devices together.
+    """The cost of one training step. Bytes are per device, operations of all devices together.
 
     parameters: of the network and of what the method adds.
     operations: in convolutions and matrix products.
     traced, compiled: bytes, see `NOTES`.
-    seconds: per step, or the time that matrix products of as many operations take.
-    measured: which of the two.
+    seconds: per step: measured, or the time that matrix products of as many operations take.
+    measured: whether the step was run to measure `seconds`.
     """
 
     parameters: int
@@ -55,16 +55,16 @@ def step_cost(config: Any, classes: int, devices: list[jax.Device], rate: float)
 
     Args:
       config: the stage's resolved config.
-      classes: of the label space.
-      devices: those that share the batch; compiled, and tried if it is not too much, is the share of the first.
-      rate: operations per second of its matrix products.
+      classes: the number of classes of the label space.
+      devices: those that share the batch. The first one's share is compiled, and run if it is not too large.
+      rate: operations per second of matrix products on the first device.
     """
     step, arguments = abstract_step(config, classes, config.batch // len(devices), config.model.get("depth", False))
     jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
     count = operations(jaxpr)
     compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
     plan = compiled.memory_analysis()
-    # The state is donated: what comes out lies where it came in.
+    # The state is donated: the new state takes the memory of the old one.
     total = plan.argument_size_in_bytes + plan.temp_size_in_bytes
     seconds, measured = count / rate, False
     if seconds < LONGEST and total < _memory(devices[0]):
@@ -80,12 +80,12 @@ def step_cost(config: Any, classes: int, devices: list[jax.Device], rate: float)
 
 
 def _memory(device: jax.Device) -> float:
-    """Bytes that can be had on a device; unlimited where it does not say (CPU)."""
+    """Bytes of memory of a device; infinite where it does not report them (CPU)."""
     return (device.memory_stats() or {}).get("bytes_limit", float("inf"))
 
 
 def _try(compiled: Callable, arguments: PyTree) -> float:
-    """Seconds per step: the quicker of two, after one that is not counted."""
+    """Seconds per step: the faster of two steps, after one that is not counted."""
     state, constants, batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), arguments)
     taken = []
     for _ in range(3):
@@ -109,7 +109,7 @@ def matmul_rate(device: jax.Device, dtype: str) -> float:
 
 
 def operations(jaxpr: Any) -> float:
-    """Of convolutions and matrix products; a loop whose length is not known counts once."""
+    """The number of operations in convolutions and matrix products; a loop of unknown length counts once."""
     total = 0.0
     for equation in jaxpr.eqns:
         turns = equation.params["length"] if equation.primitive.name == "scan" else 1
@@ -125,12 +125,12 @@ def operations(jaxpr: Any) -> float:
 
 
 def traced_bytes(jaxpr: Any) -> int:
-    """Bytes alive at once, inputs included, if operations run in the order of the trace and none are fused."""
+    """Most bytes in use at once, inputs included, if operations run in the order of the trace and none are fused."""
     return _peak(jaxpr) + sum(map(_bytes, jaxpr.invars))
 
 
 def _peak(jaxpr: Any) -> int:
-    # What comes out of a barrier is what went in.
+    # A barrier returns its inputs: its outputs take no memory of their own.
     barriers = [equation for equation in jaxpr.eqns if equation.primitive.name == "optimization_barrier"]
     same: dict[Any, Any] = {}
     for equation in barriers:
@@ -189,7 +189,7 @@ def training_stages(config: ConfigDict, workdir: Path) -> tuple[list[stages.Stag
 
 
 def dry_run(config: ConfigDict, workdir: Path) -> str:
-    """A table of what each training stage of a config takes on the devices it would be given."""
+    """A table of what each training stage of a config costs on the devices that it would use."""
     planned, classes = training_stages(config, workdir)
     local = jax.local_devices()[0]
     rates = {dtype: matmul_rate(local, dtype) for dtype in {stage.config.model.dtype for stage in planned}}

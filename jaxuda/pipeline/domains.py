@@ -17,9 +17,9 @@ from jaxuda.errors import UserError
 
 
 def load_domains(config: ConfigDict) -> Domains:
-    """Opens the datasets of a config; draws those that need no files if they are not there yet.
+    """Opens the datasets of a config; first draws those that need no files, if they are missing.
 
-    A domain without a name (`--config.source.name=`) is absent: None.
+    A domain without a name (`--config.source.name=`) is None.
 
     Raises:
       UserError: a dataset is not prepared (the command is named), or the classes of the domains differ.
@@ -34,7 +34,7 @@ def load_domains(config: ConfigDict) -> Domains:
     opened = Domains(source, target, _open_validation(config, (source or target).label_space))
     space = opened.label_space
     if space is None:
-        raise UserError(f"{target.name} has no labels, and no classes that it could be labelled with")
+        raise UserError(f"{target.name} has no labels, and there are no classes to label it with")
     _check_weights(config.get("class_weights", ()), space.classes)
     for records in filter(None, (target, *opened.validation)):
         if records.label_space is not None and records.label_space.classes != space.classes:
@@ -46,7 +46,7 @@ def load_domains(config: ConfigDict) -> Domains:
 
 
 def load_validation(config: ConfigDict) -> tuple[tuple[data.Records, ...], LabelSpace]:
-    """What networks are scored on, and its classes; the source is opened only if it defines them."""
+    """The datasets that networks are scored on, and their classes; opens the source only if it defines the classes."""
     if config.label_space:
         _make_ready(config, ("target",))
         space = label_space(config.label_space)
@@ -62,14 +62,14 @@ def _open_validation(config: ConfigDict, space: LabelSpace | None) -> tuple[data
         try:
             found.append(open_records(config, "target", config.evaluation.split))
         except UserError:
-            # Images without a validation split are adapted to all the same; there is nothing to score then.
+            # A folder without a validation split can still be adapted to; there is nothing to score then.
             if config.target.name != "folder":
                 raise
     for name, split in _also(config):
         found.append(data.load(name, split, label_space=space, data_dir=config.data_dir or None))
     names = [records.name for records in found]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"config.evaluation.also names {twice[0]}, on which the run is evaluated already")
+        raise UserError(f"config.evaluation.also names {twice[0]}, but the run is evaluated on it already")
     return tuple(found)
 
 
@@ -80,16 +80,16 @@ def _also(config: ConfigDict) -> list[tuple[str, str]]:
         if not (name and split) or "folder" in part_names(name):
             raise UserError(
                 f"config.evaluation.also: {name + colon + split!r} must be DATASET:SPLIT, such as 'camvid/day:val' "
-                "(a folder of your own can be the target alone)"
+                "(a folder of your own can only be the target)"
             )
     return [(name, split) for name, _, split in found]
 
 
 def _make_ready(config: ConfigDict, domains: Sequence[str]) -> None:
-    """Draws what needs no files of these domains, and of what is evaluated beside them.
+    """Draws the missing datasets that need no files: those of these domains and of `config.evaluation.also`.
 
     Raises:
-      UserError: other datasets are missing; it has the commands that prepare them.
+      UserError: other datasets are missing; the message has the commands that prepare them.
     """
     places = [(part, _place(config, domain).path) for domain in domains for part in _parts(config[domain].name)]
     places += [(part, "") for name, _ in _also(config) for part in _parts(name)]
@@ -104,13 +104,13 @@ def _make_ready(config: ConfigDict, domains: Sequence[str]) -> None:
             missing[prepare_command(part, data_dir, path)] = part
     if missing:
         names, verb = " and ".join(missing.values()), "is" if len(missing) == 1 else "are"
-        elsewhere = "or, if prepared elsewhere, add --config.data_dir=DIR (what --data_dir is to jaxuda.prepare)"
+        elsewhere = "or, if prepared elsewhere, add --config.data_dir=DIR (the --data_dir of jaxuda.prepare)"
         commands = "\n  ".join(missing)
         raise UserError(f"{names} {verb} not prepared in {root(data_dir)}; run\n  {commands}\n{elsewhere}")
 
 
 def _parts(name: str) -> list[str]:
-    """The datasets of a domain; none of an absent one."""
+    """The datasets of a domain; [] if it has no name."""
     return part_names(name) if name else []
 
 
@@ -125,7 +125,7 @@ def _check_weights(weights: Sequence[float], classes: Sequence[str]) -> None:
 def _place(config: ConfigDict, domain: str) -> ConfigDict:
     place = config[domain]
     if "folder" in _parts(place.name) and not place.path:
-        raise UserError(f"say where the {domain} images lie: --config.{domain}.path=DIR")
+        raise UserError(f"name the folder of the {domain} images: --config.{domain}.path=DIR")
     return place
 
 

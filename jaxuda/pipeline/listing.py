@@ -55,7 +55,7 @@ def config_folder() -> Path:
 
 
 def read_recipes(folder: Path) -> list[Recipe]:
-    """Every file of a folder of configs that has `get_config`, with the benchmarks of `common.BENCHMARKS` it knows."""
+    """Every config in a folder that has `get_config`, with the benchmarks of `common.BENCHMARKS` that it supports."""
     sys.path.insert(0, str(folder.parent))  # configs import their neighbours
     known = importlib.import_module(f"{folder.name}.common").BENCHMARKS
     recipes = []
@@ -68,18 +68,18 @@ def read_recipes(folder: Path) -> list[Recipe]:
             try:
                 configs[benchmark] = module.get_config(benchmark)
             except ValueError:
-                continue  # it has no recipe for this one
+                continue  # the recipe does not support this benchmark
         recipes.append(Recipe(file.stem, (module.__doc__ or "").partition("\n")[0].rstrip("."), configs))
     return recipes
 
 
 def _names(known: str) -> list[str]:
-    """A dataset's configs by their full names; its own name if it has none."""
+    """The full names of a dataset's configs; its own name if it has none."""
     return [f"{known}/{name}" for name in datasets.config_names(known)] or [known]
 
 
 def _what_to_do(name: str, data_dir: str | None) -> str:
-    """What is wrong with a dataset and which command mends it; "" if it is prepared, or needs nothing of the user."""
+    """What is wrong with a dataset and which command fixes it; "" if it is prepared, or needs no files of the user."""
     if datasets.is_drawn(name):
         return ""
     if name == "folder":
@@ -88,7 +88,7 @@ def _what_to_do(name: str, data_dir: str | None) -> str:
     try:
         return "" if prepared.read_summary(folder) is not None else f"missing: {command}"
     except UserError:
-        return f"damaged: delete {folder}, then {command}"
+        return f"corrupt: delete {folder}, then {command}"
 
 
 def _recipes(recipes: Iterable[Recipe], benchmarks: Mapping[str, ConfigDict]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Runs a recipe: its stages one after the other, each only if it has not run, and the final table."""
+"""Runs a recipe: its stages one after the other, except those that have finished, and prints the final table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
     """Runs or continues all stages of a config in a work folder.
 
     Args:
-      config: as a file in `configs/` makes it.
+      config: as returned by a file in `configs/`.
       workdir: the work folder; made if missing.
       from_stage: sets this stage and all later ones aside first.
 
@@ -38,8 +38,8 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
       What is written to results.json: the classes and, by stage, the scores.
 
     Raises:
-      UserError: whatever the user can mend.
-      Interrupted: asked to stop; the same call continues.
+      UserError: anything that the user can fix.
+      Interrupted: the run was asked to stop; the same call continues it.
     """
     config = stages.with_control(config)
     with contextlib.ExitStack() as held:
@@ -60,13 +60,13 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
 
 
 def _take(workdir: Path, held: contextlib.ExitStack) -> None:
-    """Locks the work folder for as long as `held` is, and clears up what a killed run left there."""
+    """Locks the work folder until `held` closes, and removes the temporary files that a killed run left there."""
     held.enter_context(files.lock(workdir))
     files.remove_temporaries(workdir)
 
 
 def _begin(config: ConfigDict, workdir: Path, recipe: list[Stage], from_stage: str, log: RunLog) -> dict[str, str]:
-    """Sets stages aside if asked to, checks the finished ones, writes the config; how far each stage is."""
+    """Sets stages aside if asked to, checks the finished ones, writes the config; returns the status of each stage."""
     if from_stage and (aside := stages.set_aside(recipe, from_stage)):
         log.say(f"set aside: {aside}")
     statuses = {stage.name: stage.status() for stage in recipe}
@@ -83,12 +83,12 @@ def _finish(config: ConfigDict, workdir: Path, recipe: list[Stage], domains: Dom
 
 
 def _check_finished(finished: list[Stage]) -> None:
-    """Raises a UserError if what a finished stage has left is damaged: all that follows would be built on it."""
+    """Raises a UserError if the result of a finished stage is corrupt: later stages would use it."""
     for stage in finished:
         if complaint := stage.damage():
             raise UserError(
-                f"the finished stage '{stage.name}' is damaged: {complaint}. Add --from_stage {stage.name}, which sets "
-                "it and what follows it aside and makes them again"
+                f"the finished stage '{stage.name}' is corrupt: {complaint}. Add --from_stage {stage.name}, which sets "
+                "this stage and all later ones aside and runs them again"
             )
 
 
@@ -97,7 +97,7 @@ def _run_stage(stage: Stage, config: ConfigDict, domains: Domains, log: RunLog, 
         return
     origin = parallel.on_first(lambda: str(stage.adopt() or "") if status == "missing" else "")
     if origin:
-        log.say(f"{stage.name}: already finished with the same settings in {origin}, taken over from there")
+        log.say(f"{stage.name}: already finished with the same settings in {origin}, reused from there")
         return
     parallel.on_first(lambda: stage.mark("started"))
     began = time.perf_counter()
@@ -115,7 +115,7 @@ def _run_stage(stage: Stage, config: ConfigDict, domains: Domains, log: RunLog, 
 def sweep(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -> None:
     """Runs a sweep stage; it writes to its `artifacts` folder.
 
-    Its network is that of the stage it starts from; a sweep over the data alone has neither variables nor method.
+    It uses the network of the stage that it starts from; a sweep over data alone gets neither variables nor a method.
     """
     module = sweeps.load(stage.config.sweep)
     model = make_model(stage.config.model, domains.label_space.num_classes)
@@ -142,7 +142,7 @@ def sweep(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
 
 
 def _open_all(config: ConfigDict) -> Domains:
-    """`load_domains`; what else the recipe has not is told in the same message."""
+    """As `load_domains`, but one message reports missing ImageNet weights too."""
     missing = stages.missing_weights(config)
     try:
         domains = load_domains(config)
@@ -154,7 +154,7 @@ def _open_all(config: ConfigDict) -> Domains:
 
 
 def header(config: ConfigDict, workdir: Path, domains: Domains, statuses: dict[str, str]) -> str:
-    """What a run is going to do, told before it starts."""
+    """What a run will do, printed before it starts."""
     batch = next(config[name].batch for name in config.pipeline if "train" in config[name])
     devices = parallel.choose_devices(batch, config.devices, config.platform)
     used = f"{len(devices)} of {jax.local_device_count()} {devices[0].platform} ({devices[0].device_kind})"
@@ -177,6 +177,6 @@ def header(config: ConfigDict, workdir: Path, domains: Domains, statuses: dict[s
             f"  source      {source}",
             f"  target      {target}, evaluated on {validation}",
             f"  results in  {workdir}, at the end with a page for the browser, report.html",
-            "Stop it whenever you like: the same command goes on where it stopped.",
+            "You can stop the run at any time: the same command continues it.",
         ]
     )

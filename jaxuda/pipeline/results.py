@@ -19,9 +19,9 @@ from jaxuda.errors import UserError
 from jaxuda.metrics import iou_table
 from jaxuda.pipeline.stages import Stage
 
-# What the scores in results.json are of.
+# Which checkpoint each score in results.json belongs to.
 CHECKPOINT_RULES = {
-    "last": "the last checkpoint, as the recipe's steps have it; what tables show",
+    "last": "the last checkpoint, after all steps of the recipe; shown in tables",
     "best_on_val_using_target_labels": "chosen with labels that an unlabelled target does not have",
     "chosen_without_labels": "chosen by a figure that needs no labels: lowest entropy, highest diversity or snd",
 }
@@ -45,7 +45,7 @@ def _git_revision() -> str | None:
 
 
 def collect(config: ConfigDict, recipe: list[Stage], domains: Domains) -> dict[str, Any]:
-    """The scores, and all that they depend on."""
+    """The scores, and everything that they depend on."""
     settings = json.dumps(config.to_dict(), sort_keys=True, default=list)
     opened = {"source": domains.source, "target": domains.target, "evaluation": next(iter(domains.validation), None)}
     return {
@@ -71,7 +71,7 @@ def _described(records: data.Records) -> dict[str, Any]:
 
 
 def final_table(results: dict[str, Any]) -> str:
-    """Per-class IoU of every training stage, and the scores that go with it."""
+    """A table of the IoU per class of every training stage, and its other scores."""
     scored = {name: result for name, result in results["stages"].items() if "best_on_val_using_target_labels" in result}
     if not scored:
         return "no labelled validation images: nothing to score (see metrics.jsonl for the label-free figures)"
@@ -95,14 +95,14 @@ def final_table(results: dict[str, Any]) -> str:
 
 
 def check_comparable(runs: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-    """Refuses runs whose scores do not mean the same.
+    """Refuses to compare runs whose scores mean different things.
 
     Args:
-      runs: the name of each and what its scores depend on, such as {"classes": ("road", "sky")}; None for what is not
-        known.
+      runs: the name of each run and what its scores depend on, such as {"classes": ("road", "sky")}; None for an
+        unknown value.
 
     Raises:
-      UserError: two runs differ; it says in what, with both values.
+      UserError: two runs differ; the message has the field and both values.
     """
     first: dict[str, tuple[str, Any]] = {}
     for name, facts in runs:
@@ -112,7 +112,7 @@ def check_comparable(runs: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
             other, known = first.setdefault(what, (name, value))
             if known != value:
                 raise UserError(
-                    f"{other} and {name} cannot be compared, their {what} differ: {_shown(known)} against "
+                    f"{other} and {name} cannot be compared: their {what} differ: {_shown(known)} against "
                     f"{_shown(value)}. Compare runs of one benchmark"
                 )
 

@@ -1,6 +1,6 @@
-"""Values that a config may have, told before anything runs: all that are wrong in one message.
+"""Checks the values of a config before anything runs; one message reports all that are wrong.
 
-Names are checked by what they name (benchmarks, methods, label spaces), when it is looked up.
+Names (of benchmarks, methods, label spaces) are checked where they are looked up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxuda.data.joined import domain_transform
 from jaxuda.errors import UserError
 
 _LARGEST = 2**31 - 1
-# The last part of a field's name -> the least it may be. `width` and `size` bound the memory of a mistyped number.
+# Last part of a field name -> its minimum. The limits of `width` and `size` bound the memory that a typing error takes.
 _LEAST = {
     **dict.fromkeys(("log_every", "eval_every", "checkpoint_every", "mean_of_last", "batch", "steps", "accumulate"), 1),
     **dict.fromkeys(("lovasz_shrink", "stem", "block", "shortcut", "width"), 1),
@@ -30,14 +30,14 @@ _MOST = {"width": 4096, "num_workers": 1024, "momentum": 1}
 
 
 def check(config: ConfigDict) -> None:
-    """Raises a UserError that names every field of a config whose value makes no sense."""
+    """Raises a UserError that names every field of a config whose value is invalid."""
     plain = config.to_dict()
     if missing := [field for field in _NEEDED if field not in plain]:
         raise UserError(f"the config lacks {', '.join(missing)}: make it with configs.common.base, then change it")
     wrong = [f"config.{field}={value!r} {problem}" for field, value, problem in _numbers(plain)]
     for domain in ("source", "target"):
         if not plain[domain]["name"]:
-            continue  # it is absent
+            continue  # the config has no such domain
         try:
             domain_transform(plain[domain])
         except UserError as error:
@@ -48,17 +48,17 @@ def check(config: ConfigDict) -> None:
     if not scales or not _all_numbers(scales) or min(scales) <= 0:
         wrong.append(f"config.test.scales={scales!r} must be factors above 0, such as (1.0,)")
     if not _all_numbers(weights) or min(weights, default=0) < 0 or (weights and not sum(weights)):
-        wrong.append(f"config.test.weights={weights!r} must be numbers that are not negative, and not all 0")
+        wrong.append(f"config.test.weights={weights!r} must be numbers of at least 0, and not all 0")
     blocks = plain["model"].get("blocks")  # not every network family has it
     if blocks is not None and not all(type(n) is int and 0 < n < 1000 for n in blocks):
-        wrong.append(f"config.model.blocks={blocks!r} must be numbers of blocks, one per stage")
+        wrong.append(f"config.model.blocks={blocks!r} must be the number of blocks of each stage")
     wrong += _pipeline(plain)
     if wrong:
         raise UserError("\n  ".join(["the config cannot be run:", *wrong] if len(wrong) > 1 else wrong))
 
 
 def _numbers(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, str]]:
-    """(field, value, what is wrong) of the numbers in a config."""
+    """(field, value, what is wrong) for each invalid number in a config."""
     wrong = []
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -68,7 +68,7 @@ def _numbers(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, 
             if type(number) not in (int, float):
                 continue
             if not math.isfinite(number) or (type(number) is int and abs(number) > _LARGEST):
-                wrong.append((f"{prefix}{name}", value, "is no number to compute with"))
+                wrong.append((f"{prefix}{name}", value, "is not finite, or too large"))
             elif number < _LEAST.get(name, -math.inf):
                 wrong.append((f"{prefix}{name}", value, f"must be at least {_LEAST[name]}"))
             elif number > _MOST.get(name, math.inf):
@@ -77,7 +77,7 @@ def _numbers(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, 
 
 
 def _pipeline(plain: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the list of stages, and with how their batches are cut."""
+    """What is wrong with the list of stages, and with the division of their batches into parts."""
     names = plain["pipeline"]
     sections = [plain[name] for name in names if isinstance(plain.get(name), Mapping)]
     if len(set(names)) < len(names) or not any("train" in section for section in sections):
@@ -86,7 +86,7 @@ def _pipeline(plain: Mapping[str, Any]) -> list[str]:
     for name in names:
         section = plain.get(name)
         if not isinstance(section, Mapping) or not {"train", "sweep"} & section.keys():
-            wrong.append(f"config.pipeline names '{name}', but config.{name} is no stage, with a `train` or a `sweep`")
+            wrong.append(f"config.pipeline names '{name}', but config.{name} is no stage: it lacks `train` or `sweep`")
             continue
         if missing := sorted((_TRAINING if "train" in section else _STAGE) - section.keys()):
             wrong.append(f"config.{name} lacks {', '.join(missing)}: make stages with the functions of configs.common")

@@ -1,4 +1,4 @@
-"""A stage of a recipe: its resolved config, its folder, and whether it has run, as told by its fingerprint."""
+"""A stage of a recipe: its resolved config, its folder, and its status, which its fingerprint decides."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ARTIFACTS = "artifacts"
 class Stage(NamedTuple):
     """One stage of a run.
 
-    name: its name in `config.pipeline` and of its folder.
+    name: its name in `config.pipeline`, also the name of its folder.
     folder: workdir/name.
     config: the run's shared sections overlaid with the stage's own; frozen.
     init: where the weights come from: None, or (checkpoints folder, "last" | "best").
@@ -63,7 +63,7 @@ class Stage(NamedTuple):
 
     @property
     def record(self) -> Path:
-        """The file that says what the stage is and whether it is done."""
+        """The file that holds the stage's identity and status."""
         return self.folder / "stage.json"
 
     def status(self) -> str:
@@ -77,8 +77,8 @@ class Stage(NamedTuple):
             return "missing"
         if "name" not in saved["identity"].get("model", {}):
             raise UserError(
-                f"the stage '{self.name}' in {self.folder} was run by an older jaxuda, whose runs this one cannot "
-                f"continue (it can score and use them): choose another --workdir, or add --from_stage {self.name}"
+                f"the stage '{self.name}' in {self.folder} was run by an older jaxuda: this one can score and use it, "
+                f"but cannot continue it. Choose another --workdir, or add --from_stage {self.name}"
             )
         if saved["fingerprint"] != self.fingerprint:
             changes = "\n".join(f"  {line}" for line in changed_fields(saved["identity"], self.identity))
@@ -92,9 +92,9 @@ class Stage(NamedTuple):
         return "done" if saved["status"] == "done" else "started"
 
     def damage(self) -> str | None:
-        """What of a finished stage is not as it was left: its artifacts or its last checkpoint; None if all is well.
+        """What is corrupt in a finished stage, its artifacts or its last checkpoint; None if nothing is.
 
-        Folders that are gone as a whole were removed on purpose; stages that need them will say so.
+        A missing folder was removed on purpose and is not reported here; a stage that needs it will report it.
         """
         folder = self.folder / ARTIFACTS
         if folder.is_dir() and files.checksums(folder) != read_record(self.record).get("artifacts", {}):
@@ -121,14 +121,14 @@ class Stage(NamedTuple):
         """The folders of artifacts that this stage reads, by stage, each verified.
 
         Raises:
-          UserError: a file is missing or not as its stage wrote it.
+          UserError: a file is missing, or has changed since its stage wrote it.
         """
         for name, folder in self.reads.items():
             record = read_record(folder / "stage.json")
             if record is None or files.checksums(folder / ARTIFACTS) != record.get("artifacts"):
                 raise UserError(
                     f"the artifacts in {folder / ARTIFACTS} are not what the stage '{name}' wrote: add --from_stage "
-                    f"{name}, which makes them again"
+                    f"{name}, which writes them again"
                 )
         return {name: folder / ARTIFACTS for name, folder in self.reads.items()}
 
@@ -137,16 +137,16 @@ class Stage(NamedTuple):
         return files.read_json(self.folder / "results.json") or {}
 
     def adopt(self) -> Path | None:
-        """Takes over the same stage from a work folder beside this one, if one has finished it.
+        """Reuses the same stage of a work folder beside this one, if one has finished it.
 
-        Source-only and oracle runs are shared by many recipes. Files are linked, not copied, where the system
-        can; deleting either folder leaves the other whole. Damaged ones are passed over.
+        Many recipes share their source-only and oracle runs. Files are linked, not copied, where the system
+        can; deleting either folder does not change the other. Corrupt stages are skipped.
 
         Returns:
           The folder it was taken from, or None.
         """
         if self.folder.exists() and any(self.folder.iterdir()):
-            return None  # its record was removed; what is there goes on
+            return None  # only its record is missing: continue with what is there
         for record in sorted(self.folder.parent.parent.glob("*/*/stage.json")):
             theirs = self._replace(folder=record.parent)
             try:
@@ -154,7 +154,7 @@ class Stage(NamedTuple):
                 if saved["status"] != "done" or saved["fingerprint"] != self.fingerprint or theirs.damage():
                     continue
             except UserError:
-                continue  # a damaged neighbour is not this run's business
+                continue  # a corrupt neighbour is not this run's business
             aside = self.folder.with_name(f".{self.name}.adopting")
             shutil.rmtree(aside, ignore_errors=True)
             shutil.copytree(record.parent, aside, copy_function=_link)
@@ -167,7 +167,7 @@ class Stage(NamedTuple):
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A stage's record; None if there is none, and UserError if it is damaged."""
+    """A stage's record; None if there is none, and UserError if it is corrupt."""
     record = files.read_json(path)
     if record is None or (isinstance(record, dict) and {"status", "fingerprint", "identity"} <= record.keys()):
         return record
@@ -175,7 +175,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def _damaged(path: Path) -> UserError:
-    return UserError(f"{path} is damaged: delete it, then run the same command again")
+    return UserError(f"{path} is corrupt: delete it, then run the same command again")
 
 
 def _link(source: str, destination: str) -> None:
@@ -188,7 +188,7 @@ def _link(source: str, destination: str) -> None:
 def with_control(config: ConfigDict) -> ConfigDict:
     """The config with a stage "control" before the first one that adapts, if `config.control` asks for it.
 
-    It trains as that stage does, but for the method (see `jaxuda.methods.control`).
+    It trains as that stage does, except for the method (see `jaxuda.methods.control`).
 
     Raises:
       UserError: no stage adapts.
@@ -209,7 +209,7 @@ def with_control(config: ConfigDict) -> ConfigDict:
 
 
 def import_named(config: ConfigDict) -> None:
-    """Imports the user's own modules that a config names: work folders may then name them too (see `plugins.load`)."""
+    """Imports the user's modules that a config names, so that work folders may name them too (see `plugins.load`)."""
     load_family(config.model)
     for name in config.pipeline:
         if "." in config.get(name, {}).get("train", ""):
@@ -217,7 +217,7 @@ def import_named(config: ConfigDict) -> None:
 
 
 def plan(config: ConfigDict, workdir: Path, domains: Domains) -> list[Stage]:
-    """The stages of `config.pipeline` in order; an oracle is left out where the target has no labels.
+    """The stages of `config.pipeline` in order, without the oracle if the target has no labels.
 
     Raises:
       UserError: a stage is not defined, or starts from one that does not come before it.
@@ -246,7 +246,7 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
     if own.domains[0] == "target":
         resolved.source, datasets["source"] = resolved.target, datasets["target"]
     if len(own.domains) == 1:
-        # What is not read must not change the fingerprint: baselines are shared between recipes.
+        # Data that the stage does not read must not change its fingerprint: recipes share their baselines.
         del resolved["target"]
         datasets.pop("target", None)
     datasets["evaluation"] = [records.fingerprint for records in domains.validation]
@@ -254,9 +254,9 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
     def before(field: str, stage: str) -> Stage:
         if stage not in earlier:
             known = ", ".join(earlier) or "none"
-            hint = "; a checkpoint elsewhere is named by its path, with a slash" if field == "init" else ""
+            hint = "; name a checkpoint elsewhere by its path, with a slash" if field == "init" else ""
             raise UserError(
-                f"config.{name}.{field} names '{stage}', which is no stage before it (those are: {known}{hint})"
+                f"config.{name}.{field} names '{stage}', which is not an earlier stage (those are: {known}{hint})"
             )
         return earlier[stage]
 
@@ -277,7 +277,7 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
     identity = json.loads(resolved.to_json()) | {"init": start, "data": datasets}
     identity["reads"] = {stage: origin.fingerprint for stage, origin in reads.items()}
     for place in ("source", "target"):
-        # Where the data lie does not matter, what they are does; that is in `data`.
+        # The content of the data matters, not their place; `data` has the checksum of the content.
         identity.get(place, {}).pop("path", None)
     converted = {network: imagenet_start(network, config.data_dir) for network in own.get("weights", ())}
     identity["weights"] = {network: start for network, (_, start) in converted.items()}
@@ -292,11 +292,11 @@ def resolve(name: str, config: ConfigDict) -> ConfigDict:
     resolved = ConfigDict({field: config[field] for field in SHARED}, convert_dict=True)
     resolved = ConfigDict(json.loads(resolved.to_json()))
     if config.get("class_weights"):
-        resolved.class_weights = tuple(config.class_weights)  # a field only where it is used, for the fingerprint
+        resolved.class_weights = tuple(config.class_weights)  # set only when used, as below
     resolved.update(own.to_dict())
     if "train" in own:
         resolved.schedule_steps = own.schedule_steps or own.steps
-        # Only where they are used, since stages are known by their fields.
+        # Set only when used: every field enters the stage's fingerprint.
         if config.get("accumulate", 1) > 1:
             resolved.accumulate = config.accumulate
         if config.get("remat"):
@@ -305,7 +305,7 @@ def resolve(name: str, config: ConfigDict) -> ConfigDict:
 
 
 def missing_weights(config: ConfigDict) -> list[str]:
-    """For each network whose ImageNet weights the recipe needs and has not: what to do, with the command."""
+    """For each network whose ImageNet weights are needed but missing: what to do, with the command."""
     needed: dict[str, list[str]] = {}
     for name in config.pipeline:
         if name in config and config[name].init == IMAGENET:
@@ -324,7 +324,7 @@ def _is_path(init: str) -> bool:
 
 
 def _from_outside(name: str, resolved: ConfigDict, data_dir: str) -> tuple[tuple[Path, str], Any]:
-    """Checkpoint and identity of weights that no stage of this run makes."""
+    """Checkpoint and identity of weights that come from outside of this run."""
     if resolved.init == IMAGENET:
         return imagenet_start(weights.network_name(resolved), data_dir)
     place, _, which = (
@@ -340,13 +340,13 @@ def _from_outside(name: str, resolved: ConfigDict, data_dir: str) -> tuple[tuple
 def imagenet_start(network: str, data_dir: str) -> tuple[tuple[Path, str], Any]:
     """Checkpoint and identity of converted weights."""
     folder, which = weights.imagenet_folder(network, data_dir), "last"
-    # A recipe can be planned without them; `missing_weights` stops it before it runs.
+    # A recipe can be planned without the weights; `missing_weights` stops it before it runs.
     start = IMAGENET if weights.missing(network, data_dir) else [weights.identity(folder, which), which]
     return (folder / "checkpoints", which), start
 
 
 def _trained_with(folder: Path) -> str:
-    """The method whose predictions a checkpoint from outside is made for."""
+    """The method that a checkpoint from outside of this run was trained with."""
     method = files.read_json(folder / "stage.json")["identity"].get("train")
     if method is None:
         raise UserError(f"{folder} holds a backbone alone, which cannot label images")
@@ -370,7 +370,7 @@ def changed_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def set_aside(stages: list[Stage], first: str) -> Path | None:
-    """Moves the folders of stage `first` and all after it to `workdir/aside-N`.
+    """Moves the folders of stage `first` and of all later ones to `workdir/aside-N`.
 
     Returns:
       Where they are now, or None if there was nothing to move.
@@ -382,7 +382,7 @@ def set_aside(stages: list[Stage], first: str) -> Path | None:
     if first not in names:
         raise UserError(f"--from_stage {first}: this recipe's stages are {', '.join(names)}")
     for stage in stages[: names.index(first)]:
-        stage.status()  # what stays must fit, or nothing is moved
+        stage.status()  # raises if an earlier stage has other settings; then nothing is moved
     old = [stage.folder for stage in stages[names.index(first) :] if stage.folder.exists()]
     if not old:
         return None

@@ -35,7 +35,7 @@ def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
     """The rows of a table over seeds.
 
     Args:
-      runs: what `pipeline.run` returns, those of one config and benchmark in the order of their seeds.
+      runs: what `pipeline.run` returns; the runs of one config and benchmark in the order of their seeds.
     """
     rows: dict[tuple[str, str], Row] = {}
     seen: dict[tuple[str, int, str], list[str]] = {}
@@ -47,7 +47,7 @@ def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
             fingerprint = run["fingerprints"][stage]
             others = seen.setdefault((run["benchmark"], run["seed"], stage), [])
             if stage in BASELINES and fingerprint in others:
-                continue  # an earlier method's run has the same
+                continue  # an earlier method's run has the same stage
             if stage not in BASELINES or others:
                 title = f"{run['config']}: {title}"
             others.append(fingerprint)
@@ -80,7 +80,7 @@ def summary(runs: list[dict[str, Any]]) -> str:
 
 
 def facts(config: ConfigDict) -> dict[str, Any]:
-    """What the scores of a run depend on, as far as it is known before it runs."""
+    """What the scores of a run depend on, as far as known before it runs."""
     size = tuple(config.evaluation.size)
     return {"label spaces": config.label_space, "evaluation sizes": size, "evaluated splits": config.evaluation.split}
 

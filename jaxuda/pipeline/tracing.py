@@ -1,4 +1,4 @@
-"""A stage's step on abstract values: what it takes, and whether it can run at all, found without running it."""
+"""Traces a stage's step on abstract values, to find its cost and its errors without running it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def abstract_step(
 
     Args:
       config: a stage's resolved config. Artifacts of earlier stages are not needed.
-      classes: of the label space.
+      classes: the number of classes of the label space.
       batch: see above.
       depth: whether the source has depth.
       phase: see `make_step`; None: the last one.
@@ -72,20 +72,20 @@ def abstract_step(
 
 
 def image_size(domain: Any) -> tuple[int, int]:
-    """(width, height) of the images of a domain: with `fit` at most so large; 256x128 where the files alone decide."""
+    """(width, height) of a domain's images: the largest for `fit`; 256x128 if only the image files decide it."""
     return tuple(domain.crop or domain.resize or domain.get("fit") or (256, 128))
 
 
 def check_steps(stages: Sequence[Stage], classes: int, depth: bool) -> None:
-    """Traces the step of each training stage, so that what is wrong with one is told before any of them trains.
+    """Traces the step of each training stage, so that an error in any of them is reported before training starts.
 
     Args:
-      stages: those that are going to run; sweeps are passed over.
-      classes: of the label space.
+      stages: those that will run; sweeps are skipped.
+      classes: the number of classes of the label space.
       depth: whether the source has depth.
 
     Raises:
-      UserError: names the stage, and what is wrong.
+      UserError: the message names the stage, and what is wrong.
     """
     seen = []
     for stage in stages:
@@ -94,7 +94,7 @@ def check_steps(stages: Sequence[Stage], classes: int, depth: bool) -> None:
             continue
         sizes = {domain: image_size(config[domain]) for domain in ("source", "target") if domain in config}
         if (settings := {**config.to_dict(), **sizes}) in seen:
-            continue  # source only and the oracle differ in their images alone
+            continue  # source only and the oracle differ only in their images
         seen.append(settings)
         orders.load(config.order)
         try:
@@ -107,18 +107,18 @@ def check_steps(stages: Sequence[Stage], classes: int, depth: bool) -> None:
             if (field := missing_field(error)) is None:
                 raise
             raise UserError(
-                f"the method '{config.train}' reads config.{stage.name}.{field}, which the config does not have: add "
-                "it to the stage's section"
+                f"the method '{config.train}' reads config.{stage.name}.{field}, which the config lacks: add it to the "
+                "stage's section"
             ) from error
 
 
 def _without_gradient(function: Callable, has_aux: bool) -> Callable:
-    """The value alone, in a quarter of the time; the parameters stand in for their gradient."""
+    """The value alone, which takes a quarter of the time; returns the parameters in place of their gradient."""
     return lambda params: (function(params), params)
 
 
 def missing_field(error: Exception) -> str | None:
-    """The field that a config was asked for and does not have; None for errors of any other origin."""
+    """The config field that an error says is missing; None for an error of any other origin."""
     origin = traceback.extract_tb(error.__traceback__)[-1].filename
-    found = re.search(r"'(\w+)\\?'", str(error))  # quotes are escaped where a name like it is suggested
+    found = re.search(r"'(\w+)\\?'", str(error))  # quotes are escaped where a similar name is suggested
     return found[1] if found and "ml_collections" in origin else None

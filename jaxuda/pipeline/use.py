@@ -1,4 +1,4 @@
-"""Using trained stages: score them, or label images with them; one, or several as an ensemble."""
+"""Uses trained stages, one or several as an ensemble: scores them, or labels images with them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from jaxuda.sweeps.predict import ImageFiles, ensemble_predictions, write_predic
 
 
 def evaluate(config: ConfigDict, checkpoint: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Prints IoU on the evaluation sets of `config`: of a stage, of each of its checkpoints, or of an ensemble.
+    """Prints the IoU of a stage, of each of its checkpoints, or of an ensemble on the evaluation sets of `config`.
 
     Other networks of a stage (its method's teacher) are scored beside the one that was evaluated in training.
 
     Args:
-      config: the datasets, and in `config.test` what is averaged.
+      config: names the datasets; `config.test` says which predictions are averaged.
       checkpoint: see `parse_checkpoint`.
-      overrides: what the command line sets, "evaluation.size" and the like; a network's own settings hold otherwise.
+      overrides: what the command line sets, "evaluation.size" and the like; otherwise a network's own settings apply.
     """
     import_named(config)
     validation, space = domains.load_validation(config)
@@ -81,19 +81,19 @@ def predict(
     """Writes predictions for images to WORKDIR/predictions (default: beside the checkpoint).
 
     Args:
-      config: the label space, and in `config.test` what is averaged.
+      config: names the label space; `config.test` says which predictions are averaged.
       checkpoint: see `parse_checkpoint`.
       images: a folder or a glob.
       workdir: see above.
       overrides: as for `evaluate`.
     """
     if not images:
-        raise UserError("say which images: --images DIR or --images 'DIR/*.png' (quoted, or the shell expands it)")
+        raise UserError("name the images: --images DIR or --images 'DIR/*.png' (quoted, or the shell expands it)")
     import_named(config)
     found = ImageFiles(images)
     chosen = parse_checkpoint(checkpoint)
     if checkpoint.endswith(f":{ALL}"):
-        raise UserError("images are labelled with one checkpoint, or with several named ones as an ensemble")
+        raise UserError("--mode predict takes one checkpoint, or several named ones as an ensemble, but not 'all'")
     space = data.labels.label_space(config.label_space) if config.label_space else _source_space(config)
     ensemble, variables = make_ensemble(chosen, space.num_classes, config.label_space, config.test, overrides)
     folder = Path(workdir or chosen[0][0]) / "predictions"

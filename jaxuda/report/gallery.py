@@ -63,7 +63,7 @@ def make_gallery(run: Run, count: int, stages: Sequence[StageRun] | None = None)
       stages: the stages that predict; default: all trainings that have a checkpoint.
 
     Raises:
-      UserError: the data are missing, no stage has a checkpoint, or a checkpoint is damaged.
+      UserError: the data are missing, no stage has a checkpoint, or a checkpoint is corrupt.
     """
     records, space = open_target(run)
     chosen = [stage for stage in (run.trainings if stages is None else stages) if _newest(run.folder / stage.name)]

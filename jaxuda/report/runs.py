@@ -141,7 +141,7 @@ def read_run(folder: Path) -> Run:
     """Reads a work folder.
 
     Raises:
-      UserError: it is not a work folder, or one of its files is damaged.
+      UserError: it is not a work folder, or one of its files is corrupt.
     """
     saved = files.read_json(folder / "config.json") or {}
     results = files.read_json(folder / "results.json") or {}

@@ -191,5 +191,5 @@ def _read_progress(path: Path) -> tuple[int, list[np.ndarray]]:
     try:
         saved = read_npz(path)
         return int(saved["done"]), [saved[name] for name in SUMS]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # missing or damaged: start from the beginning
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # missing or corrupt: start from the beginning
         return 0, [np.float64(0)] * len(SUMS)

@@ -1,10 +1,10 @@
-"""Orbax checkpoints that are verified: the checksum of every file is written beside them and compared on restore.
+"""Verified Orbax checkpoints: the checksum of every file is written beside them and compared on restore.
 
 Orbax saves atomically but restores a flipped byte without an error. A checkpoint is valid only once its manifest of
-checksums is written: one without a manifest comes from a killed save, one that differs from its manifest is damaged.
-Orbax's manager reads whatever it finds, so it only gets folders of valid checkpoints, to save and to delete. Leaves are
+checksums is written: one without a manifest comes from a killed save, one that differs from its manifest is corrupt.
+Orbax's manager reads every folder that it finds, so invalid checkpoints are removed before it is made. Leaves are
 stored under their path in the state ("params.model.backbone.conv1.kernel"), as host arrays, so that a restore does not
-depend on the number of devices. Of several processes only the first one saves and restores.
+depend on the number of devices. If there are several processes, only the first one saves and restores.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ PyTree = Any
 MANIFEST, NETWORKS = "manifest.json", "networks.json"
 LAST, BEST = "last", "best"
 STUDENT = "student"  # the network that is trained; a method may have others, such as its EMA teacher
-# Its place in checkpoints without NETWORKS: those of converted weights, and of releases with one network only.
+# Its place in checkpoints that list no networks: converted weights, and those of releases with only one network.
 _STUDENT = {"params": "params.model", "batch_stats": "batch_stats"}
-# Without this Orbax waits for all processes of the run.
+# Without this, Orbax waits for all processes of the run.
 _ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
 
@@ -43,13 +43,13 @@ def _names(tree: PyTree) -> tuple[list[str], list[Any], Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one training stage: the latest two, and the best where there are metrics.
+    """The checkpoints of one training stage: the latest two, and the best if there are metrics.
 
     Args:
-      folder: where they are; created if missing, unless `read_only`.
-      report: called with a line of text when a damaged or half-written checkpoint is skipped.
-      read_only: leave the folder as it is. Otherwise invalid checkpoints are removed: their steps run again.
-      keep_every: also keep the checkpoints of every so many steps; 0: no others.
+      folder: their folder; created if missing, unless `read_only`.
+      report: called with a line of text when a corrupt or half-written checkpoint is skipped.
+      read_only: do not change the folder. Otherwise invalid checkpoints are removed: their steps run again.
+      keep_every: also keep the checkpoint of every `keep_every` steps; 0: no others.
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class Checkpoints:
         metrics: dict[str, float] | None = None,
         networks: Mapping[str, PyTree] = MappingProxyType({}),
     ) -> None:
-        """Writes `state` (host arrays) as of `step`, with the mIoU in `metrics` if it was evaluated.
+        """Writes `state` (host arrays) as the checkpoint of `step`, with the mIoU in `metrics` if it was evaluated.
 
         Args:
           step, state, metrics: see above.
           networks: the networks in the state by name, each a tree of leaves of the state; only their paths are saved.
 
         Raises:
-          UserError: the disk is full; what was saved before is untouched.
+          UserError: the disk is full; earlier checkpoints are unchanged.
         """
         names, leaves, _ = _names(state)
         arrays = {name: np.asarray(leaf) for name, leaf in zip(names, leaves, strict=True)}
@@ -134,13 +134,13 @@ class Checkpoints:
         try:
             sums = files.read_json(folder / MANIFEST)
         except UserError:
-            return "its manifest is damaged"
+            return "its manifest is corrupt"
         if not folder.is_dir():
             return "it does not exist"
         if sums is None:
             return "it was not saved completely"
         if not isinstance(sums, dict) or not sums:
-            return "its manifest is damaged"
+            return "its manifest is corrupt"
         for name, expected in sums.items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
@@ -161,12 +161,12 @@ class Checkpoints:
         self._report(f"checkpoint {self._folder / str(step)} is skipped: {complaint}")
 
     def best(self) -> int | None:
-        """The step with the highest mIoU on the target's labels (the last of equal ones); None without evaluations."""
+        """The step with the highest mIoU on the target's labels (the last of equals); None without evaluations."""
         scores = {step: score for step in kept_steps(self._folder) if (score := self._score(step)) is not None}
         return max(scores, key=lambda step: (scores[step], step), default=None)
 
     def _score(self, step: int) -> float | None:
-        """The mIoU that was saved with a checkpoint; None if there is none, or it is damaged."""
+        """The mIoU that was saved with a checkpoint; None if it has none or is corrupt."""
         file = self._folder / str(step) / "metrics" / "metrics"
         if not file.exists() or self._complaint(step):
             return None
@@ -176,7 +176,7 @@ class Checkpoints:
         """All arrays of a checkpoint by their dotted path.
 
         Raises:
-          UserError: it is damaged or missing.
+          UserError: the checkpoint is corrupt or missing.
         """
         if complaint := self._complaint(step):
             raise UserError(f"checkpoint {self._folder / str(step)} cannot be used: {complaint}")
@@ -186,7 +186,7 @@ class Checkpoints:
         return self._reader.restore(item, args=ocp.args.StandardRestore(template))
 
     def restore(self, step: int, like: PyTree) -> PyTree:
-        """The state saved at `step`, shaped like `like`; raises UserError as `read` does."""
+        """The state saved at `step`, with the structure of `like`; raises UserError as `read` does."""
         return unflatten(self.read(step), like, str(self._folder / str(step)))
 
     def close(self) -> None:
@@ -205,10 +205,10 @@ def _miou(metrics: dict[str, float]) -> float:
 
 
 def unflatten(arrays: dict[str, np.ndarray], like: PyTree, where: str) -> PyTree:
-    """Arrays by dotted path as a pytree like `like`.
+    """Arrays by dotted path as a pytree with the structure of `like`.
 
     Raises:
-      UserError: an array is missing or has another shape; the message names it and `where` the arrays come from.
+      UserError: an array is missing or has another shape; the message names it, and `where` the arrays come from.
     """
     names, leaves, structure = _names(like)
     for name, leaf in zip(names, leaves, strict=True):
@@ -233,8 +233,8 @@ def read_variables(folder: Path, which: str = LAST, network: str = STUDENT) -> t
       network: its name, where the stage's method has several.
 
     Raises:
-      UserError: there is no valid checkpoint, a finished stage has lost the one with which it ended, or the checkpoint
-        has no such network.
+      UserError: there is no valid checkpoint, the last checkpoint of a finished stage is missing, or the checkpoint has
+        no such network.
     """
     saved, step = _open(folder, which)
     arrays = saved.read(step)
@@ -254,7 +254,7 @@ def read_variables(folder: Path, which: str = LAST, network: str = STUDENT) -> t
 
 
 def network_names(folder: Path, which: str = LAST) -> list[str]:
-    """The networks in the checkpoint that `read_variables` would read; raises UserError as it does."""
+    """The names of the networks in the checkpoint that `read_variables` reads; raises UserError as it does."""
     saved, step = _open(folder, which)
     saved.close()
     return list(_networks(folder, step))
@@ -300,14 +300,14 @@ def _without_common_end(place: str, origin: str) -> tuple[str, str]:
 
 
 def manifest_hash(folder: Path, which: str = LAST) -> str:
-    """A checksum of the checkpoint that `read_variables` would read; raises UserError as it does."""
+    """A checksum of the checkpoint that `read_variables` reads; raises UserError as it does."""
     saved, step = _open(folder, which)
     saved.close()
     return files.sha256(folder / str(step) / MANIFEST)
 
 
 def damage(folder: Path) -> str | None:
-    """What is damaged in the last checkpoint of a finished stage; None if nothing is, or if its folder is missing."""
+    """What is corrupt in the last checkpoint of a finished stage; None if nothing is, or if its folder is missing."""
     step = (files.read_json(folder.parent / "results.json") or {}).get("step")
     if step is None or not folder.is_dir():
         return None
@@ -327,12 +327,12 @@ def _open(folder: Path, which: str) -> tuple[Checkpoints, int]:
     step = int(which) if which.isdigit() else saved.best() if which == BEST else saved.newest()
     if step is None:
         raise UserError(f"there is no valid checkpoint in {folder}: {again}")
-    # An unfinished stage can go on from an older checkpoint; the result of a finished stage is its last one.
+    # An unfinished stage can continue from an older checkpoint; the result of a finished stage is its last one.
     best = results.get("best_on_val_using_target_labels")
     lost = which == LAST and step != results.get("step", step)
     lost = lost or (which == BEST and best is not None and saved._score(step) != best["miou"])
     if lost:
         raise UserError(
-            f"the {which} checkpoint in {folder} is damaged or missing (found that of step {step} instead): {again}"
+            f"the {which} checkpoint in {folder} is corrupt or missing (found that of step {step} instead): {again}"
         )
     return saved, step

@@ -16,7 +16,7 @@ from jaxuda import files, parallel
 
 
 class RunLog:
-    """Writers of one work folder. Of several processes only the first one writes and prints.
+    """The logs of one work folder. If there are several processes, only the first one writes and prints.
 
     Args:
       workdir: where `log.txt`, `metrics.jsonl` and `tensorboard/` are kept; each stage is a TensorBoard run.
@@ -61,7 +61,7 @@ class RunLog:
 class _Curves:
     """The TensorBoard file of one stage.
 
-    This thread writes it: the writer thread of tensorboardX dies when the disk is full, and the run waits for it.
+    The calling thread writes it: tensorboardX's writer thread dies if the disk is full, and the run would wait for it.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -94,7 +94,7 @@ def is_interactive() -> bool:
 
 
 def progress_bar(total: int, title: str, unit: str, initial: int = 0) -> tqdm:
-    """A progress bar that disappears when it is done; nothing when nobody watches (the log then shows progress)."""
+    """A progress bar that disappears at the end; disabled if nobody watches (then the log shows the progress)."""
     return tqdm(
         total=total,
         initial=initial,

@@ -33,11 +33,11 @@ LABEL_FREE = {"entropy": -1, "diversity": 1, "snd": 1}
 class Task(NamedTuple):
     """A stage as training needs it.
 
-    name: of the stage, for messages and curves.
-    folder: where its checkpoints, evaluations and results lie.
+    name: the stage's name, for messages and curves.
+    folder: the folder of its checkpoints, evaluations and results.
     config: its resolved settings.
     init: the checkpoint that its weights come from, (checkpoints folder, "last" | "best"); None: random ones.
-    artifacts: what earlier stages left for it, stage -> folder.
+    artifacts: the artifacts of earlier stages, stage -> folder.
     weights: converted weights that its method may ask for, name -> checkpoints folder.
     """
 
@@ -50,7 +50,7 @@ class Task(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What does not decide a stage's result; the fields are those of the config."""
+    """Settings that do not change a stage's result; fields of the config of the same names."""
 
     devices: int
     platform: str
@@ -65,17 +65,17 @@ def train(task: Task, options: Options, domains: Domains, log: RunLog, make_eval
 
     Args:
       task: what to train.
-      options: how.
+      options: how to run it.
       domains: the datasets.
-      log: where progress is told.
-      make_evaluator: `make_evaluator(model, method, config, devices)` gives `evaluate(variables, records)`.
+      log: reports the progress.
+      make_evaluator: `make_evaluator(model, method, config, devices)` returns `evaluate(variables, records)`.
 
     Raises:
       UserError: a loss is not finite, or a checkpoint cannot be written.
       Interrupted: on SIGTERM or SIGINT, after saving.
     """
     config = task.config
-    # Each of the parts that a step accumulates is spread over the devices.
+    # The devices share each part of the batch.
     part = config.batch // config.get("accumulate", 1)
     devices = parallel.choose_devices(part, options.devices, options.platform)
     labelled, unlabelled = training_records(config, domains, task.artifacts)
@@ -90,7 +90,7 @@ def train(task: Task, options: Options, domains: Domains, log: RunLog, make_eval
             loop = _Loop(task, options, domains, log, devices, saved, method)
             if done < config.steps:
                 first = next(batches)
-                # The other processes are given the state of the first.
+                # The other processes get the state of the first one.
                 state, constants = start(task, method, model, tx, arrays(first), bool(done) or saved is None, log.say)
                 if done:
                     state = saved.restore(done, state) if saved else state
@@ -110,15 +110,15 @@ def train(task: Task, options: Options, domains: Domains, log: RunLog, make_eval
 
 
 def phases(method: ModuleType, config: Any) -> list[int]:
-    """The steps at which a method's tuple of passes begins and changes, rising from 0."""
+    """The steps at which a method's tuple of passes begins or changes, in rising order, starting with 0."""
     return sorted({0, *(method.starts(config) if hasattr(method, "starts") else ())})
 
 
 def training_records(config: Any, domains: Domains, artifacts: Mapping[str, Path]) -> tuple[Any, Any]:
-    """The records a stage learns from, labelled and unlabelled (None if it uses none).
+    """The records that a stage learns from: labelled, and unlabelled (None if it uses none).
 
-    They are those of `config.domains`; `config.split` takes the easy and the hard part of a ranking instead of all,
-    `config.labels` puts pseudo-labels in the place of labels.
+    They are those of `config.domains`. With `config.split` the labelled ones are the easy part of a ranking and the
+    unlabelled ones the hard part; with `config.labels` pseudo-labels replace the labels.
     """
     labelled, unlabelled = domains.source, None
     if config.domains[0] == "target":
@@ -159,9 +159,9 @@ def arrays(batch: PyTree) -> PyTree:
 
 
 class _StopSignals:
-    """While entered, SIGTERM and SIGINT only set `asked`; the loop then stops between two steps.
+    """Inside this context SIGTERM and SIGINT only set `asked`; the loop then stops between two steps.
 
-    Several processes must stop after the same step: they tell each other at every tenth.
+    Several processes must stop after the same step: they exchange their signals at every tenth step.
     """
 
     def __enter__(self) -> _StopSignals:
@@ -170,7 +170,7 @@ class _StopSignals:
         return self
 
     def after(self, step: int) -> str:
-        """The signal that stops the loop after this step, or ""; to be called after each step."""
+        """The signal that stops the loop after this step, or ""; call it after each step."""
         if jax.process_count() > 1 and step % 10:
             return ""
         return next(filter(None, parallel.exchange(self.asked)), "")
@@ -184,7 +184,7 @@ class _StopSignals:
 
 
 class _Loop:
-    """The loop of one stage and what it remembers between steps."""
+    """The loop of one stage, and its state between steps."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class _Loop:
         self._since, self._waited, self._told = time.perf_counter(), 0.0, 0.0
 
     def rewind(self, step: int) -> None:
-        """Forgets evaluations and metrics of steps that will run again."""
+        """Removes evaluations and metrics of steps that will run again."""
         if self._saved:
             rows = [row for row in files.read_json_lines(self._history) if row["step"] <= step]
             files.write_json_lines(self._history, rows)
@@ -218,7 +218,7 @@ class _Loop:
         start: int,
         batches: Iterator,
     ) -> None:
-        """Steps `start` + 1 .. config.steps, from a state on the host; `steps` has a compiled step for each phase."""
+        """Runs steps `start` + 1 .. config.steps from a state on the host; `steps`: phase -> compiled step."""
         name, config = self._task.name, self._task.config
         last = config.steps
         state, constants = (parallel.replicate(tree, self._devices) for tree in (state, constants))
@@ -270,10 +270,10 @@ class _Loop:
         seconds = began - self._since
         step, config = self._pending[-1][0], self._task.config
         values = {metric: float(np.mean([row[metric] for row in rows])) for metric in rows[0]}
-        # Figures by class are for the curves.
+        # Figures per class are only for the curves.
         text = "  ".join(f"{metric} {value:.4g}" for metric, value in values.items() if "/" not in metric)
         values["images_per_s"] = round(len(rows) * config.batch * len(self._pending[-1][2]) / seconds, 2)
-        # Shares of the time since the last call, which the devices may have spent idle: for data, and for telling.
+        # Shares of the time since the last call in which the devices may have waited: for data, and for logging.
         values["input_wait"] = round(self._waited / seconds, 4)
         values["log_wait"] = round(self._told / seconds, 4)
         self._log.scalars(self._task.name, step, values)
@@ -289,7 +289,7 @@ class _Loop:
         return text
 
     def _check_state(self, step: int, state: TrainState, ids: dict[str, list[str]]) -> None:
-        """A loss can be finite and its gradient not: what has come of that must not become a checkpoint either."""
+        """Raises if the state is not finite: a finite loss can have an infinite gradient. Such a state is not saved."""
         checked = {"params": state.params, "batch_stats": state.batch_stats}
         for path, leaf in jax.tree_util.tree_leaves_with_path(checked):
             if not np.isfinite(leaf).all():
@@ -305,9 +305,9 @@ class _Loop:
         )
 
     def _evaluation(self, evaluate: Callable, networks: Mapping[str, PyTree], step: int) -> dict[str, float] | None:
-        """Evaluates on the validation sets, logs and remembers it; the first set decides, and the chosen network.
+        """Evaluates the chosen network on the validation sets, and logs and stores the scores.
 
-        Other networks of the state (a teacher) are scored beside it, on the first set.
+        The first set gives the score of the checkpoint. Other networks of the state (a teacher) are scored on it too.
         """
         if not self._validation:
             return None
@@ -328,15 +328,15 @@ class _Loop:
         return {"miou": summary["miou"]}
 
     def results(self) -> dict[str, Any]:
-        """The last evaluation, the mean of the last few, the best (which needs target labels), and what needs none."""
+        """The last evaluation, the mean of the last few, the best (by target labels), those chosen without labels."""
         rows = files.read_json_lines(self._history)
         if self._validation and (not rows or rows[-1].get("step") != self._task.config.steps):
             name = self._task.name
-            raise UserError(f"{self._history} has lost the last evaluation: add --from_stage {name}, which repeats it")
+            raise UserError(f"{self._history} lacks the last evaluation: add --from_stage {name}, which repeats it")
         if not rows or "miou" not in rows[-1]:
             return {"step": self._task.config.steps, "last": rows[-1] if rows else None}
         tail = [row["miou"] for row in rows[-self._task.config.mean_of_last :]]
-        best = max(rows, key=lambda row: (row["miou"], row["step"]))  # of several the last, as checkpoints.best
+        best = max(rows, key=lambda row: (row["miou"], row["step"]))  # of equals the last, as checkpoints.best
         return {
             "step": self._task.config.steps,
             "last": rows[-1],

@@ -33,15 +33,15 @@ def start(
     """The state before the first step and the method's constants, on the host; independent of the number of devices.
 
     Args:
-      task: a `loop.Task`. Its seed decides the weights, or `task.init` says which checkpoint they come from.
+      task: a `loop.Task`. The weights come from the checkpoint `task.init`, or are random and its seed decides them.
       method, model, tx: as for `step.make_step`.
-      batch: any batch as the input gives it; only its shapes and types matter.
-      restoring: the state is about to be replaced by a saved one. The checkpoint of `task.init` is then only read if
-        the method makes constants of it.
-      say: told which parts of the network are not from that checkpoint.
+      batch: any batch of the input; only its shapes and types matter.
+      restoring: a saved state will replace this state. The checkpoint of `task.init` is then only read if the method
+        makes constants from it.
+      say: called with a line of text for each part of the network that is not from that checkpoint.
 
     Raises:
-      UserError: that checkpoint is gone or of another network, or the method cannot start.
+      UserError: that checkpoint is missing or of another network, or the method cannot start.
     """
     model_key, method_key = jax.random.split(jax.random.key(task.config.seed))
     images = jnp.zeros((1, *batch["source"]["image"].shape[1:]), jnp.float32)
@@ -69,7 +69,7 @@ def method_start(
     converted: Mapping[str, Path] | None,
     variables: PyTree,
 ) -> Start:
-    """What the method's `init` adds; nothing where it has none. Without `converted`, other weights are zeros."""
+    """What the method's `init` adds; nothing if it has no `init`. If `converted` is None, other weights are zeros."""
     if not hasattr(method, "init"):
         return Start()
 
@@ -95,7 +95,7 @@ def method_start(
 
 
 def new_state(variables: PyTree, given: Start, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first update, of a network's variables and what its method adds."""
+    """The state before the first update, made of a network's variables and what its method adds."""
     params = {"model": variables["params"], **given.params}
     return TrainState.create(params, tx, variables.get("batch_stats", {}), given.extra)
 
@@ -104,7 +104,7 @@ def evaluated(method: ModuleType, state: TrainState, config: Any) -> dict[str, P
     """The networks in a state by name, each as variables {"params", "batch_stats"}.
 
     Raises:
-      UserError: the one that `config.evaluation.network` names is not among them.
+      UserError: there is no network of the name `config.evaluation.network`.
     """
     student = {"params": state.params["model"], "batch_stats": state.batch_stats}
     networks = (

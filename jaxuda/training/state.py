@@ -18,8 +18,8 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, the number of optimizer updates done.
-      params: one entry per module that learns: "model", and what a method adds ("discriminator", ...).
-      opt_state: the state of the one optimizer that is partitioned over all of `params`.
+      params: one entry per learnable module: "model", and those that a method adds ("discriminator", ...).
+      opt_state: the state of the one optimizer, which is partitioned over all of `params`.
       batch_stats: running means and variances of the model's batch normalisation.
       extra: the method's own pytree (teacher, memories, statistics, ...); never differentiated.
     """

@@ -1,10 +1,10 @@
 """The train step: the one place where gradients are taken, averaged over devices, accumulated and applied.
 
-A method gives passes (see `jaxuda.methods`). Each has a gradient of its own, taken one after another as the published
-loops call backward per loss, so that the activations of only one pass are alive at a time. With `accumulate` the batch
-is cut into parts, all passes run on each part, and the optimizer moves once. The gradient is the mean of those of the
-parts: that of the whole batch where a loss is a mean over as many pixels in each part and nothing is computed over the
-batch; batch normalisation, Lovasz terms, statistics and memories see a part at a time and move with each.
+A method gives passes (see `jaxuda.methods`). Their gradients are taken one after another, as the published loops call
+backward per loss: only one pass's activations are in memory at a time. With `accumulate` the batch is cut into parts,
+all passes run on each part, and one update uses the mean gradient of the parts. It is the gradient of the whole batch
+if a loss is a mean over equally many pixels in every part and nothing is computed over the batch; batch normalisation,
+Lovasz terms, statistics and memories use one part at a time, and each part updates them.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def make_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """`step(state, constants, seed, batch, axis_name=None) -> (state, metrics)`: one optimizer update.
 
-    `batch` is as the input gives it: uint8 images and labels.
+    `batch` is a batch of the input: uint8 images and labels.
 
     Args:
       method: a module of `jaxuda.methods`.
       model: the network.
       tx: the optimizer that made the state.
       config: the stage's settings.
-      phase: 0, or the one of the method's `starts` from which on the step is used.
+      phase: 0, or the entry of the method's `starts` at which this step begins to be used.
     """
     update = make_update(method, model, tx, config, phase)
 
@@ -60,14 +60,14 @@ def make_update(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """As `make_step`, for batches of normalised float images and int32 labels.
 
-    `value_and_grad` has JAX's signature; a step that is only checked needs no gradient.
+    `value_and_grad` has the signature of JAX's; a step that is only checked needs no gradient.
     """
     passes, parts = method.passes(config, phase), config.get("accumulate", 1)
 
     def update(
         state: TrainState, constants: PyTree, seed: int, batch: PyTree, axis_name: str | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        # Randomness is derived from the step, never carried along.
+        # Randomness is derived from the step; the state has no key.
         keys = Keys(jax.random.fold_in(jax.random.key(seed), state.step), _global_index(batch, axis_name))
         shared = {"step": state.step, "model": model, "config": config, "constants": constants, "axis_name": axis_name}
 
@@ -76,10 +76,10 @@ def make_update(
             return _run_passes(method, passes, value_and_grad, state.params, carry, batch, given)
 
         carry = Carry(state.batch_stats, state.extra, {}, {})
-        # Without parts there is no loop, in which XLA's convolutions on CPU are many times slower.
+        # One part needs no loop: XLA's convolutions on CPU are many times slower in a loop.
         grads, carry = (gradients if parts == 1 else _in_parts(gradients, state.params, parts))(carry, batch, keys)
         if axis_name is not None:
-            # Losses are global values already: the mean over devices is the gradient of the global loss.
+            # The losses are already global values: the mean over devices is the gradient of the global loss.
             grads = lax.pmean(grads, axis_name)
         state = state.apply_gradients(grads, tx).replace(batch_stats=carry.batch_stats, extra=carry.extra)
         if hasattr(method, "after_update"):
@@ -92,7 +92,7 @@ def make_update(
 
 
 def to_float(batch: PyTree, preprocess: str) -> PyTree:
-    """A batch as the input gives it, with normalised float32 images and int32 labels."""
+    """Converts a batch of the input to normalised float32 images and int32 labels."""
     convert = {
         "image": lambda image: normalise(image, preprocess),
         "label": lambda label: label.astype(jnp.int32),
@@ -132,28 +132,28 @@ def _run_passes(
         (value, carry), more = value_and_grad(objective, has_aux=True)(params)
         grads, loss = more if grads is None else jax.tree.map(jnp.add, grads, more), loss + value
         if number + 1 < len(passes):
-            # Else the compiler runs the next forward pass early, and keeps the activations of both.
+            # Otherwise the compiler runs the next forward pass early, and keeps the activations of both.
             params, grads, carry = lax.optimization_barrier((params, grads, carry))
     return grads, carry.log(loss=loss)
 
 
 class _Values(dict):
-    """Values of a carry; one that no earlier pass has left is an error by name."""
+    """Values of a carry; reading one that no earlier pass has kept raises an error that names it."""
 
     def __missing__(self, name: str) -> Any:
         raise UserError(
-            f"a pass reads the value '{name}' of its carry, which no earlier pass of the method has left (there are: "
+            f"a pass reads the value '{name}' of its carry, which no earlier pass of the method has kept (there are: "
             f"{', '.join(sorted(self)) or 'none'})"
         )
 
 
 def _fresh(carry: Carry) -> Carry:
-    """The carry as a function of a method gets it: without metrics, so that none is written twice unseen."""
+    """The carry that a method's function gets: without metrics, so that a metric written twice is detected."""
     return carry._replace(values=_Values(carry.values), metrics={})
 
 
 def _joined(function: Callable, before: Carry, after: Carry) -> Carry:
-    """The carry that a function of a method returned, checked, with the metrics of those before it."""
+    """The carry that a method's function returned, checked, with the metrics of the functions before it added."""
     for field in ("batch_stats", "extra"):
         _same_structure(
             field, getattr(before, field), getattr(after, field), getattr(function, "__name__", str(function))
@@ -174,12 +174,12 @@ def _same_structure(what: str, before: PyTree, after: PyTree, function: str) -> 
         if old.get(name) != new.get(name):
             raise UserError(
                 f"the method's function '{function}' changes {what}.{name} from {old.get(name, 'nothing')} to "
-                f"{new.get(name, 'nothing')}: what lasts must keep its structure, shapes and dtypes"
+                f"{new.get(name, 'nothing')}: it must keep its structure, shapes and dtypes"
             )
 
 
 def _in_parts(gradients: Callable, params: PyTree, parts: int) -> Callable[..., tuple[PyTree, Carry]]:
-    """`gradients`, taken of one part of the batch after another: their mean, and the mean of the metrics."""
+    """Runs `gradients` on one part of the batch after another: the mean gradient, and the mean of the metrics."""
 
     def accumulated(carry: Carry, batch: PyTree, keys: Keys) -> tuple[PyTree, Carry]:
         def add(lasting: tuple, part: tuple) -> tuple[tuple, dict]:
@@ -196,7 +196,7 @@ def _in_parts(gradients: Callable, params: PyTree, parts: int) -> Callable[..., 
 
 
 def split(batch: PyTree, parts: int) -> PyTree:
-    """Each (N, ...) as (parts, N / parts, ...), image n in part n % parts, so that devices do not matter."""
+    """Each (N, ...) as (parts, N / parts, ...); image n is in part n % parts, on any number of devices."""
 
     def cut(x: jax.Array) -> jax.Array:
         if len(x) % parts:

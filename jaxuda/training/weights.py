@@ -1,7 +1,7 @@
-"""Weights from outside of a run that a stage may start from: ImageNet's (`init="imagenet"`), or another checkpoint.
+"""Weights from outside of a run that a stage can start from: ImageNet weights (`init="imagenet"`), or a checkpoint.
 
-`jaxuda.convert` makes them from torch's files: folders like those of finished stages, with `stage.json` and
-`checkpoints/`. ImageNet's lie in `DATA_DIR/weights/NETWORK`, beside the prepared datasets.
+`jaxuda.convert` makes them from torch files: folders like those of finished stages, with `stage.json` and
+`checkpoints/`. ImageNet weights are in `DATA_DIR/weights/NETWORK`, beside the prepared datasets.
 """
 
 from __future__ import annotations
@@ -30,36 +30,36 @@ def published(network: str) -> models.Pretrained:
 
 
 def network_name(config: Any) -> str:
-    """Which of `IMAGENET` a stage with this config starts from.
+    """The name, in `IMAGENET`, of the weights that a stage with this config starts from.
 
     Args:
       config: has `model` and `preprocess`.
 
     Raises:
-      UserError: there are none for its network.
+      UserError: there are no weights for its network.
     """
     family = models.load_family(config.model)
     if not hasattr(family, "imagenet_name"):
         raise UserError(
             f"no ImageNet weights are known for config.model.name={config.model.name} (known: {', '.join(IMAGENET)}): "
-            "choose the network of one of those, or init=scratch"
+            "choose one of these networks, or init=scratch"
         )
     return family.imagenet_name(config.model, config.preprocess)
 
 
 def imagenet_folder(network: str, data_dir: str) -> Path:
-    """Where the converted weights of one of `IMAGENET` lie; `data_dir` as in a config."""
+    """The folder of the converted weights of a network of `IMAGENET`; `data_dir` as in a config."""
     return root(data_dir) / "weights" / network
 
 
 def convert_command(network: str, data_dir: str) -> str:
-    """What makes them, with the public file in the current folder."""
+    """The command that converts them, if the public file is in the current folder."""
     where = f" --data_dir {data_dir}" if data_dir else ""
     return f"python -m jaxuda.convert {published(network).file} --imagenet {network}{where}"
 
 
 def missing(network: str, data_dir: str) -> str:
-    """What to do if the weights of a network are not there; empty if they are."""
+    """What to do about the missing weights of a network; "" if they are there."""
     public, folder = published(network), imagenet_folder(network, data_dir)
     if (folder / "stage.json").exists():
         return ""
@@ -78,21 +78,21 @@ def identity(folder: Path, which: str) -> str:
     record = files.read_json(folder / "stage.json") if folder.is_dir() else None
     if record is None:
         raise UserError(
-            f"there is no checkpoint in {folder}: it is not the folder of a stage (torch's files are converted to one "
-            "by jaxuda.convert)"
+            f"there is no checkpoint in {folder}: it is not the folder of a stage (jaxuda.convert makes one of a torch "
+            "file)"
         )
     return record.get("weights") or checkpoints.manifest_hash(folder / "checkpoints", which)
 
 
 def fit(arrays: Mapping[str, np.ndarray], variables: PyTree, model: Any, where: str) -> tuple[PyTree, list[str]]:
-    """The variables of a network with as much as possible from a checkpoint.
+    """The variables of a network, with as many of them as possible from a checkpoint.
 
-    The backbone must be there, whole and of the same shape, except for layers that image classifiers lack. A part of
-    another shape, or that the checkpoint lacks (a head of other classes), stays as it is in `variables`.
+    The checkpoint must have the complete backbone, with the same shapes, except for layers that image classifiers lack.
+    Another part that it lacks or that has another shape (a head of other classes) stays as it is in `variables`.
 
     Args:
-      arrays: by dotted path, as `checkpoints.read_variables` gives them.
-      variables: of a new network, {"params", "batch_stats"}.
+      arrays: by dotted path, as returned by `checkpoints.read_variables`.
+      variables: those of a new network, {"params", "batch_stats"}.
       model: that network.
       where: names the checkpoint in messages.
 
@@ -100,7 +100,7 @@ def fit(arrays: Mapping[str, np.ndarray], variables: PyTree, model: Any, where: 
       The variables, and a line for each part that starts anew or is not used.
 
     Raises:
-      UserError: the backbone is another.
+      UserError: the checkpoint has another backbone.
     """
     flat = flax.traverse_util.flatten_dict(variables, sep=".")
     new = tuple(f"backbone.{layer}" for layer in getattr(model, "NEW_LAYERS", ()))
@@ -124,8 +124,8 @@ def fit(arrays: Mapping[str, np.ndarray], variables: PyTree, model: Any, where: 
         more = [f"... and {len(unlike) - 8} more"] if len(unlike) > 8 else []
         listed = "\n  ".join(unlike[:8] + more)
         raise UserError(
-            f"{where} does not fit the network; compare the fields of config.model ({', '.join(model.SHAPE_FIELDS)}) "
-            f"with it:\n  {listed}"
+            f"{where} does not fit the network; compare it with the fields of config.model "
+            f"({', '.join(model.SHAPE_FIELDS)}):\n  {listed}"
         )
     taken = {name: arrays[name] for name in flat if _part(name, new) not in anew}
     notes = [_why_anew(part, arrays, flat, model) for part in dict.fromkeys(anew)]
@@ -135,7 +135,7 @@ def fit(arrays: Mapping[str, np.ndarray], variables: PyTree, model: Any, where: 
 
 
 def _part(name: str, new: tuple[str, ...]) -> str:
-    """What of a network is taken or starts anew as a whole: "backbone", one of its layers `new`, "head", ..."""
+    """The part of a network that a variable belongs to: "backbone", one of its layers `new`, "head", ..."""
     path = name.split(".", 1)[1]
     return next((layer for layer in new if path.startswith(f"{layer}.")), path.split(".")[0])
 

@@ -218,7 +218,7 @@ def test_datasets_prepared_before_are_counted_once(counted, monkeypatch):
     assert not file.exists()
     damaged = [{"id": b"00001", "image": b"", "label": b"damaged"}]
     monkeypatch.setattr("jaxuda.data.records.open_split", lambda *_: damaged * 3)
-    with pytest.raises(UserError, match="gta5 train: record '00001' is damaged"):
+    with pytest.raises(UserError, match="gta5 train: record '00001' is corrupt"):
         data.class_pixels()
 
 

@@ -124,7 +124,7 @@ def test_damaged_records_are_named(tmp_path, monkeypatch):
     prepare("folder", path=str(root), data_dir=tmp_path)
     data = load("folder", "train", path=str(root), data_dir=tmp_path)
     data._reader = [{"id": b"0", "image": b"damaged", "label": b""}]
-    with pytest.raises(UserError, match="folder town train: record '0' is damaged"):
+    with pytest.raises(UserError, match="folder town train: record '0' is corrupt"):
         data[0]
 
 

@@ -1,6 +1,6 @@
 """Injects faults into runs of a tiny recipe, and counts how the runs end.
 
-Several faults follow each other on one work folder: a run is hit by a fault, its files may be damaged, and the same
+Several faults follow each other on one work folder: a run is hit by a fault, its files may be corrupted, and the same
 command continues it and is hit again. In the end it must have the parameters, artifacts and scores of an undisturbed
 run. A run may also stop with one message; then the harness does what it asks for (`--from_stage`, or just run again).
 """

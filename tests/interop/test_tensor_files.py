@@ -1,4 +1,4 @@
-"""Files of tensors: those of torch itself, hostile ones, damaged ones.
+"""Files of tensors: those of torch itself, hostile ones, corrupt ones.
 
 fixtures/*.pth were written by torch 2.6: the weights of `TINY` named as LFASS names them, from
 `golden_weights.state_dict`, with a counter of batches.
@@ -96,7 +96,7 @@ def test_written_files_read_the_same_under_any_name(kind: str, tmp_path: Path) -
 def test_cut_off_anywhere(kind: str, tmp_path: Path) -> None:
     whole = WRITERS[kind](ARRAYS)
     for length in range(1, len(whole), 7):
-        with pytest.raises(UserError, match=r"cut off|damaged|not a file of weights"):
+        with pytest.raises(UserError, match=r"cut off|corrupt|not a file of weights"):
             read_tensors(put(tmp_path / "weights.pth", whole[:length]))
 
 
@@ -176,10 +176,10 @@ def test_hostile_pickles_are_refused_and_nothing_runs(protocol: int, tmp_path: P
         (b"\x80\x02ctorch\nFloatStorage\n)R.", "calls what is no function"),
         (b"\x80\x02ccollections\nOrderedDict\n}b.", "sets attributes"),
         (b"\x80\x02\x82\x01.", "uses the pickle operation EXT1"),
-        (b"\x80\x02r\xff\xff\xff\xff.", "damaged"),  # a memo entry without a value
-        (b"\x80\x02X\xff\xff\xff\xffabc.", "damaged"),  # a text of four gigabytes
-        (b"\x80\x02\x8b\xff\xff\xff\x7fabc.", "damaged"),  # a number of two
-        (b"\x80\x02" + b"}" + b"K\x01\x85" * 50 + b"K\x01s.", "damaged"),  # a nested tuple as a key
+        (b"\x80\x02r\xff\xff\xff\xff.", "corrupt"),  # a memo entry without a value
+        (b"\x80\x02X\xff\xff\xff\xffabc.", "corrupt"),  # a text of four gigabytes
+        (b"\x80\x02\x8b\xff\xff\xff\x7fabc.", "corrupt"),  # a number of two
+        (b"\x80\x02" + b"}" + b"K\x01\x85" * 50 + b"K\x01s.", "corrupt"),  # a nested tuple as a key
         (b"\x80\x02" + b"]" * 100 + b"a" * 99 + b".", "nested without end"),
         (b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.", "holds no tensors"),  # contains itself
         (b"\x80\x02" + b"0" * 10 + b".", "uses the pickle operation POP"),
@@ -226,7 +226,7 @@ def test_sizes_that_the_file_does_not_hold(size: str, strides: str, count: int, 
     np.testing.assert_array_equal(read_tensors(put(tmp_path / "good.pth", fits))["w"], [[1, 2], [3, 4]])
     content = zipped(tensor_graph(size, strides, count, offset), **{"data/0": bytes(16)})
     tracemalloc.start()
-    with pytest.raises(UserError, match=r"weights\.pth is damaged"):
+    with pytest.raises(UserError, match=r"weights\.pth is corrupt"):
         read_tensors(put(tmp_path / "weights.pth", content))
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
@@ -248,7 +248,7 @@ def test_sizes_that_the_file_does_not_hold(size: str, strides: str, count: int, 
 )
 def test_safetensors_headers_are_checked(entry, tmp_path: Path) -> None:
     header = json.dumps({"w": entry}).encode()
-    with pytest.raises(UserError, match=r"damaged|not supported"):
+    with pytest.raises(UserError, match=r"corrupt|not supported"):
         read_tensors(put(tmp_path / "w.safetensors", struct.pack("<Q", len(header)) + header + bytes(16)))
 
 

@@ -179,7 +179,7 @@ def test_weights_for_other_classes_and_of_other_networks(work: Path) -> None:
     kernel = fitted["params"]["decoder"]["join"]["kernel"]
     np.testing.assert_array_equal(kernel, arrays["params.decoder.join.kernel"])
     wider = make_model({**NETWORK, "width": 8}, 3)
-    with pytest.raises(UserError, match=r"compare the fields of config.model \(width, depth\)"):
+    with pytest.raises(UserError, match=r"compare it with the fields of config.model \(width, depth\)"):
         weights.fit(arrays, zeros(wider), wider, "work")
     config = ConfigDict({"model": NETWORK, "preprocess": "imagenet"})
     with pytest.raises(UserError, match=r"no ImageNet weights are known for config\.model\.name=plugins"):

@@ -139,7 +139,7 @@ def test_a_domain_that_no_stage_reads_may_be_absent(data_dir, finished, tmp_path
 @pytest.mark.parametrize(
     ("also", "expected"),
     [
-        ("plugins.toydata/night:val", "on which the run is evaluated already"),
+        ("plugins.toydata/night:val", "but the run is evaluated on it already"),
         ("plugins.toydata/day", "must be DATASET:SPLIT"),
         ("folder:val", "must be DATASET:SPLIT"),
         ("plugins.toydata/day:test", "plugins.toydata/day has no split 'test'"),

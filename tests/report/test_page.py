@@ -210,7 +210,7 @@ def test_missing_parts_are_survived(tmp_path) -> None:
     # A neighbour with the same stages has the losses.
     draw_run(tmp_path / "d")
     (tmp_path / "e").mkdir()
-    (tmp_path / "e" / "stage.json").write_text("{damaged")
+    (tmp_path / "e" / "stage.json").write_text("{corrupt")
     parsed = assert_harmless(report.write([nothing_logged]).read_text())
     assert "Taken over from another work folder" not in parsed.text
     spoken = [attributes.get("aria-label", "") for name, attributes in parsed.elements if name == "svg"]
@@ -275,7 +275,7 @@ def test_command(tmp_path, capsys) -> None:
     assert "--out" in capsys.readouterr().err
     assert main(["--workdir", str(tmp_path)]) == 2
     assert "is not a work folder" in capsys.readouterr().err
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="corrupt"):
         (folder / "config.json").write_text("{")
         read_run(folder)
 

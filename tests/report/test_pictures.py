@@ -216,7 +216,7 @@ def test_similarities_are_of_the_artifacts(tmp_path) -> None:
         assert texts.count(off_diagonal) == 2 and texts.count("<b>road</b>") == 2
         assert sum("." in text or "1" in text for text in texts) == 4  # nothing of the class never seen
     (folder / "prototypes.npz").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="corrupt"):
         pictures.draw("prototypes", tmp_path, tmp_path / "p.svg")
 
 

@@ -135,8 +135,8 @@ def test_missing_and_damaged_files_are_explained(tmp_path):
     with pytest.raises(UserError, match="there are no class statistics in"):
         read_statistics(tmp_path, MODEL, 64)
     (tmp_path / FILE).write_bytes(b"PK\x03\x04 not an archive")
-    with pytest.raises(UserError, match=r"is damaged .*: delete it"):
+    with pytest.raises(UserError, match=r"is corrupt .*: delete it"):
         read_statistics(tmp_path, MODEL, 64)
     np.savez(tmp_path / FILE, classes=np.array([{}], object))
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="is corrupt"):
         read_statistics(tmp_path, MODEL, 64)

@@ -201,5 +201,5 @@ def test_missing_and_damaged_files_are_explained(tmp_path):
     with pytest.raises(UserError, match="there are no prototypes in"):
         read_prototypes(tmp_path, "mlp", MODEL, 64)
     (tmp_path / FILE).write_bytes(b"PK\x03\x04 not an archive")
-    with pytest.raises(UserError, match=r"is damaged .*: delete it"):
+    with pytest.raises(UserError, match=r"is corrupt .*: delete it"):
         read_prototypes(tmp_path, "mlp", MODEL, 64)

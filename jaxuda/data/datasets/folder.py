@@ -53,7 +53,7 @@ class Folder(FilesBuilder, skip_registration=True):
         """Reads classes.json and the listing of a folder.
 
         Raises:
-            UserError: there is no such folder, or classes.json is wrong or missing.
+          UserError: there is no such folder, or classes.json is wrong or missing.
         """
         root = Path(path).expanduser().resolve()
         if not (root / "images").is_dir():
@@ -208,11 +208,11 @@ def read_classes(file: Path) -> dict[str, Any] | None:
     """Reads and checks classes.json.
 
     Returns:
-        {"name": str, "classes": [{"name": str, "ids": [int], "color": [r, g, b]}], "ignore": [int]}, or
-        None if there is no such file.
+      {"name": str, "classes": [{"name": str, "ids": [int], "color": [r, g, b]}], "ignore": [int]}, or
+      None if there is no such file.
 
     Raises:
-        UserError: what is wrong in which entry.
+      UserError: what is wrong in which entry.
     """
     if not file.exists():
         return None

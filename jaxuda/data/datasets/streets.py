@@ -32,18 +32,18 @@ def draw_scene(
     """Draws one scene; the same arguments give the same scene.
 
     Args:
-        domain: "game" or "camera".
-        split: any text; scenes of different splits are different.
-        index: number of the scene in its split.
-        size: (width, height) in pixels.
-        seed: another seed gives another set of scenes.
+      domain: "game" or "camera".
+      split: any text; scenes of different splits are different.
+      index: number of the scene in its split.
+      size: (width, height) in pixels.
+      seed: another seed gives another set of scenes.
 
     Returns:
-        image (H, W, 3) uint8 RGB; label (H, W) uint8 Cityscapes train ids; depth (H, W) uint16, centimetres
-        less one, so that the inverse depth is 65536 / (depth + 1); 65535 is the sky.
+      image (H, W, 3) uint8 RGB; label (H, W) uint8 Cityscapes train ids; depth (H, W) uint16, centimetres
+      less one, so that the inverse depth is 65536 / (depth + 1); 65535 is the sky.
 
     Raises:
-        ValueError: there is no such domain.
+      ValueError: there is no such domain.
     """
     if domain not in STATISTICS:
         raise ValueError(f"no domain {domain!r} in streets; there are {', '.join(STATISTICS)}")
