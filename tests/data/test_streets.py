@@ -12,9 +12,9 @@ import tensorflow_datasets as tfds
 from experiments.streets_requirements import DOMAINS, THIN, class_shares, widths
 from jaxuda.data import encoding
 from jaxuda.data.datasets import streets
+from jaxuda.data.datasets.scenes import look
 from jaxuda.data.datasets.streets import draw_scene
 from jaxuda.data.labels import label_space
-from jaxuda.data.scenes import look
 
 SKY, ROAD = 10, 0
 

@@ -19,9 +19,9 @@ from jaxuda.data import encoding
 from jaxuda.data.building import Tally
 from jaxuda.data.datasets import Dataset
 from jaxuda.data.datasets.cityscapes import COLOURS
-from jaxuda.data.scenes.look import finish
-from jaxuda.data.scenes.plan import STATISTICS
-from jaxuda.data.scenes.scene import paint_scene
+from jaxuda.data.datasets.scenes.look import finish
+from jaxuda.data.datasets.scenes.plan import STATISTICS
+from jaxuda.data.datasets.scenes.scene import paint_scene
 
 SPLITS = {"train": 512, "val": 100}
 

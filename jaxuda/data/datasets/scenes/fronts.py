@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxuda.data.scenes import furniture
-from jaxuda.data.scenes.canvas import (
+from jaxuda.data.datasets.scenes import furniture
+from jaxuda.data.datasets.scenes.canvas import (
     CLASS,
     Canvas,
     Colour,
@@ -18,8 +18,8 @@ from jaxuda.data.scenes.canvas import (
     quad_y,
     shaded,
 )
-from jaxuda.data.scenes.look import Paint
-from jaxuda.data.scenes.plan import FAR, Side, Statistics, Street
+from jaxuda.data.datasets.scenes.look import Paint
+from jaxuda.data.datasets.scenes.plan import FAR, Side, Statistics, Street
 
 
 class Facade(NamedTuple):

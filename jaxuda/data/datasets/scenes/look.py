@@ -7,7 +7,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from jaxuda.data.scenes.canvas import CLASS, SUPER, Canvas, Colour
+from jaxuda.data.datasets.scenes.canvas import CLASS, SUPER, Canvas, Colour
 
 # The distance between the domains: 0 gives `camera` the colours (or the light, texture and sensor) of `game`,
 # 1 those written below; values between mix them. Measured: with 1 a small network trained on `game` stays near chance.

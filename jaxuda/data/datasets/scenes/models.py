@@ -7,7 +7,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from jaxuda.data.scenes.canvas import Canvas, polygon, quad_y
+from jaxuda.data.datasets.scenes.canvas import Canvas, polygon, quad_y
 
 # ---- vehicles: closed shapes of planar faces, origin below the middle of the rear edge, length along +z
 

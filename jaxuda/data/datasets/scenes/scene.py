@@ -5,11 +5,11 @@ import random
 import cv2
 import numpy as np
 
-from jaxuda.data.scenes import contents, furniture
-from jaxuda.data.scenes.canvas import CLASS, SUPER, Canvas, Sun, View, front, grid_x, quad_y, shaded
-from jaxuda.data.scenes.fronts import paint_fronts
-from jaxuda.data.scenes.look import Paint, look
-from jaxuda.data.scenes.plan import FAR, STATISTICS, Street, plan_street
+from jaxuda.data.datasets.scenes import contents, furniture
+from jaxuda.data.datasets.scenes.canvas import CLASS, SUPER, Canvas, Sun, View, front, grid_x, quad_y, shaded
+from jaxuda.data.datasets.scenes.fronts import paint_fronts
+from jaxuda.data.datasets.scenes.look import Paint, look
+from jaxuda.data.datasets.scenes.plan import FAR, STATISTICS, Street, plan_street
 
 
 def paint_scene(domain: str, rng: random.Random, size: tuple[int, int]) -> Canvas:

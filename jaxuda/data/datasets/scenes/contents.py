@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxuda.data.scenes import furniture, models
-from jaxuda.data.scenes.canvas import CLASS, Canvas
-from jaxuda.data.scenes.look import Paint
-from jaxuda.data.scenes.plan import Side, Street
+from jaxuda.data.datasets.scenes import furniture, models
+from jaxuda.data.datasets.scenes.canvas import CLASS, Canvas
+from jaxuda.data.datasets.scenes.look import Paint
+from jaxuda.data.datasets.scenes.plan import Side, Street
 
 Thing = tuple[float, Callable[[], None]]  # nearest z, and what paints it
 

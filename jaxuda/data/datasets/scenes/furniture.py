@@ -5,8 +5,8 @@ import random
 import cv2
 import numpy as np
 
-from jaxuda.data.scenes.canvas import CLASS, SUPER, THIN, Canvas, Colour, polygon, quad_y, shaded
-from jaxuda.data.scenes.look import Paint
+from jaxuda.data.datasets.scenes.canvas import CLASS, SUPER, THIN, Canvas, Colour, polygon, quad_y, shaded
+from jaxuda.data.datasets.scenes.look import Paint
 
 
 def _thin_box(
