@@ -23,7 +23,7 @@ from PIL import Image
 from jaxuda import files, prepare
 from jaxuda.artifacts import arrays
 from jaxuda.cli import MISTAKE
-from jaxuda.data import encoding, labels, records
+from jaxuda.data import encoding, labels, prepared, records
 from jaxuda.data.datasets.folder import Folder, read_classes
 from jaxuda.data.pseudo import PseudoLabelled, write_pseudo_label
 from jaxuda.errors import UserError
@@ -324,7 +324,7 @@ def test_damaged_prepared_data_are_named(tmp_path: Path, examples: int) -> None:
         (tmp_path / "town" / "images" / f"{kind}.png").write_bytes(PICTURES[kind])
     path = str(tmp_path / "town")
     (folder,) = prepare.prepare("folder", path=path, data_dir=tmp_path)
-    names, rng = [folder / records.SUMMARY, *folder.glob("*.array_record*")], np.random.default_rng(0)
+    names, rng = [folder / prepared.SUMMARY, *folder.glob("*.array_record*")], np.random.default_rng(0)
     assert len(names) == 2
     for file in names:
         whole = file.read_bytes()

@@ -172,7 +172,7 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class Tally:
-    """What `prepared.json` says of a split (see `records.SUMMARY`), gathered while its records are written."""
+    """What `prepared.json` says of a split (see `prepared.SUMMARY`), gathered while its records are written."""
 
     def __init__(self):
         self._digest, self._ids, self._pixels = hashlib.sha256(), [], []
