@@ -1,4 +1,4 @@
-"""Files of numbers that a sweep hands to a training stage: npz, checked to be of the same classes and network."""
+"""The npz files that a sweep writes for a training stage, checked to have the same classes and network."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def write_arrays(
     classes: Sequence[str],
     network: tuple[nn.Module, int] | None = None,
 ) -> None:
-    """Writes `arrays` with the class names beside them, and the network they are of.
+    """Writes `arrays`, together with the class names and the network that they come from.
 
     Args:
       path: the file.
       arrays: by name.
       classes: names in the order of the train ids.
-      network: with the number of channels of its features; None where no network was at work.
+      network: the network and the number of channels of its features; None if the arrays come from no network.
     """
     identity = {"classes": np.array(classes, dtype=str)}
     if network is not None:
@@ -43,7 +43,7 @@ def write_arrays(
 
 
 def load_arrays(path: Path, what: str, names: Sequence[str]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Reads what `write_arrays` wrote, whatever classes and network it is of.
+    """Reads what `write_arrays` wrote, for any classes and network.
 
     Args:
       path: the file.
@@ -51,7 +51,7 @@ def load_arrays(path: Path, what: str, names: Sequence[str]) -> tuple[dict[str, 
       names: arrays that it must hold.
 
     Returns:
-      All arrays of the file, those that name its network among them, and the names of its classes.
+      All arrays of the file, including those that name its network, and the names of its classes.
 
     Raises:
       UserError: the file is missing or corrupt.
@@ -70,13 +70,13 @@ def load_arrays(path: Path, what: str, names: Sequence[str]) -> tuple[dict[str, 
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz as `write_arrays` writes it: uncompressed, without objects.
+    """All arrays of an .npz file of `write_arrays`: uncompressed, without objects.
 
-    What a member declares is compared with its size first, so that no more memory is used than the file has bytes.
+    What a member declares is compared with its size first, so that the file never takes more memory than it has bytes.
 
     Raises:
-      ValueError: it is anything else, or corrupt.
-      FileNotFoundError: there is none.
+      ValueError: it is another kind of file, or corrupt.
+      FileNotFoundError: there is no such file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -118,9 +118,9 @@ def read_arrays(
       path: the file.
       what: its content, in the plural, for messages.
       names: arrays that it must hold.
-      num_classes: C of the network that is going to use them.
-      classes: its class names in order; None where only their number is known.
-      network: that network and the number of channels of its features, if the arrays must be of the same.
+      num_classes: C of the network that will use the arrays.
+      classes: its class names in order; None if only their number is known.
+      network: that network and the number of channels of its features, if the arrays must come from the same one.
 
     Returns:
       All arrays of the file.

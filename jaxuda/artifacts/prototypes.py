@@ -1,4 +1,4 @@
-"""Prototype memories of both domains, and the file in which a sweep hands them to CFContra's training."""
+"""Prototype memories of both domains, and the file in which a sweep passes them to CFContra's training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILE = "prototypes.npz"
 class Memories(NamedTuple):
     """One prototype per class and domain, in the space of the projected features.
 
-    source, target: (C, A) float, rows of unit length; zero for a class that was never seen.
+    source, target: (C, A) float, rows of unit length; zero for a class that has not appeared yet.
     """
 
     source: jax.Array
@@ -31,14 +31,14 @@ class Memories(NamedTuple):
 
 
 def init_projection(key: jax.Array, kind: str, channels: int) -> PyTree:
-    """Parameters of a projection head for features of that many channels; empty for kind "none"."""
+    """Parameters of a projection head for features with `channels` channels; empty for kind "none"."""
     return ProjectionHead(kind).init(key, jnp.zeros((1, 1, 1, channels))).get("params", {})
 
 
 def write_prototypes(
     folder: Path, memories: Memories, projection: PyTree, kind: str, model: nn.Module, classes: Sequence[str]
 ) -> None:
-    """Writes `FILE` in `folder`: the memories, and the head whose output they live in."""
+    """Writes `FILE` in `folder`: the memories, and the head whose output space they are in."""
     arrays = {name: np.asarray(value) for name, value in memories._asdict().items()}
     arrays |= {name: np.asarray(value) for name, value in _flat(projection).items()}
     write_arrays(folder / FILE, {**arrays, "kind": np.array(kind)}, classes, (model, memories.source.shape[1]))
@@ -50,9 +50,9 @@ def read_prototypes(
     """Reads what `write_prototypes` wrote, as float NumPy arrays: the memories, and the parameters of the head.
 
     Args:
-      folder: where `FILE` lies.
-      kind: of the projection head that is going to be used with them.
-      model, channels: the network that is going to use them, and the number of channels of its features.
+      folder: the folder of `FILE`.
+      kind: the kind of the projection head that will be used with them.
+      model, channels: the network that will use them, and the number of channels of its features.
       classes: as in `arrays.read_arrays`.
 
     Raises:
@@ -64,7 +64,7 @@ def read_prototypes(
     if arrays["kind"] != kind:
         raise UserError(
             f"{path} holds prototypes made with projection={str(arrays['kind'])!r}, but this stage has "
-            f"projection={kind!r}: set the same in both stages"
+            f"projection={kind!r}: set the same value in both stages"
         )
     like = jax.eval_shape(lambda key: init_projection(key, kind, channels), jax.random.key(0))
     lost = [name for name in _flat(like) if name not in arrays]

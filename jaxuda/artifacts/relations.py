@@ -1,8 +1,8 @@
-"""Local contextual relations: descriptors of label regions, their labelling, and the file a sweep leaves them in.
+"""Local contextual relations: descriptors of label regions, their labelling, and the file in which a sweep saves them.
 
 Huang et al., Contextual-Relation Consistent Domain Adaptation for Semantic Segmentation, ECCV 2020. A region is a
-square of `size` x `size` feature cells, seen on a label map shrunk to four times the feature grid. What is written
-here on arrays runs on NumPy arrays in the sweep and on JAX arrays inside the training step: one formula for both.
+square of `size` x `size` feature cells, on a label map shrunk to four times the feature grid. The functions of arrays
+here take NumPy arrays in the sweep and JAX arrays inside the training step: one formula for both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Array = np.ndarray | jax.Array
 
 FILE = "context_relations.npz"
 CELLS = 4  # label cells per feature cell, in each direction
-QUARTERS, DIRECTIONS = 4, 4  # of the layout histogram: 2 x 2 quarters, edges across 0, 45, 90 and 135 degrees
+QUARTERS, DIRECTIONS = 4, 4  # the layout histogram: 2 x 2 quarters, edges across 0, 45, 90 and 135 degrees
 LAYOUT_WEIGHT = 0.5
 
 
@@ -31,7 +31,7 @@ class Relations(NamedTuple):
     """The relations of one region size.
 
     prototypes: (M, C + 16) float32 descriptors, the most frequent relation first.
-    radii: (M,) float32; a descriptor that is farther from its nearest prototype belongs to no relation.
+    radii: (M,) float32; a descriptor farther than this from its nearest prototype belongs to no relation.
     """
 
     prototypes: Array
@@ -39,10 +39,10 @@ class Relations(NamedTuple):
 
 
 def region_grid(grid: tuple[int, int], size: int) -> tuple[int, int]:
-    """Rows and columns of regions of `size` feature cells on a feature grid (h, w); what fills none is dropped.
+    """Rows and columns of regions of `size` feature cells on a feature grid (h, w); the incomplete rest is dropped.
 
     Raises:
-      UserError: not one region fits, or `size` is no region.
+      UserError: no region fits, or `size` is less than 1.
     """
     if size < 1:
         raise UserError(f"region_sizes holds {size}: a region has at least one feature cell")
@@ -72,14 +72,13 @@ def cut_regions(labels: Array, grid: tuple[int, int], size: int) -> Array:
 
 
 def describe(regions: Array, num_classes: int) -> Array:
-    """Descriptors of regions: which classes they hold, and where and how these meet.
+    """Descriptors of regions: which classes a region has, and where and in which direction they meet.
 
     The first C entries are the class histogram over labelled cells. The other 16 are the layout: every class's
-    indicator map is differentiated by central differences (at the rim, where a neighbour is missing, the cell itself
-    stands for it; an ignored neighbour makes no difference), each difference in x and y being -1, 0 or 1; its length,
-    1 or sqrt 2, counts for its direction modulo 180 degrees in the quarter of the region where it lies, summed over
-    classes. Both parts have unit length, or are zero (the layout of a single class), and the layout is weighted by
-    0.5.
+    indicator map is differentiated by central differences (at the rim the cell itself replaces a missing neighbour;
+    an ignored neighbour gives no difference); each difference in x and y is -1, 0 or 1. Its length, 1 or sqrt 2, is
+    added to the bin of its direction modulo 180 degrees and its quarter of the region, summed over classes. Both
+    parts have unit length, or are zero (the layout of a single class), and the layout is weighted by 0.5.
 
     Args:
       regions: (..., s, s) integers in 0..C-1, 255 = ignore; s even.
@@ -112,13 +111,13 @@ def _unit(rows: Array, xp: Any) -> Array:
 
 
 def mostly_labelled(regions: Array) -> Array:
-    """(..., s, s) label regions -> (...) bool: at most half of the cells are ignored."""
+    """(..., s, s) label regions -> (...) bool: whether at most half of the cells are ignored."""
     xp = regions.__array_namespace__()
     return 2 * xp.sum(regions == IGNORE, axis=(-2, -1)) <= regions.shape[-1] ** 2
 
 
 def label_regions(regions: Array, relations: Relations, num_classes: int) -> Array:
-    """The relation of each region: that of the nearest prototype (Euclidean).
+    """The relation of each region: that of the nearest prototype (by Euclidean distance).
 
     Args:
       regions: (..., s, s) integers, 255 = ignore.
@@ -138,13 +137,13 @@ def label_regions(regions: Array, relations: Relations, num_classes: int) -> Arr
 
 
 def class_relations(num_classes: int) -> Relations:
-    """What stands for relations where none were searched: each class alone, and every region counts."""
+    """Relations without a search: prototype c is a region of class c alone, and no region is too far from all."""
     prototypes = np.eye(num_classes, num_classes + QUARTERS * DIRECTIONS, dtype=np.float32)
     return Relations(prototypes, np.full(num_classes, 2.0, np.float32))  # no two descriptors are 2 apart
 
 
 def write_relations(folder: Path, found: Mapping[int, Relations], classes: Sequence[str]) -> None:
-    """Writes `FILE` in `folder`: the relations by region size, and the class names beside them."""
+    """Writes `FILE` in `folder`: the relations by region size, and the class names."""
     arrays = {f"{name}{size}": array for size, kind in found.items() for name, array in kind._asdict().items()}
     write_arrays(folder / FILE, arrays, classes)
 
@@ -155,10 +154,10 @@ def read_relations(
     """Reads what `write_relations` wrote.
 
     Args:
-      folder: where `FILE` lies.
-      sizes: the region sizes that are wanted.
-      num_classes: C of the network that is going to use them.
-      classes: its class names in order; None where only their number is known.
+      folder: the folder of `FILE`.
+      sizes: the region sizes to read.
+      num_classes: C of the network that will use them.
+      classes: its class names in order; None if only their number is known.
 
     Raises:
       UserError: the file is missing or corrupt, belongs to another label space, or lacks a region size.

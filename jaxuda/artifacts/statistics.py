@@ -1,4 +1,4 @@
-"""Class statistics of a network at two levels, and the file in which a sweep hands them to a training stage."""
+"""Class statistics of a network at two levels, and the file in which a sweep passes them to a training stage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LevelStatistics(NamedTuple):
 
 
 def write_statistics(folder: Path, statistics: LevelStatistics, model: nn.Module, classes: Sequence[str]) -> None:
-    """Writes `FILE` in `folder`, with the network, its number of channels and the class names beside the numbers."""
+    """Writes `FILE` in `folder`: the statistics, the network, its number of channels and the class names."""
     arrays = {
         f"{level}_{name}": np.asarray(value)
         for level, stats in statistics._asdict().items()
@@ -38,10 +38,10 @@ def read_statistics(
     """Reads what `write_statistics` wrote, as float NumPy arrays.
 
     Args:
-      folder: where `FILE` lies.
-      model: the network that is going to use them.
+      folder: the folder of `FILE`.
+      model: the network that will use them.
       channels: A, the number of channels of its features.
-      classes: its class names in order; None where only their number is known.
+      classes: its class names in order; None if only their number is known.
 
     Raises:
       UserError: the file is missing or corrupt, or comes from another network or label space.

@@ -1,8 +1,8 @@
-"""Reads the pickles in torch's files without running anything that they ask for.
+"""Reads the pickles in torch files without running anything that they ask for.
 
-A pickle is a program: with Python's own reader it may import and call whatever it names. This one is a small machine
-for the operations that plain data and tensors need. The few names it knows stand for functions of this file, which
-only note what a tensor looks like; any other name, or operation, refuses the file. Python's `pickletools` splits
+A pickle is a program: Python's own reader imports and calls whatever it names. This reader is a small machine for the
+operations that plain data and tensors need. The few names that it accepts stand for functions of this file, which only
+record the properties of a tensor; a file with any other name or operation is refused. Python's `pickletools` splits
 the bytes into operations; it runs nothing either.
 """
 
@@ -23,7 +23,7 @@ _MAX_BITS = 128
 
 
 class Storage(NamedTuple):
-    """A run of numbers in the file. `count` is its length, `start` and `length` the part of it that is meant."""
+    """A run of numbers in the file. `count` is its length; `start` and `length` are the part of it that is used."""
 
     key: str
     dtype: np.dtype
@@ -33,7 +33,7 @@ class Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """Where a tensor's numbers are in its storage; offset and strides count elements. Nothing is checked yet."""
+    """The place of a tensor's numbers in its storage; offset and strides count elements. Nothing is checked yet."""
 
     storage: Storage
     offset: Any
@@ -42,14 +42,14 @@ class Tensor(NamedTuple):
 
 
 class _Call:
-    """A name that a pickle may call; `build` makes the inert value."""
+    """A name that a pickle may call; `build` makes its value, which does nothing."""
 
     def __init__(self, build: Any):
         self.build = build
 
 
 class _Opaque:
-    """A value that no weights are made of (a NumPy scalar, a device): kept as nothing at all."""
+    """A value that weights do not need (a NumPy scalar, a device): its content is dropped."""
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
@@ -92,7 +92,7 @@ _NAMES: dict[str, Any] = {
     "torch._utils _rebuild_parameter": _Call(_parameter),
     "torch Size": _Call(_opaque),
     "torch device": _Call(_opaque),
-    # Scores that training loops keep beside the weights.
+    # Scores that training loops save beside the weights.
     "numpy dtype": _Call(_opaque),
     "numpy.core.multiarray scalar": _Call(_opaque),
     "numpy._core.multiarray scalar": _Call(_opaque),
@@ -110,18 +110,18 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (
 
 
 def load(data: BinaryIO, where: str) -> Any:
-    """The value of the pickle that begins at the position of `data`, which is left behind its end.
+    """The value of the pickle that begins at the position of `data`; afterwards the position is its end.
 
     Args:
-      data: with read, readline and tell, which never return more than there is.
+      data: with read, readline and tell; they never return more bytes than there are.
       where: names the file in messages.
 
     Returns:
-      None, bool, int, float, str, bytes, list, tuple, dict (with str or int keys), `Tensor`, `Storage` or objects
-      of no use. It may share parts and, in a hostile file, contain itself.
+      None, bool, int, float, str, bytes, list, tuple, dict (with str or int keys), `Tensor`, `Storage` or `_Opaque`.
+      Its parts may be shared and, in a hostile file, it may contain itself.
 
     Raises:
-      UserError: it names something else than tensors are made of, or it is corrupt.
+      UserError: it names something that tensors do not need, or it is corrupt.
     """
     machine = _Machine(where)
     try:
@@ -149,7 +149,7 @@ class _Machine:
         """One operation."""
         if name in _PLAIN:
             if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
-                raise ValueError("a number that no size needs")
+                raise ValueError("a number that is too large for a size")
             self.stack.append(argument)
         elif name in _CONSTANTS:
             self.stack.append(_CONSTANTS[name])
@@ -228,19 +228,19 @@ class _Machine:
     def _reduce(self, _: None) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, _Call):
-            raise self._refusal("calls what is no function")
+            raise self._refusal("calls something that is not a function")
         self.stack.append(function.build(*_of_type(arguments, tuple)))
 
     def _build(self, _: None) -> None:
-        self.stack.pop()  # attributes, such as the versions that a state_dict carries: not needed
+        self.stack.pop()  # attributes, such as the versions in a state_dict, are not needed
         if not isinstance(self.stack[-1], dict | _Opaque):
             raise self._refusal("sets attributes")
 
     def _binpersid(self, _: None) -> None:
         kind, dtype, key, _location, count, *view = _of_type(self.stack.pop(), tuple)
         if kind not in ("storage", b"storage") or not isinstance(dtype, np.dtype):
-            raise ValueError("a persistent id that is no storage")
-        # Files of torch 0.x may mean a part of another storage: (its own key, offset, length).
+            raise ValueError("a persistent id that is not a storage")
+        # In files of torch 0.x it may be a part of another storage: (its own key, offset, length).
         _, start, length = (view and view[0]) or (None, 0, count)
         numbers = (_of_type(number, int) for number in (count, start, length))
         self.stack.append(Storage(str(_of_type(key, str)), dtype, *numbers))
@@ -253,13 +253,13 @@ def _of_type(value: Any, kind: type) -> Any:
 
 
 def _set_item(target: dict, key: Any, value: Any) -> None:
-    # Nothing else names a tensor, and hashing nested tuples can take forever.
+    # Tensors have no other keys, and hashing nested tuples can take forever.
     if type(key) not in (str, int):
         raise TypeError("a key that is neither text nor a number")
     target[key] = value
 
 
 def shown(name: str) -> str:
-    """A name out of a file, safe to print: no control characters, not long."""
+    """A name from a file in a form that is safe to print: short, without control characters."""
     text = ascii(name)[1:-1]
     return text if len(text) <= 100 else f"{text[:97]}..."

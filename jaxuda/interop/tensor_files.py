@@ -1,8 +1,8 @@
 """Files of named tensors: torch's two formats (.pth) and safetensors (.safetensors), read and written without torch.
 
-Reading maps the file into memory and gives arrays that are views of it: whatever a file declares, no more memory is
-used than it has bytes. All sizes are checked against the file first. safetensors is eight bytes, JSON and the
-numbers, and is read here too: its package would be one more dependency, and knows no bfloat16 in NumPy.
+Reading maps the file into memory and returns arrays that are views of it: whatever a file declares, it never takes more
+memory than it has bytes. All sizes are checked against the file first. A safetensors file is eight bytes, JSON and the
+numbers; it is read here because its package is one more dependency and does not support bfloat16 in NumPy.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jaxuda.interop.pickles import Storage, Tensor, shown
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _MAX_DIRECTORY = 16 * 2**20  # bytes of a zip's or a safetensors file's table of contents
 _MAX_NESTING = 16
-_MAX_NAME = 1000  # characters of each part
+_MAX_NAME = 1000  # characters in each part of a name
 _SAFETENSORS = {
     "F64": np.float64,
     "F32": np.float32,
@@ -46,11 +46,11 @@ _SAFETENSORS = {
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """All tensors of a file by name; names of nested dicts and lists are joined with dots.
 
-    The format is told by the content, not by the file's name. The arrays are read-only views of the mapped file.
+    The content decides the format, not the file's name. The arrays are read-only views of the mapped file.
 
     Raises:
-      UserError: the file cannot be read, is corrupt or cut off, declares more than it holds, asks for anything but
-        tensors, or is no file of weights at all.
+      UserError: the file cannot be read, is corrupt or truncated, declares more than it holds, asks for anything but
+        tensors, or is not a file of weights.
     """
     where = str(path)
     try:
@@ -81,12 +81,12 @@ def _guess(data: mmap.mmap) -> str:
         return "it is a pointer of Git LFS; fetch the file itself"
     if data[257:262] == b"ustar":
         return "it is a tar archive, as torch wrote before 2017; load it in torch and save it again"
-    return "it begins neither as torch.save's files (.pth) nor as .safetensors do"
+    return "it does not begin like a file of torch.save (.pth) or a .safetensors file"
 
 
 def _read_zip(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
     """The format of torch 1.6 and later: an uncompressed zip with a pickle and one record per storage."""
-    cut_off = f"{where} is corrupt or was cut off: its {len(data)} bytes do not end as an archive does"
+    cut_off = f"{where} is corrupt or was cut off: its {len(data)} bytes do not end like an archive"
     try:
         if _directory_size(data) > _MAX_DIRECTORY:
             raise UserError(f"{where} is refused: its table of contents is too long")
@@ -117,14 +117,14 @@ def _read_zip(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
             raise UserError(f"{where} is corrupt: its records overlap")
         if len(buffers[storage.key]) < storage.count * storage.dtype.itemsize:
             raise UserError(
-                f"{where} is corrupt: the record data/{shown(storage.key)} has {len(buffers[storage.key])} bytes, for "
-                f"{storage.count} numbers of {storage.dtype.itemsize}"
+                f"{where} is corrupt: the record data/{shown(storage.key)} has {len(buffers[storage.key])} bytes, but "
+                f"{storage.count} numbers of {storage.dtype.itemsize} bytes"
             )
     return {name: _array(name, tensor, buffers[tensor.storage.key], where) for name, tensor in tensors.items()}
 
 
 def _directory_size(data: mmap.mmap) -> int:
-    """Bytes of a zip's table of contents. torch's archives end without a comment, so the place is known."""
+    """Bytes of a zip's table of contents. torch's archives end without a comment, so its place is known."""
     end = data[-22:]
     if end[:4] != b"PK\x05\x06":
         raise zipfile.BadZipFile
@@ -144,7 +144,7 @@ def _record(data: mmap.mmap, info: zipfile.ZipInfo, where: str) -> memoryview:
         raise UserError(f"{where} is corrupt: its record {name} is not where it should be")
     start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
     if start + info.file_size > len(data):
-        raise UserError(f"{where} is corrupt or was cut off: its record {name} ends behind its end")
+        raise UserError(f"{where} is corrupt or was cut off: its record {name} goes beyond the end of the file")
     content = memoryview(data)[start : start + info.file_size]
     if zlib.crc32(content) != info.CRC:
         raise UserError(f"{where} is corrupt: the checksum of its record {name} is wrong")
@@ -157,7 +157,7 @@ def _read_legacy(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
         raise UserError(f"{where} is a pickle, but not one that torch.save wrote")
     protocol, system, tree, keys = (pickles.load(data, where) for _ in range(4))
     if protocol != _PROTOCOL or not isinstance(system, dict) or not isinstance(keys, list):
-        raise UserError(f"{where} is corrupt, or of a version of torch that is not known")
+        raise UserError(f"{where} is corrupt, or of an unknown version of torch")
     if not system.get("little_endian", True):
         raise UserError(f"{where} was written on a big-endian machine, which is not supported")
     tensors = _flatten(tree, where)
@@ -166,7 +166,7 @@ def _read_legacy(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
     content, position = memoryview(data), data.tell()
     for key in keys:
         if not isinstance(key, str) or key not in storages or key in buffers:
-            # Without its type the length of a storage is not known, nor where the next one begins.
+            # The type of a storage gives its length, and thereby the start of the next one.
             raise UserError(f"{where} is corrupt: it lists numbers that belong to no tensor")
         storage = storages[key]
         stored = content[position : position + 8]
@@ -184,7 +184,7 @@ def _read_legacy(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
 def _read_safetensors(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
     size = struct.unpack("<Q", data[:8])[0]
     if size > len(data) - 8:
-        raise UserError(f"{where} is corrupt, cut off, or no file of weights: its header ends behind its end")
+        raise UserError(f"{where} is corrupt, cut off, or not a file of weights: its header goes beyond its end")
     if size > _MAX_DIRECTORY:
         raise UserError(f"{where} is refused: its header is too long")
     try:
@@ -195,10 +195,10 @@ def _read_safetensors(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
             if name == "__metadata__":
                 continue
             if entry["dtype"] not in _SAFETENSORS:
-                raise UserError(f"{where}: {shown(name)} is of the type {shown(entry['dtype'])}, not supported here")
+                raise UserError(f"{where}: {shown(name)} has the type {shown(entry['dtype'])}, which is not supported")
             dtype, (begin, end) = np.dtype(_SAFETENSORS[entry["dtype"]]), entry["data_offsets"]
             if not 0 <= begin <= end <= len(content):
-                raise UserError(f"{where} is corrupt or was cut off: {shown(name)} ends behind its end")
+                raise UserError(f"{where} is corrupt or was cut off: {shown(name)} goes beyond its end")
             count = (end - begin) // dtype.itemsize
             strides = [math.prod(entry["shape"][axis + 1 :]) for axis in range(len(entry["shape"]))]
             tensor = Tensor(Storage("", dtype, count, 0, count), 0, tuple(entry["shape"]), tuple(strides))
@@ -209,7 +209,7 @@ def _read_safetensors(data: mmap.mmap, where: str) -> dict[str, np.ndarray]:
 
 
 def _flatten(tree: Any, where: str) -> dict[str, Tensor]:
-    """The tensors of nested dicts and lists; what is no tensor is passed over."""
+    """The tensors in nested dicts and lists; anything else is skipped."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
 
@@ -217,17 +217,17 @@ def _flatten(tree: Any, where: str) -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             name = ".".join(names)
             if name in found:
-                raise UserError(f"{where} is corrupt: it has two tensors of the name {shown(name)}")
+                raise UserError(f"{where} is corrupt: it has two tensors named {shown(name)}")
             found[name] = value
         elif isinstance(value, dict | list | tuple) and not isinstance(value, Storage) and value:
             if len(names) > _MAX_NESTING:
                 raise UserError(f"{where} is refused: its tensors are nested without end")
             if id(value) in seen:
-                return  # shared; containers that share each other could multiply without end
+                return  # seen before; containers that share parts could multiply without end
             seen.add(id(value))
             for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-                if isinstance(key, str) and len(key) > _MAX_NAME:  # shared by many, it would multiply
-                    raise UserError(f"{where} is refused: its tensors have endless names")
+                if isinstance(key, str) and len(key) > _MAX_NAME:  # many tensors may share it: it would multiply
+                    raise UserError(f"{where} is refused: the names of its tensors are too long")
                 walk(inner, (*names, str(key)))
 
     walk(tree, ())
@@ -235,11 +235,11 @@ def _flatten(tree: Any, where: str) -> dict[str, Tensor]:
 
 
 def _storages(tensors: Iterable[Tensor], where: str) -> list[Storage]:
-    """Each storage once, its numbers checked among themselves."""
+    """Each storage once, after checks that its entries agree with each other."""
     found: dict[str, Storage] = {}
     for storage in (tensor.storage for tensor in tensors):
         if min(storage.start, storage.length) < 0 or storage.start + storage.length > storage.count:
-            raise UserError(f"{where} is corrupt: a part of a storage lies outside of it")
+            raise UserError(f"{where} is corrupt: a part of a storage is outside of the storage")
         known = found.setdefault(storage.key, storage)
         if (known.dtype, known.count) != (storage.dtype, storage.count):
             raise UserError(f"{where} is corrupt: its storages contradict each other")
@@ -251,12 +251,12 @@ def _array(name: str, tensor: Tensor, buffer: memoryview, where: str) -> np.ndar
     storage, offset, shape, strides = tensor
     numbers = [offset, *shape, *strides] if type(shape) is type(strides) is tuple else [None]
     if any(type(n) is not int or not 0 <= n < 2**48 for n in numbers) or len(shape) != len(strides) or len(shape) > 8:
-        raise UserError(f"{where} is corrupt: the shape of {shown(name)} is none")
+        raise UserError(f"{where} is corrupt: the shape of {shown(name)} is invalid")
     size, last = math.prod(shape), offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     if size > storage.length or (size and last >= storage.length):
         raise UserError(
-            f"{where} is corrupt or was cut off: {shown(name)} of the shape {shape} needs more than the "
-            f"{storage.length} numbers that are stored for it"
+            f"{where} is corrupt or was cut off: {shown(name)} of shape {shape} needs more than the {storage.length} "
+            "numbers that are stored for it"
         )
     if not size:
         return np.zeros([min(n, 1) for n in shape], storage.dtype)
@@ -267,10 +267,10 @@ def _array(name: str, tensor: Tensor, buffer: memoryview, where: str) -> np.ndar
 
 
 def pth_bytes(tree: Mapping[str, Any]) -> bytes:
-    """A file as torch.save writes since 1.6, which torch.load reads, with weights_only=True too.
+    """A file in the format of torch.save since 1.6; torch.load reads it, also with weights_only=True.
 
     Args:
-      tree: name -> array, or -> such a dict.
+      tree: name -> array, or name -> such a dict.
     """
     arrays: list[np.ndarray] = []
     pickled = b"\x80\x02" + _pickled_dict(tree, arrays) + b"."
@@ -280,7 +280,7 @@ def pth_bytes(tree: Mapping[str, Any]) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, content in records.items():
-            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)  # with a fixed date: equal in, equal out
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)  # a fixed date: equal input, equal bytes
     return file.getvalue()
 
 
@@ -294,7 +294,7 @@ def _pickled_dict(tree: Mapping[str, Any], arrays: list[np.ndarray]) -> bytes:
 
 
 def _pickled_tensor(array: np.ndarray, arrays: list[np.ndarray]) -> bytes:
-    """torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict()); notes the array."""
+    """torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict()); appends the array."""
     kind = next(name for name, dtype in pickles.STORAGES.items() if dtype == array.dtype)
     strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
     text = [_pickled_text("storage"), f"ctorch\n{kind}\n".encode(), *map(_pickled_text, (str(len(arrays)), "cpu"))]
@@ -322,5 +322,5 @@ def safetensors_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
         header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": [position, position + array.nbytes]}
         position += array.nbytes
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8
     return b"".join([struct.pack("<Q", len(text)), text, *(array.tobytes() for array in arrays.values())])

@@ -1,7 +1,7 @@
-"""Weights of published torch networks as variables of ours.
+"""Converts weights of published torch networks to variables of our networks, and back.
 
-A `Layout` says what a variable of one of our networks is called in a torch state dict; everything else follows from it
-in both directions. The networks themselves bring their layouts (`torch_layouts`, see `jaxuda.models`).
+A `Layout` maps each variable of a network to its name in a torch state dict; both directions of the conversion follow
+from it. The networks define their layouts (`torch_layouts`, see `jaxuda.models`).
 """
 
 import os
@@ -24,12 +24,11 @@ from jaxuda.interop.tensor_files import pth_bytes, read_tensors, safetensors_byt
 class Layout(NamedTuple):
     """How the torch files of one kind name the variables of a network.
 
-    name: path of a variable ("params", "backbone", "conv1", "kernel") -> its torch name; None where these files have no
-      place for it.
-    anchor: the torch name by which such a file is known; "": none is looked for.
-    parts: first words of the names; a .pth file keeps a dict for each. (): one dict for all.
+    name: path of a variable ("params", "backbone", "conv1", "kernel") -> its torch name; None if these files lack it.
+    anchor: the torch name that identifies such a file; "": none.
+    parts: first words of the names; a .pth file has a dict for each. (): one dict for all.
     order: for each class of the file, our index of it; (): the classes have our order.
-    reads_maps: the network reads not images but maps, as many as the layer called `anchor` has inputs.
+    reads_maps: the network reads maps instead of images, as many as the layer called `anchor` has inputs.
     """
 
     name: Callable[[tuple[str, ...]], str | None]
@@ -40,7 +39,7 @@ class Layout(NamedTuple):
 
 
 _WRAPPERS = ("module", "Scale")
-# What torch calls the arrays of a layer.
+# The torch names of the arrays of a layer.
 LEAVES = {
     "kernel": "weight",
     "scale": "weight",
@@ -48,7 +47,7 @@ LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-# CFContra's projection head, a Sequential of linear, ReLU, linear.
+# CFContra's projection head: a Sequential of linear, ReLU, linear.
 _PROJECTION = {
     f"{layer}.{leaf}": f"head.{place}.{LEAVES[leaf]}"
     for layer, place in (("linear0", 0), ("linear1", 2))
@@ -57,11 +56,11 @@ _PROJECTION = {
 
 
 class Match(NamedTuple):
-    """The entries of a state dict beside the variables of a network.
+    """The entries of a state dict, compared with the variables of a network.
 
-    leaves: path in our tree -> array as we keep it, a view.
-    missing: torch names that the network needs and the file has not.
-    unused: names in the file that the network has no place for; counters of batches are not told.
+    leaves: path in our tree -> array in our layout, a view.
+    missing: torch names that the network needs and the file lacks.
+    unused: names in the file that the network does not have, without counters of batches.
     misshapen: one line for each entry of another shape.
     """
 
@@ -77,16 +76,16 @@ def load_torch(source: Mapping[str, Any] | str | os.PathLike, model: nn.Module) 
     Args:
       source: a .pth or .safetensors file, which is read without running anything in it, or a state dict: torch
         name -> array, or, as in SDCA's files, part ("feature_extractor", "classifier") -> such a dict.
-        Convolutions are (out, in, kh, kw). Names may begin with "module.", and lie below a name of their own.
+        Convolutions are (out, in, kh, kw). Names may begin with "module.", and may have another common prefix.
       model: a network or an `FCDiscriminator`. Classes stay in the order of the file (see `Layout.order`).
 
     Returns:
-      {"params", "batch_stats"} of float32 arrays (without "batch_stats" where the model has none).
+      {"params", "batch_stats"} of float32 arrays (without "batch_stats" if the model has none).
 
     Raises:
-      UserError: the file cannot be read; or an entry is missing, left over or of another shape: the text lists
+      UserError: the file cannot be read; or an entry is missing, unused or of another shape: the message lists
         them. Only counters of batches (`num_batches_tracked`), which no computation needs, and the state of
-        optimizers are passed over.
+        optimizers are skipped.
     """
     state = clean(source if isinstance(source, Mapping) else read_tensors(source))
     match, _ = match_network(state, model)
@@ -96,7 +95,7 @@ def load_torch(source: Mapping[str, Any] | str | os.PathLike, model: nn.Module) 
 
 
 def torch_layouts(model: nn.Module) -> dict[str, Layout]:
-    """The layouts of a network; one that brings none is named by the paths of its variables."""
+    """The layouts of a network; by default its torch names are the paths of its variables."""
     if hasattr(model, "torch_layouts"):
         return model.torch_layouts()
     return {"paths": Layout(lambda path: ".".join((*path[1:-1], LEAVES.get(path[-1], path[-1]))), "")}
@@ -119,7 +118,7 @@ def match_network(state: Mapping[str, np.ndarray], model: nn.Module) -> tuple[Ma
 def match_backbone(state: Mapping[str, np.ndarray], model: nn.Module) -> Match:
     """The variables of a network's backbone alone, from an image classifier or any network for segmentation.
 
-    Layers for which the files of image classifiers have no place are left out.
+    Layers that the files of image classifiers lack are left out.
 
     Raises:
       UserError: it has no backbone of this kind.
@@ -131,7 +130,7 @@ def match_backbone(state: Mapping[str, np.ndarray], model: nn.Module) -> Match:
 
 
 def _find_layout(state: Mapping[str, np.ndarray], layouts: Mapping[str, Layout], what: str) -> tuple[str, str]:
-    """Name of the first layout that a file has, and the name that everything lies below ("" or one ending in a dot)."""
+    """The name of the first layout that fits a file, and the common prefix of its names ("" or one ending in a dot)."""
     for name, layout in layouts.items():
         found = [entry for entry in state if f".{entry}".endswith(f".{layout.anchor}")]
         if found or not layout.anchor:
@@ -173,8 +172,8 @@ def match_projection(state: Mapping[str, np.ndarray], channels: int) -> tuple[di
     """CFContra's projection head for features of that many channels, if the file has one.
 
     Returns:
-      Path of a parameter ("linear0.kernel", ...) -> array as we keep it, and the names of its entries in the file; both
-      empty where it has none.
+      Path of a parameter ("linear0.kernel", ...) -> array in our layout, and the names of its entries in the file; both
+      are empty if the file has none.
 
     Raises:
       UserError: an entry is missing or of another shape.
@@ -199,27 +198,27 @@ def match_projection(state: Mapping[str, np.ndarray], channels: int) -> tuple[di
 
 
 def projection_state(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-    """The inverse of `match_projection`: torch name -> array; None for a head of another kind than the published."""
+    """The inverse of `match_projection`: torch name -> array; None if the head is not of the published kind."""
     if arrays.keys() != _PROJECTION.keys():
         return None
     return {_PROJECTION[path]: to_torch(np.asarray(array)) for path, array in arrays.items()}
 
 
 def raise_problems(match: Match, model: nn.Module) -> None:
-    """UserError if anything is missing, left over or of another shape."""
+    """Raises a UserError if an entry is missing, unused or of another shape."""
     problems = [f"missing: {name}" for name in match.missing]
     problems += [f"not part of the network: {name}" for name in match.unused]
     problems += match.misshapen
     if problems:
         listed = "\n  ".join(problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else []))
         raise UserError(
-            f"the torch checkpoint does not fit {type(model).__name__}; compare its classes and the fields of "
-            f"config.model ({', '.join(getattr(model, 'SHAPE_FIELDS', ('width',)))}) with it:\n  {listed}"
+            f"the torch checkpoint does not fit {type(model).__name__}; compare it with the classes and the fields of "
+            f"config.model ({', '.join(getattr(model, 'SHAPE_FIELDS', ('width',)))}):\n  {listed}"
         )
 
 
 def as_variables(leaves: dict[tuple[str, ...], np.ndarray]) -> dict[str, Any]:
-    """Leaves by path as a tree of float32 arrays."""
+    """Converts leaves by path to a tree of float32 arrays."""
     return flax.traverse_util.unflatten_dict({path: jnp.asarray(leaf, jnp.float32) for path, leaf in leaves.items()})
 
 
@@ -235,27 +234,27 @@ def save_torch(
     Args:
       variables: {"params", "batch_stats"}.
       model: the network or `FCDiscriminator` that they belong to.
-      path: ends in .pth (for `torch.load`, with weights_only=True too) or .safetensors.
-      layout: one of the network's; None for that of the published network that is most like `model`.
-      more: torch name -> array of what else belongs into the file.
+      path: ends in .pth (for `torch.load`, also with weights_only=True) or .safetensors.
+      layout: one of the network's layouts; None: that of the published network that is most like `model`.
+      more: torch name -> array, further entries of the file.
 
     Raises:
-      UserError: the file's name ends otherwise, it cannot be written, or the layout is unknown or has no place for
+      UserError: the file's name has another ending, the file cannot be written, or the layout is unknown or lacks
         some of the variables.
     """
     path = Path(path)
     if path.suffix not in (".pth", ".safetensors"):
-        raise UserError(f"{path}: say the format by the file's name, which must end in .pth or .safetensors")
+        raise UserError(f"{path}: the file's name gives the format and must end in .pth or .safetensors")
     layouts = torch_layouts(model)
     layout = layout or published_layout(model)
     if layout not in layouts:
         raise UserError(
-            f"the layout '{layout}' is none of {type(model).__name__}'s: choose one of {', '.join(layouts)}"
+            f"there is no layout '{layout}' of {type(model).__name__}: choose one of {', '.join(layouts)}"
         )
     flat = flax.traverse_util.flatten_dict(dict(variables))
     if homeless := [leaf[1] for leaf in flat if layouts[layout].name(leaf) is None]:
         fitting = ", ".join(name for name, each in layouts.items() if None not in map(each.name, flat))
-        raise UserError(f"the layout '{layout}' has no place for the network's {homeless[0]}: use {fitting}")
+        raise UserError(f"the layout '{layout}' lacks the network's {homeless[0]}: use {fitting}")
     arrays = {layouts[layout].name(leaf): to_torch(np.asarray(value)) for leaf, value in flat.items()}
     arrays |= more or {}
     content = safetensors_bytes(arrays) if path.suffix == ".safetensors" else pth_bytes(_parts(arrays, layouts[layout]))
@@ -271,7 +270,7 @@ def published_layout(model: nn.Module) -> str:
 
 
 def _parts(arrays: dict[str, np.ndarray], layout: Layout) -> dict[str, Any]:
-    """One dict for each part of the layout, or one for all."""
+    """One dict for each part of the layout, or one dict for all."""
     if not layout.parts:
         return arrays
     parts: dict[str, Any] = {part: {} for part in layout.parts}
@@ -292,8 +291,8 @@ def to_torch(array: np.ndarray) -> np.ndarray:
 
 
 def clean(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Flat names without what wrappers put before them ("module." of data parallel training, "Scale." of the
-    networks that came from Caffe), and without counters of batches."""
+    """Arrays by flat name, without the prefixes of wrappers ("module." of data parallel training, "Scale." of
+    networks converted from Caffe), and without counters of batches."""
     state = {}
     for name, array in _flattened(tensors).items():
         name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)

@@ -1,46 +1,46 @@
 """One file per network family, found by its name in `config.model.name`, with the layers and heads that they share.
 
-A family is a module, of this package or (by its dotted path) of the user's own, with the function
+A family is a module, in this package or (named by its dotted path) of the user, with the function
 
     make(fields, num_classes) -> a Flax module
 
-fields: the section `config.model` without `name`; it has the field `dtype`, the others are the family's own.
+fields: the section `config.model` without `name`; it has the field `dtype`, the family defines the others.
 num_classes: C.
 
 The Flax module has
 
     num_classes, dtype, axis_name
-        Fields. dtype: what it computes in; parameters, statistics and outputs are at least float32. axis_name: the
-        device axis over which batch statistics reduce while training; the step sets it with `clone`.
+        Fields. dtype: the compute dtype; parameters, statistics and outputs are at least float32. axis_name: the
+        device axis over which batch statistics are reduced in training; the step sets it with `clone`.
     __call__(images, train=False, index=None) -> Outputs
-        images: (N, H, W, 3) float, normalised. train: batch statistics are used and moved, and layers draw at random.
+        images: (N, H, W, 3) float, normalised. train: batch statistics are used and updated, and layers draw at random.
         index: (N,) int32, the place of each example in the global batch, for `layers.Dropout` and `layers.DropPath`.
-        Variables are in the collections "params" and "batch_stats". What weights of image classifiers fill is
+        Variables are in the collections "params" and "batch_stats". Weights of image classifiers go into
         params["backbone"].
     CLASSIFIERS
-        The parts of the parameters that end in classes: that of `Outputs.main`, then that of `Outputs.aux` where there
-        is one. The last axis of all their arrays is the classes.
+        The parts of the parameters whose outputs are classes: that of `Outputs.main`, then that of `Outputs.aux` if it
+        exists. The last axis of all their arrays is the classes.
     classifier(num_classes) -> a Flax module
-        A head like the network's own, a module by itself (`parent=None`): with the parameters of CLASSIFIERS[0] it maps
+        A head like the network's own, without a parent (`parent=None`): with the parameters of CLASSIFIERS[0] it maps
         `Outputs.features` to `Outputs.main`.
     parameter_group(path) -> str
         The optimizer's group of the parameter at a path ("backbone", "conv1", "kernel"); see `jaxuda.optimizers`.
     describe() -> str
-        What decides what the features are, as one line: artifacts are only used with the network that they are of.
+        The fields that decide the features, as one line: artifacts are only used with the network that made them.
     SHAPE_FIELDS
         The fields of `config.model` that decide the shapes of the variables, for messages.
 
 Optional, for published weights:
 
     torch_layouts() -> {name: Layout} and published_layout() -> name
-        How torch files name the variables, in the order in which a file is compared with them, and the one that is
-        written; see `jaxuda.interop.torch_checkpoint`. Default: the paths of the variables.
+        How torch files name the variables: the layouts in the order in which a file is compared with them, and the
+        one for writing; see `jaxuda.interop.torch_checkpoint`. Default: the paths of the variables.
     backbone_layouts() -> {name: Layout}
-        The same for params["backbone"] in the files of image classifiers. None of them has a place for NEW_LAYERS, the
-        layers of the backbone that start anew.
+        The same for params["backbone"] in the files of image classifiers. These files lack NEW_LAYERS, the layers of
+        the backbone that start anew.
     IMAGENET = {name: Pretrained}, imagenet_name(fields, preprocess) -> name, imagenet_problem(name, sha256, entries)
-        In the family's module, of jaxuda alone: the public ImageNet weights, which of them a network starts from, and
-        why a file that is given for them is another ("" if it may be them).
+        In the family's module, only for families of jaxuda: the public ImageNet weights; which of them a network
+        starts from; and why a given file is not the expected one ("" if it may be).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from jaxuda import plugins
 from jaxuda.errors import UserError
 
 PyTree = Any
-# What every network has; see above.
+# The attributes of every network; see above.
 _CONTRACT = (
     *("num_classes", "dtype", "axis_name", "CLASSIFIERS", "SHAPE_FIELDS"),
     *("classifier", "parameter_group", "describe"),
@@ -70,7 +70,7 @@ class Outputs(NamedTuple):
     """Everything a method may need, at network resolution (h, w), never bfloat16.
 
     main: (N, h, w, C) logits.
-    features: (N, h, w, A), what the main classifier reads.
+    features: (N, h, w, A), the input of the main classifier.
     aux: (N, h, w, C) logits of a second level, or None.
     depth: (N, h, w, 1) predicted inverse depth, or None.
     levels: the maps (N, h_i, w_i, A_i) of all stages of the backbone, the finest first, or None.
@@ -86,9 +86,9 @@ class Outputs(NamedTuple):
 class Pretrained(NamedTuple):
     """Public ImageNet weights of a backbone.
 
-    fields: of `config.model`, the network that they fit.
-    file, publisher: what to get, and from whom.
-    family: the network family; filled in by `pretrained`.
+    fields: the fields of `config.model` of the network that they fit.
+    file, publisher: the file to get, and who publishes it.
+    family: the network family; set by `pretrained`.
     """
 
     fields: Mapping[str, Any]
@@ -99,7 +99,7 @@ class Pretrained(NamedTuple):
 
 def load_family(fields: Mapping[str, Any], *, imported: bool = False) -> ModuleType:
     """The module of the family that a section `config.model` names; see `plugins.load` for `imported`."""
-    # Folders of earlier builds name none: theirs is DeepLab.
+    # The configs of earlier builds lack the name: their networks are all DeepLab.
     return plugins.load(__name__, "make", fields.get("name", "deeplab"), "model.name", imported=imported)
 
 
@@ -107,12 +107,12 @@ def make_model(fields: Mapping[str, Any], num_classes: int, *, imported: bool = 
     """The network that `config.model` describes.
 
     Args:
-      fields: that section.
+      fields: the section `config.model`.
       num_classes: C.
       imported: see `plugins.load`.
 
     Raises:
-      UserError: there is no such family, it does not know a field, or its network lacks a part of the contract.
+      UserError: there is no such family, it does not have one of the fields, or its network breaks the contract.
     """
     family = load_family(fields, imported=imported)
     try:
@@ -129,7 +129,7 @@ def make_saved_model(fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 
     Args:
       fields: the section `model` of the stage's config.
-      arrays: by dotted path, as `checkpoints.read_variables` gives them.
+      arrays: by dotted path, as returned by `checkpoints.read_variables`.
       where: names the checkpoint in messages.
 
     Raises:
@@ -138,12 +138,12 @@ def make_saved_model(fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
     model = make_model(fields, 1, imported=True)
     classes = saved_classes(arrays, model.CLASSIFIERS[0])
     if classes is None:
-        raise UserError(f"{where} holds no '{model.CLASSIFIERS[0]}': it is of another network or method")
+        raise UserError(f"{where} has no '{model.CLASSIFIERS[0]}': it is of another network or method")
     return model.clone(num_classes=classes)
 
 
 def saved_classes(arrays: Mapping[str, Any], part: str) -> int | None:
-    """The number of classes of a classifier among arrays by dotted path; None if it is not there."""
+    """The number of classes of a classifier in arrays by dotted path; None if the classifier is missing."""
     return next((array.shape[-1] for name, array in arrays.items() if name.startswith(f"params.{part}.")), None)
 
 
@@ -163,6 +163,6 @@ def abstract_variables(model: nn.Module, size: tuple[int, int]) -> PyTree:
 
 
 def output_shapes(model: nn.Module, size: tuple[int, int]) -> Outputs:
-    """The `Outputs` of one image of `size` (height, width) as shapes and types, without computing them."""
+    """Shapes and types of the `Outputs` of one image of `size` (height, width), without computing them."""
     image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     return jax.eval_shape(model.init_with_output, jax.random.key(0), image)[0]

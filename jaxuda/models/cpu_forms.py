@@ -1,7 +1,7 @@
-"""Equal forms of convolution, join and pooling that XLA compiles to far faster training code on a CPU.
+"""Equivalent forms of convolution, residual join and pooling that XLA compiles to far faster training code on a CPU.
 
-`jaxuda.models.layers` decides where they are used; each computes what the plain form there does, to rounding. All maps
-are NHWC; kernels are (height, width, in, out).
+`jaxuda.models.layers` decides where they are used; each computes the same as the plain form there, up to rounding. All
+maps are NHWC; kernels are (height, width, in, out).
 """
 
 import functools
@@ -13,7 +13,7 @@ from jax import lax
 
 
 def library_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, padding: int) -> jax.Array:
-    """Convolution as XLA has it: (N, H, W, A) with (kh, kw, A, B), zero `padding` on all four sides."""
+    """XLA's own convolution of (N, H, W, A) with (kh, kw, A, B), zero `padding` on all four sides."""
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -26,8 +26,8 @@ def library_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, pa
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def few_channels(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
-    """Convolution of an image with stride 2: two neighbouring columns become one with twice the channels, which
-    costs no copy, and the kernel's columns likewise."""
+    """Convolution of an image with stride 2: two neighbouring columns become one with twice the channels (this
+    needs no copy), and likewise the kernel's columns."""
     size = kernel.shape[0]
     columns = (x.shape[2] + 2 * padding - size) // 2 + 1
     extra = size % 2  # a column of zeros makes the kernel's width even
@@ -54,9 +54,9 @@ few_channels.defvjp(_few_channels_forward, _few_channels_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def tap_by_tap(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
-    """3x3 convolution as nine products, each of that part of the map alone which its tap does not see as padding.
+    """3x3 convolution as nine products, one per tap, each only on the part of the map that is not padding for the tap.
 
-    At dilation 4 that is three quarters of the work on a map of 16x32, and nine tenths on one of 33x65.
+    At dilation 4 this is three quarters of the work on a map of 16x32, and nine tenths on one of 33x65.
     """
     y = pointwise(x, kernel[1, 1])
     for tap, offset in _outer_taps(x, dilation):
@@ -65,13 +65,13 @@ def tap_by_tap(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
 
 
 def _outer_taps(x: jax.Array, dilation: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """(index into the kernel, offset into the map) of all taps but the centre and those wholly outside."""
+    """(index into the kernel, offset into the map) of all taps except the centre and those outside of the map."""
     taps = [((i, j), ((i - 1) * dilation, (j - 1) * dilation)) for i, j in np.ndindex(3, 3) if (i, j) != (1, 1)]
     return [(tap, offset) for tap, offset in taps if abs(offset[0]) < x.shape[1] and abs(offset[1]) < x.shape[2]]
 
 
 def _seen(x: jax.Array, offset: tuple[int, int]) -> jax.Array:
-    """The positions of `x` that stay inside when `offset` is taken off."""
+    """The positions of `x` that stay inside the map when `offset` is subtracted."""
     rows, columns = (slice(max(o, 0), n + min(o, 0)) for o, n in zip(offset, x.shape[1:3], strict=True))
     return x[:, rows, columns]
 
@@ -159,7 +159,7 @@ project_and_shift.defvjp(_project_and_shift_forward, _project_and_shift_backward
 
 @jax.custom_vjp
 def join(branch: jax.Array, shortcut: jax.Array) -> jax.Array:
-    """relu(branch + shortcut), of which nothing but the result is kept for the gradient."""
+    """relu(branch + shortcut); only the result is kept for the gradient."""
     return jnp.maximum(branch, -shortcut) + shortcut
 
 
@@ -184,7 +184,7 @@ def max_of_taps(x: jax.Array, size: int, stride: int, pads: tuple[tuple[int, int
 
 
 def _max_of_taps_forward(x, size, stride, pads, shape):
-    # Which tap was the first largest is kept in a byte. XLA:CPU would keep four integers, and scatter the gradient.
+    # One byte keeps which tap was the first maximum. XLA:CPU would keep four integers, and scatter the gradient.
     x = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)))
     rows, columns = (length - (length - size) % stride - size + 1 for length in x.shape[1:3])
     taps = [x[:, i : i + rows : stride, j : j + columns : stride] for i, j in np.ndindex(size, size)]
@@ -196,7 +196,7 @@ def _max_of_taps_forward(x, size, stride, pads, shape):
 
 
 def _max_of_taps_backward(size, stride, pads, shape, choice, g):
-    # Positions with the same remainder modulo the stride are seen by the same taps: one map for each remainder.
+    # Positions with the same remainder modulo the stride belong to the same taps: one map for each remainder.
     grid = [-(-(length + sum(pad)) // stride) for length, pad in zip(shape, pads, strict=True)]
     zero = jnp.zeros((), g.dtype)
 
@@ -209,7 +209,7 @@ def _max_of_taps_backward(size, stride, pads, shape, choice, g):
         parts = [seen_by(i, j) for i in range(a, size, stride) for j in range(b, size, stride)]
         return sum(parts[1:], parts[0]) if parts else jnp.zeros((len(g), *grid, g.shape[-1]), g.dtype)
 
-    # (N, rows, stride, columns, stride, A): the remainders take their places between each other.
+    # (N, rows, stride, columns, stride, A): this interleaves the maps of the remainders.
     maps = jnp.stack([jnp.stack([remainder(a, b) for b in range(stride)], 3) for a in range(stride)], 2)
     whole = maps.reshape(len(g), grid[0] * stride, grid[1] * stride, g.shape[-1])
     (top, _), (left, _) = pads

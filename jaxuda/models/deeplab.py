@@ -40,12 +40,12 @@ class Head(nn.Module):
 
 
 class DepthBranch(nn.Module):
-    """DADA's privileged task (Vu et al., ICCV 2019, figure 2): depth, and features multiplied by what
-    predicts it.
+    """DADA's privileged task (Vu et al., ICCV 2019, figure 2): predicts depth, and multiplies the features by the
+    layer that predicts it.
 
-    With A channels of features (2048 in the paper) its layers have A/4, A/4, A/16 and A channels. The paper's start,
-    N(0, 0.01), is widened with sqrt(2048 / A): through four layers a narrow network's product would else start so
-    close to zero that its head learns nothing for hundreds of steps.
+    With A channels of features (2048 in the paper) its layers have A/4, A/4, A/16 and A channels. The paper's
+    initialisation N(0, 0.01) is widened by sqrt(2048 / A): otherwise the product of four layers of a narrow network
+    starts so close to zero that its head learns nothing for hundreds of steps.
     """
 
     dtype: str
@@ -67,21 +67,21 @@ class DeepLabV2(nn.Module):
 
     num_classes: C.
     backbone: "resnet18", "resnet50", "resnet101" or "vgg16".
-    variant: "caffe" or "torchvision" (see `resnet.py`); VGG-16 has only one kind and does not look at it.
+    variant: "caffe" or "torchvision" (see `resnet.py`); VGG-16 has only one kind and ignores it.
     width: channels of the stem; every other layer of the backbone scales with it (64 in the literature).
-    blocks: residual blocks (VGG: convolutions) per stage, where they differ from the published network.
+    blocks: residual blocks (VGG: convolutions) per stage, if they differ from the published network.
     aux: a second head on the third stage of a ResNet (the 1024-channel stage of ResNet-101).
     head_bias: whether the head's convolutions have a bias.
     dilated: whether stages 3 and 4 of a ResNet are dilated; they keep stride 1 either way.
     depth: DADA's depth branch.
-    norm: "batch" (statistics of the global batch in training) or "frozen" (running ones always).
+    norm: "batch" (statistics of the global batch in training) or "frozen" (always the running statistics).
     norm_eps: 1e-5; SDCA's frozen layers use 0.
     dtype: compute dtype; parameters, statistics and outputs stay float32 with "bfloat16".
-    remat: trade a second forward pass of a ResNet's blocks for most of the memory of training.
-    axis_name: device axis over which norm="batch" reduces while training.
+    remat: save most of the memory of training by computing a ResNet's blocks twice.
+    axis_name: device axis over which norm="batch" reduces in training.
 
     Variables: params["backbone" | "head" | "aux_head" | "depth"] and batch_stats["backbone"].
-    Raises UserError on a field that no network has.
+    Raises UserError on an unknown value of a field.
     """
 
     num_classes: int
@@ -105,9 +105,9 @@ class DeepLabV2(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, index: jax.Array | None = None) -> Outputs:
-        """Maps normalised images (N, H, W, 3) to `Outputs`; training with norm="batch" moves batch_stats.
+        """Maps normalised images (N, H, W, 3) to `Outputs`; training with norm="batch" updates batch_stats.
 
-        Nothing is drawn at random, so that `index` is not used.
+        `index` is not used, since nothing is drawn at random.
         """
         self._check_fields()
         conv = functools.partial(Conv, dtype=self.dtype)
@@ -148,13 +148,13 @@ class DeepLabV2(nn.Module):
         return "block" if path[1].startswith("layer") else "stem"
 
     def describe(self) -> str:
-        """The fields that decide what the features are, as one line of text."""
+        """The fields that decide the features, as one line of text."""
         kind = "" if self.backbone == "vgg16" else f" {self.variant}"
         blocks = "" if self.blocks is None else f", blocks {'-'.join(map(str, self.blocks))}"
         return f"{self.backbone}{kind}, width {self.width}{blocks}"
 
     def torch_layouts(self) -> dict[str, Layout]:
-        """How published files name the variables; `Layout.order` holds for the numbers of classes that PLCA has."""
+        """How published files name the variables; `Layout.order` is set for the numbers of classes of PLCA's files."""
         return {
             name: Layout(
                 functools.partial(_torch_name, self, places),
@@ -176,11 +176,11 @@ class DeepLabV2(nn.Module):
         return "one_level" if self.backbone == "resnet18" else "two_level"
 
     def backbone_layouts(self) -> dict[str, Layout]:
-        """How files of image classifiers, and of any network for segmentation, name the backbone."""
+        """How files of image classifiers, and of segmentation networks, name the backbone."""
         if self.backbone != "vgg16":
             name = functools.partial(_torch_name, self, Places("", ""))
             return {"resnet": Layout(name, "layer1.0.conv1.weight")}
-        # torchvision's VGG has its convolutions below "features", and all of its pools among them.
+        # torchvision's VGG has its convolutions and all of its pools below "features".
         return {
             name: Layout(functools.partial(_torch_name, self, Places(f"{name}.", "", pools=pools)), f"{name}.0.weight")
             for name, pools in (("features", 4), ("backbone", 3))
@@ -198,12 +198,12 @@ class DeepLabV2(nn.Module):
             raise UserError("model.aux = True needs a ResNet: there is no second level for vgg16")
         if self.remat and self.backbone == "vgg16":
             raise UserError(
-                "model.remat = True needs a ResNet: it would save nothing in vgg16, whose first layers need most"
+                "model.remat = True needs a ResNet: it would not save memory in vgg16 (its first layers need most)"
             )
 
 
 def make(fields: Mapping[str, Any], num_classes: int) -> DeepLabV2:
-    """The network of `config.model`, whose fields are those of `DeepLabV2`."""
+    """The network of `config.model`; its fields are those of `DeepLabV2`."""
     blocks = fields.get("blocks")
     return DeepLabV2(num_classes=num_classes, **{**fields, "blocks": None if blocks is None else tuple(blocks)})
 
@@ -212,29 +212,29 @@ def make(fields: Mapping[str, Any], num_classes: int) -> DeepLabV2:
 
 
 class Places(NamedTuple):
-    """Where the published files of one kind keep the parts; `{}` stands for the index of the head's convolution."""
+    """Prefixes of the parts in the published files of one kind; `{}` is the index of the head's convolution."""
 
     backbone: str
     head: str
     aux_head: str = ""
-    pools: int = 3  # of a VGG: those that still take a place in its list of layers
+    pools: int = 3  # the pools that still take a place in a VGG's list of layers
 
 
-# In this order a file is compared with them.
+# A file is compared with them in this order.
 PLACES = {
     "two_level": Places("", "layer6.conv2d_list.{}", "layer5.conv2d_list.{}"),  # MinEnt, AdvEnt, DADA and kin
     "one_level": Places("", "layer5.conv2d_list.{}"),  # LFASS
     "split": Places("feature_extractor.backbone.", "classifier.conv2d_list.{}"),  # SDCA
     "plca": Places("backbone.", "classifier.0.convs.{}.0"),
 }
-# Published PLCA networks order the classes in their own way: Cityscapes train id of each of their classes. Those for
-# SYNTHIA have the first 16.
+# Published PLCA networks have an order of classes of their own: the Cityscapes train id of each class. The networks
+# for SYNTHIA have the first 16.
 PLCA_ORDER = (10, 2, 0, 1, 4, 8, 5, 13, 7, 11, 18, 17, 6, 12, 15, 3, 9, 14, 16)
 _DEPTH = {"enc1": "enc4_1", "enc2": "enc4_2", "enc3": "enc4_3", "dec": "dec4"}
 
 
 def _torch_name(model: DeepLabV2, places: Places, path: tuple[str, ...]) -> str | None:
-    """The torch name of one variable; None where the files have no place for it."""
+    """The torch name of one variable; None if the files lack it."""
     part, *inner, leaf = path[1:]
     if part in model.CLASSIFIERS:
         place = getattr(places, part)
@@ -251,24 +251,24 @@ def _torch_name(model: DeepLabV2, places: Places, path: tuple[str, ...]) -> str 
 
 @functools.cache
 def _vgg_numbers(blocks: tuple[int, ...], pools: int) -> dict[str, int]:
-    """Index of each convolution in torch's flat list of convolutions, activations and the first pools."""
+    """Index of each convolution in torch's flat list of convolutions, activations and the first `pools` pools."""
     numbers, number = {}, 0
     for stage, count in enumerate(blocks):
         for index in range(count):
             numbers[f"conv{stage + 1}_{index + 1}"] = number
             number += 2
         number += stage < pools
-    # An image classifier, which has four pools, goes on with layers of another kind.
+    # An image classifier has four pools; other layers follow them.
     new = {} if pools > 3 else {name: number + 2 * index for index, name in enumerate(NEW_LAYERS)}
     return numbers | new
 
 
 def _plca_order(num_classes: int) -> tuple[int, ...]:
-    """For each class of a published PLCA network, our index of it; () where none has as many classes."""
+    """For each class of a published PLCA network, our index of it; () if no such network has so many classes."""
     if num_classes not in (16, 19):
         return ()
     ids = PLCA_ORDER[:num_classes]
-    return tuple(sorted(ids).index(id_) for id_ in ids)  # of 16: train ids without those of terrain, truck and train
+    return tuple(sorted(ids).index(id_) for id_ in ids)  # the 16 classes lack terrain, truck and train
 
 
 _RESNET18 = {"backbone": "resnet18", "variant": "torchvision"}
@@ -288,8 +288,8 @@ IMAGENET = {
         {"backbone": "vgg16", "variant": "torchvision"}, "vgg16-397923af.pth", "torchvision"
     ),
 }
-# First digits of the SHA-256 of torchvision's ImageNet weights, as in their files' names. They expect RGB in 0..1,
-# and bottlenecks that stride in their 3x3: in a network of the caffe kind they would train badly without a word.
+# First digits of the SHA-256 of torchvision's ImageNet weights, as in the names of the files. They expect RGB in 0..1
+# and bottlenecks that stride in their 3x3: in a caffe network they would train badly without any error.
 _TORCHVISION = {
     *("5d3b4d8f", "63fe2227", "cd907fc2", "19c8e357", "0676ba61", "11ad3fa6"),
     "397923af",
@@ -297,14 +297,14 @@ _TORCHVISION = {
 
 
 def imagenet_name(fields: Mapping[str, Any], preprocess: str) -> str:
-    """Which of `IMAGENET` a network with these fields and this normalisation of its images starts from.
+    """The weights of `IMAGENET` that a network with these fields and this normalisation of images starts from.
 
     Raises:
-      UserError: there are none for it.
+      UserError: there are none for this network.
     """
     backbone, variant = fields["backbone"], fields["variant"]
     if backbone == "resnet18":
-        return backbone  # published in one kind only; the LFASS experiments use it in a network of the caffe kind
+        return backbone  # published in one kind only; the LFASS experiments use it in a caffe network
     if backbone == "vgg16":
         variant = "torchvision" if preprocess == "imagenet" else "caffe"
     if f"{backbone}-{variant}" not in IMAGENET:
@@ -316,7 +316,7 @@ def imagenet_name(fields: Mapping[str, Any], preprocess: str) -> str:
 
 
 def imagenet_problem(name: str, sha256: str, entries: Sequence[str]) -> str:
-    """Why a file is not the one of `IMAGENET`, from its checksum and the names of its tensors; "" if it may be."""
+    """Why a file is not the one of `IMAGENET`, by its checksum and the names of its tensors; "" if it may be."""
     published = IMAGENET[name]
     if name.endswith("-caffe") and sha256[:8] in _TORCHVISION:
         return (

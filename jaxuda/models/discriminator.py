@@ -1,4 +1,4 @@
-"""Discriminators that tell source from target."""
+"""Discriminators, which classify source against target."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ def _uniform_bias(bound: float) -> nn.initializers.Initializer:
 
 
 def _conv(x: jax.Array, features: int, size: int, stride: int, dtype: str, name: str) -> jax.Array:
-    """A convolution with padding 1 whose weights and biases start uniform in +-1 / sqrt(fan-in), as torch's do."""
+    """A convolution with padding 1; weights and biases start uniform in +-1 / sqrt(fan-in), as in torch."""
     return Conv(
         features,
         size,
@@ -49,7 +49,7 @@ class FCDiscriminator(nn.Module):
         return x.astype("float32") if self.dtype == "bfloat16" else x
 
     def torch_layouts(self) -> dict[str, Layout]:
-        """How published files name the variables: a list of layers, in which activations take the odd places."""
+        """How published files name the variables: a list of layers, with activations at the odd places."""
 
         def name(path: tuple[str, ...]) -> str:
             return f"{2 * int(path[1].removeprefix('conv'))}.{LEAVES[path[2]]}"
@@ -58,7 +58,7 @@ class FCDiscriminator(nn.Module):
 
 
 class ClassDiscriminator(nn.Module):
-    """Tells the class and the domain of every position of the features (FADA, Wang et al., ECCV 2020, section 3.2).
+    """Predicts class and domain at every position of the features (FADA, Wang et al., ECCV 2020, section 3.2).
 
     Two 3x3 convolutions with LeakyReLU 0.2, of `width` and `width` / 2 channels, then one 3x3 convolution per domain.
     Features (N, h, w, A) become (N, h, w, 2C) logits: the C source classes, then the C target classes.

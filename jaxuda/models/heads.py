@@ -1,4 +1,4 @@
-"""Heads beside the class logits."""
+"""Heads other than those of class logits."""
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,7 @@ PROJECTIONS = ("mlp", "linear", "none")
 
 
 class ProjectionHead(nn.Module):
-    """What features go through before they are contrasted (CFContra); as many channels out as in.
+    """A projection of the features before the contrastive loss (CFContra); as many channels out as in.
 
     kind: "mlp" (linear, ReLU, linear), "linear", or "none", which has no parameters and changes nothing.
     dtype: compute dtype; the result is at least float32.

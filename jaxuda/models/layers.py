@@ -1,9 +1,9 @@
 """Layers that every network shares: convolution, batch normalisation, pooling, dropout, resizing, gradient reversal.
 
-This is the only file that decides how a convolution is lowered. On GPU (and wherever it runs best) a
-convolution is the library's; on CPU some shapes have an equal form (`cpu_forms.py`) that XLA compiles to far
-faster training code. The choice is made while tracing, from `jax.default_backend()`; both forms agree in
-float64 to rounding.
+Only this file decides how a convolution is lowered. On GPU (and wherever it is fastest) it is XLA's own
+convolution; on CPU some shapes have an equivalent form (`cpu_forms.py`) that XLA compiles to far faster
+training code. The choice is made while tracing, from `jax.default_backend()`; both forms agree in float64
+up to rounding.
 
 All maps are NHWC; kernels are (height, width, in, out).
 """
@@ -28,7 +28,7 @@ from jaxuda.models.cpu_forms import (
     tap_by_tap,
 )
 
-# What published ImageNet weights expect, in the channel order of their input.
+# The constants that published ImageNet weights expect, in the channel order of their input.
 _BGR_MEANS = {
     "caffe": (104.00698793, 116.66876762, 122.67891434),
     "vgg": (103.939, 116.779, 123.68),
@@ -41,7 +41,7 @@ backbone_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def use_cpu_forms() -> bool:
-    """Whether the forms that only pay on CPU are chosen (decided while tracing)."""
+    """Whether to use the forms that are only faster on CPU (decided while tracing)."""
     return jax.default_backend() == "cpu"
 
 
@@ -95,9 +95,9 @@ def conv2d_sum(x: jax.Array, kernels: Sequence[jax.Array], dilations: Sequence[i
     """
     if not use_cpu_forms():
         return sum(conv2d(x, k, dilation=d, padding=d) for k, d in zip(kernels, dilations, strict=True))
-    # Few outputs and far taps: project to all taps at once, then add the shifted projections. Taps that
-    # coincide (the centres) are added before the product; taps that fall outside the map everywhere are left
-    # out.
+    # Few outputs and distant taps: project to all taps at once, then add the shifted projections. Taps that
+    # coincide (the centres) are added before the product; taps that are outside of the map everywhere are
+    # omitted.
     taps: dict[tuple[int, int], jax.Array] = {}
     for kernel, dilation in zip(kernels, dilations, strict=True):
         for i, j in np.ndindex(3, 3):
@@ -138,10 +138,10 @@ class Conv(nn.Module):
 class BatchNorm(nn.Module):
     """Batch normalisation as torch defines it, over the global batch.
 
-    mode="frozen" always uses the running statistics. mode="batch" uses those of the batch while training,
-    over all devices of `axis_name` (sums and counts first, then centred squares: sums of squares would cancel
-    in float32), and moves the running ones by 0.1 towards them, the variance unbiased. Statistics are float32
-    whatever the `dtype`. `eps` may be 0 (SDCA's frozen layers).
+    mode="frozen" always uses the running statistics. mode="batch" uses those of the batch in training, over
+    all devices of `axis_name` (sums and counts first, then centred squares: sums of squares would cancel in
+    float32), and moves the running statistics by 0.1 towards them, with the unbiased variance. Statistics are
+    float32 for any `dtype`. `eps` may be 0 (SDCA's frozen layers).
     """
 
     mode: str = "batch"
@@ -158,7 +158,7 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
 
         x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
-        # Initialisation happens outside any device axis and must not depend on the image it is given.
+        # Initialisation runs outside of any device axis and must not depend on its image.
         if self.mode == "batch" and train and not self.is_initializing():
             mean, var, count = batch_moments(x, self.axis_name)
             unbiased = var * (count / jnp.maximum(count - 1, 1))
@@ -177,7 +177,7 @@ def batch_moments(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.A
     if axis_name is not None:
         total, count = lax.psum((total, count), axis_name)
     mean = total / count
-    # To first order the variance does not change with the mean: the stop saves a pass over the gradients.
+    # The variance has no gradient with respect to the mean: `stop_gradient` saves a pass over the gradients.
     squares = jnp.sum(jnp.square(x - lax.stop_gradient(mean)), axis=(0, 1, 2))
     if axis_name is not None:
         squares = lax.psum(squares, axis_name)
@@ -198,7 +198,7 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0, ceil: bool 
         pads.append((padding, padding + (stride - rest if extra else 0)))
     if use_cpu_forms():
         return max_of_taps(x, size, stride, tuple(pads), x.shape[1:3])
-    # The start must be a constant while tracing, else JAX does not see a maximum that it can differentiate.
+    # The initial value must be a constant while tracing, else JAX cannot differentiate the maximum.
     pads = ((0, 0), *pads, (0, 0))
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, size, size, 1), (1, stride, stride, 1), pads)
 
@@ -207,7 +207,7 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0, ceil: bool 
 
 
 class Dropout(nn.Module):
-    """Each entry is zero with probability `rate` (0 <= rate < 1) while training, the others are scaled to make up.
+    """In training, sets each entry to zero with probability `rate` (0 <= rate < 1), and divides the others by 1 - rate.
 
     Every example draws by its place in the global batch, so that neither devices nor accumulation matter; Flax's own
     layer would give two devices the same mask. The key is that of "dropout", see `jaxuda.methods.supervised.forward`.
@@ -217,12 +217,12 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, index: jax.Array | None) -> jax.Array:
-        """(N, ...) -> (N, ...); `index` (N,) int32 are the places of the examples in the global batch."""
+        """(N, ...) -> (N, ...); `index`: (N,) int32, the places of the examples in the global batch."""
         return _drop(self, x, train, index, x.shape[1:])
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., ECCV 2016): as `Dropout`, but an example is dropped as a whole."""
+    """Stochastic depth (Huang et al., ECCV 2016): as `Dropout`, but drops whole examples."""
 
     rate: float
 
@@ -233,11 +233,11 @@ class DropPath(nn.Module):
 
 
 def _drop(layer: nn.Module, x: jax.Array, train: bool, index: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
-    """`x` with what is drawn for each example in `shape`, which broadcasts to one of it."""
+    """`x` times a mask; the mask of each example has `shape`, which broadcasts to the example."""
     if not train or not layer.rate:
         return x
     if index is None:
-        raise UserError("a network that draws at random needs `index` while it trains: the examples' global places")
+        raise UserError("a network that draws at random needs `index` in training: the examples' global places")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(layer.make_rng("dropout"), index)
     kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - layer.rate, shape))(keys)
     return jnp.where(kept, x / (1 - layer.rate), 0).astype(x.dtype)
@@ -265,7 +265,7 @@ def resize_bilinear(x: jax.Array, size: tuple[int, int], align_corners: bool) ->
     rows = jnp.asarray(interpolation_matrix(x.shape[1], height, align_corners), x.dtype)
     columns = jnp.asarray(interpolation_matrix(x.shape[2], width, align_corners), x.dtype)
     x = jnp.einsum("Ww,nhwc->nhWc", columns, x, precision=lax.Precision.HIGHEST)
-    # One product per image: with the images inside it XLA:CPU transposes large maps, ten times slower.
+    # One product per image: in a product over all images XLA:CPU transposes large maps, which is ten times slower.
     merged = x.reshape(*x.shape[:2], -1)
     resized = jax.vmap(lambda image: jnp.matmul(rows, image, precision=lax.Precision.HIGHEST))(merged)
     return resized.reshape(-1, height, width, x.shape[-1])
@@ -292,8 +292,8 @@ def resize_labels(labels: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Nearest-neighbour resize of labels (or depth) by torch's rule: result i takes source floor(i * in /
     out).
 
-    The quotient and the product are rounded to single precision as torch does; for a few sizes this differs
-    from the exact floor.
+    The quotient and the product are rounded to single precision, as in torch; for a few sizes the result
+    differs from the exact floor.
 
     Args:
       labels: (..., H, W), any dtype; a NumPy array gives a NumPy array.

@@ -74,7 +74,7 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Stem and four stages; the last two keep stride 1 and, where `dilated`, use dilations 2 and 4.
 
-    With `remat` only the input of each block is kept for the gradient and the rest computed again.
+    With `remat` only the input of each block is kept for the gradient; the rest is computed again.
 
     Returns the maps of stages 3 and 4: (N, h, w, 16 * width) and (N, h, w, 32 * width) for bottlenecks, a
     quarter of those channels for basic blocks; h and w are about an eighth of the image's.
@@ -103,7 +103,7 @@ class ResNet(nn.Module):
 
         x = self.conv(self.width, 7, stride=2, name="conv1")(images)
         x = self.norm(name="bn1")(x, train)
-        # The ReLU after the pool: the same result for a quarter of the positions.
+        # The ReLU comes after the pool: the same result, at a quarter of the positions.
         x = nn.relu(max_pool(x, 3, 2, padding=1, ceil=self.variant == "caffe"))
         outputs = []
         for stage in range(4):

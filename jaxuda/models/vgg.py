@@ -13,7 +13,7 @@ from jaxuda.errors import UserError
 from jaxuda.models.layers import max_pool
 
 BLOCKS = (2, 2, 3, 3, 3)
-# Layers of the segmentation network that weights of an image classifier do not fit.
+# Layers of the segmentation network that the weights of an image classifier lack.
 NEW_LAYERS = ("fc6", "fc7")
 
 

@@ -109,7 +109,7 @@ def test_cut_off_anywhere(kind: str, tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
         (bytes(257) + b"ustar" + bytes(300), "tar archive"),
         (pickle.dumps({"a": 1}, 2), "not one that torch.save wrote"),
-        (struct.pack("<Q", 2**40) + b"{} ", "header ends behind its end"),
+        (struct.pack("<Q", 2**40) + b"{} ", "header goes beyond its end"),
         (struct.pack("<Q", 4) + b"{[]]" + bytes(8), "header cannot be read"),
         (struct.pack("<Q", 30_000) + b'{"a":' + b"[" * 29_995, "header cannot be read"),
     ],
@@ -173,7 +173,7 @@ def test_hostile_pickles_are_refused_and_nothing_runs(protocol: int, tmp_path: P
         (b"\x80\x02ctorch\x1b[2J\neval\n.", r"asks for torch\\x1b\[2J"),
         (b"\x80\x02(S'echo'\nios\nsystem\n.", "uses the pickle operation INST"),
         (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "uses the pickle operation NEWOBJ"),
-        (b"\x80\x02ctorch\nFloatStorage\n)R.", "calls what is no function"),
+        (b"\x80\x02ctorch\nFloatStorage\n)R.", "calls something that is not a function"),
         (b"\x80\x02ccollections\nOrderedDict\n}b.", "sets attributes"),
         (b"\x80\x02\x82\x01.", "uses the pickle operation EXT1"),
         (b"\x80\x02r\xff\xff\xff\xff.", "corrupt"),  # a memo entry without a value
