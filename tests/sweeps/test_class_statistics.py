@@ -105,9 +105,9 @@ def test_training_starts_from_the_file(tmp_path):
     statistics, _ = _collect(tmp_path)
     batch = {"source": {"image": np.zeros((2, 32, 48, 3), np.float32)}}
     init = functools.partial(sdca.init, jax.random.key(0), model=MODEL, batch=batch, config=CONFIG)
-    _, extra = init(artifacts={"source_only": tmp_path / "nothing", "statistics": tmp_path})
+    extra = init(artifacts={"source_only": tmp_path / "nothing", "statistics": tmp_path}).extra
     jax.tree.map(np.testing.assert_array_equal, tuple(extra), tuple(statistics))
-    _, empty = init(artifacts={})
+    empty = init(artifacts={}).extra
     assert jax.tree.map(np.shape, empty) == jax.tree.map(np.shape, extra)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(empty))
 

@@ -172,9 +172,9 @@ def _init(folder, **changes):
 
 def test_training_starts_from_the_file(once, tmp_path):
     folder, memories, projection, _ = once
-    params, extra = _init(folder)
+    params, extra, _ = _init(folder)
     jax.tree.map(np.testing.assert_array_equal, (params["projection"], extra), (projection, memories))
-    params, empty = _init(tmp_path, projection="linear")
+    params, empty, _ = _init(tmp_path, projection="linear")
     assert jax.tree.map(np.shape, params) == {"projection": {"linear0": {"kernel": (1, 1, 64, 64), "bias": (64,)}}}
     assert jax.tree.map(np.shape, empty) == jax.tree.map(np.shape, memories) and not np.any(empty)
     assert _init(tmp_path, projection="none")[0] == {}
