@@ -13,6 +13,7 @@ import pytest
 import tiny
 from golden_weights import random_variables
 
+import jaxuda
 from configs import minent, sdca
 from jaxuda import convert
 from jaxuda.cli import MISTAKE
@@ -91,6 +92,23 @@ def test_run_starts_from_imagenet_weights(data: dict, tmp_path: Path, capsys) ->
     assert "init: the stage it starts from has changed" in capsys.readouterr().err
 
 
+def eval_as_written_by_earlier_builds(folder: Path, words: list[str], capsys) -> str:
+    """What the command says of a folder that names neither its network family nor its networks: DeepLab's student."""
+    record = json.loads((folder / "stage.json").read_text())
+    for section, field in (("model", "name"), ("optim", "name"), ("evaluation", "network")):
+        del record["identity"][section][field]
+    (folder / "stage.json").write_text(json.dumps(record))
+    for manifest in folder.glob("checkpoints/*/manifest.json"):
+        sums = json.loads(manifest.read_text())
+        del sums["networks.json"]
+        (manifest.parent / "networks.json").unlink()
+        manifest.write_text(json.dumps(sums))
+    assert main([*words, f"--checkpoint={folder}"]) == 0
+    image = np.zeros((32, 48, 3), np.uint8)
+    assert jaxuda.load(str(folder)).predict(image)[0].shape == (32, 48)
+    return capsys.readouterr().out
+
+
 def test_checkpoint_in_and_out_again(data: dict, tmp_path: Path, capsys) -> None:
     """In, as the start of a run with other classes, evaluated, out, and in again."""
     variables, file, folder = random_tiny(), tmp_path / "published.pth", tmp_path / "published"
@@ -108,6 +126,9 @@ def test_checkpoint_in_and_out_again(data: dict, tmp_path: Path, capsys) -> None
     trained = tmp_path / "run" / "source_only"
     assert main([*words, f"--checkpoint={trained}", "--mode=eval"]) == 0
     assert re.search(r"mIoU \(3\)\s+[\d.]+", capsys.readouterr().out)
+
+    told = eval_as_written_by_earlier_builds(trained, [*words, "--mode=eval"], capsys)
+    assert re.search(r"mIoU \(3\)\s+[\d.]+", told)
 
     model, variables, _ = restore(str(trained), 3)
     images = np.random.default_rng(0).normal(size=(1, 32, 48, 3)).astype(np.float32)
