@@ -12,7 +12,7 @@ four contrast terms with weight 0.001 at temperature 0.07; +3.5 mIoU over MinEnt
 snapshot on the target's labels. Only the prototypes come from MinEnt, the network starts from ImageNet again;
 `--config.adapt.init=minent` starts it from MinEnt, as the quick benchmarks do. The published optimizer never updated
 the projection head; `--config.adapt.train_head=False` does the same. The published code also has a transfer of the
-target's appearance to source images, which is switched off; it is not implemented here. crosscity-CITY and mapillary
+target's appearance to source images, which is switched off; it is left out here. crosscity-CITY and mapillary
 are trained in the same way; no score was published.
 
 The small networks here train for a few hundred steps. After 20 of them on streets, the gradient of a contrast term on

@@ -60,6 +60,7 @@ def network_names(checkpoint: str, which: str = "last", network: str = "") -> li
 
 
 def stage_config(checkpoint: str) -> FrozenConfigDict:
+    """The settings of a training stage, from its folder; raises UserError where there is no such stage."""
     if not checkpoint:
         raise UserError("name a model: --checkpoint DIR, a stage's folder such as runs/minent-streets-seed0/adapt")
     record = files.read_json(Path(checkpoint) / "stage.json")

@@ -28,6 +28,7 @@ CHECKPOINT_RULES = {
 
 
 def versions() -> dict[str, Any]:
+    """The versions of the packages that decide a result, and the revision of the code."""
     packages = ("jaxuda", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {"versions": {package: importlib.metadata.version(package) for package in packages}, "git": _git_revision()}
 
