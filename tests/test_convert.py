@@ -235,7 +235,7 @@ def test_order_of_16_plca_classes() -> None:
         (["--imagenet=resnet34"], "no ImageNet weights are known for 'resnet34' (known: resnet18"),
         (["--imagenet=resnet50-torchvision"], "the torch checkpoint does not fit"),
         (["--imagenet=vgg16-caffe"], "no backbone of the kind vgg16"),
-        (["--imagenet=resnet18", "--confg=x"], "not understood: --confg=x"),
+        (["--imagenet=resnet18", "--confg=x"], "unknown flag --confg; did you mean --config?"),
         ([TINY_WORDS[0], TINY_WORDS[2]], "(8,) in the checkpoint, (32,) in the network"),
         ([*TINY_WORDS, "--stage=adapt"], "training stages are source_only, oracle"),
         ([*TINY_WORDS, "--config.label_space=synthia16"], "(19, 64, 3, 3) in the checkpoint, (16, 64, 3, 3)"),

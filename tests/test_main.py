@@ -316,9 +316,9 @@ def test_the_last_good_state_survives_what_is_not_finite(
     def failing(*arguments):
         step = make_step(*arguments)
 
-        def failing_step(state, batch, **options):
+        def failing_step(state, *inputs, **options):
             bad = jnp.where(state.step == (4 if where == "loss" else 3), jnp.nan, 0.0)
-            state, metrics = step(state, batch, **options)
+            state, metrics = step(state, *inputs, **options)
             if where == "loss":
                 return state, {**metrics, "ce": metrics["ce"] + bad}
             return state.replace(params=jax.tree.map(lambda x: x + bad, state.params)), metrics
