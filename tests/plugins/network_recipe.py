@@ -1,4 +1,4 @@
-"""A recipe whose network and method are a user's own: `--config tests/plugins/network_recipe.py`."""
+"""A recipe whose network, method and optimizer are a user's own: `--config tests/plugins/network_recipe.py`."""
 
 from ml_collections import ConfigDict
 
@@ -18,7 +18,8 @@ def get_config(benchmark: str = "folder") -> ConfigDict:
     config.update({"log_every": 1, "eval_every": 4, "checkpoint_every": 1})
     config.source_only = common.source_only(steps=2, batch=2)
     config.adapt = common.train_stage(
-        "plugins.noisy_teacher", init="source_only", steps=4, batch=2, noise=0.1, alpha=0.5, target_starts=1
+        "plugins.noisy_teacher", init="source_only", steps=4, batch=2, lr=1e-3, noise=0.1, alpha=0.5, target_starts=1
     )
     config.adapt.evaluation = ConfigDict({"network": "teacher"})
+    config.adapt.optim = ConfigDict({"name": "plugins.signum"})
     return config
