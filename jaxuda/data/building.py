@@ -1,7 +1,7 @@
-"""What the builders of datasets that come as files share: listing, checking, storing and counting them.
+"""Shared by the builders of datasets that come as files: listing, checking, storing and counting them.
 
-Files are stored as they are wherever that is possible, and read once: what `prepare` reports and what training needs
-to know of the labels is gathered on the way.
+Files are stored unchanged wherever possible, and read once: the counts that `prepare` reports and that training needs
+are collected on the way.
 """
 
 import abc
@@ -28,7 +28,7 @@ _SHARD_BYTES = 2**30
 
 
 class Item(NamedTuple):
-    """One image of the user's, its label and depth if it has them, and the id under which it is stored."""
+    """One image of the user, its label and depth if it has them, and the id under which it is stored."""
 
     id: str
     image: Path
@@ -36,12 +36,12 @@ class Item(NamedTuple):
     depth: Path | None = None
 
     def files(self) -> list[Path]:
-        """Those that there are."""
+        """Those files that exist."""
         return [file for file in (self.image, self.label, self.depth) if file is not None]
 
 
 class Complaints:
-    """Collects what is wrong with files, so that the user reads of all of them at once."""
+    """Collects what is wrong with files, so that one message reports all of them."""
 
     def __init__(self, what: str):
         self._what = what
@@ -61,9 +61,9 @@ class Complaints:
 
 
 def listed(folder: Path, endings: Sequence[str], complaints: Complaints) -> dict[str, Path] | None:
-    """Name without its ending -> file, for the files of a folder that end so; others are left alone.
+    """Name without its ending -> file, for the files of a folder with these endings; others are ignored.
 
-    A folder that is missing or has no such file is complained of; then the result is None.
+    A folder that is missing or has no such file is a complaint; then the result is None.
     """
     found = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -77,9 +77,9 @@ def listed(folder: Path, endings: Sequence[str], complaints: Complaints) -> dict
 
 
 def paired(images: dict[str, Path] | None, complaints: Complaints, **others: dict[str, Path] | None) -> list[Item]:
-    """Items of the images by name, each with its `label=` and `depth=`; what has no partner is complained of.
+    """Items of the images by name, each with its `label=` and `depth=`; a file without a partner is a complaint.
 
-    Where one listing is None there are no items: that has been complained of.
+    If one listing is None there are no items: this is a complaint already.
     """
     if images is None or None in others.values():
         return []
@@ -93,17 +93,17 @@ def paired(images: dict[str, Path] | None, complaints: Complaints, **others: dic
 
 
 class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A builder of image and label files; subclasses say where they are and which ids they may hold.
+    """A builder of image and label files; subclasses define where they are and which ids they may hold.
 
     Attributes:
       PUBLISHED: config ("" if there are none) -> split -> number of images in the published dataset.
-      SIZE: (width, height) of the published images, if all have one; other sizes are worth a warning.
+      SIZE: (width, height) of the published images, if all have the same; other sizes give a warning.
       HAS_DEPTH: whether every item has a depth file.
-      RESIZE_LABELS: whether labels of another size than their image are resized, not refused.
+      RESIZE_LABELS: whether labels of another size than their image are resized instead of refused.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    # Where tfds looks for files of metadata. It cannot find the folder of a module of the user's own by itself.
+    # The folder in which tfds looks for files of metadata. It cannot find the folder of a user's module by itself.
     pkg_dir_path = Path(__file__).parent
     PUBLISHED: ClassVar[dict[str, dict[str, int]]] = {}
     SIZE: ClassVar[tuple[int, int] | None] = None
@@ -116,14 +116,14 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     @abc.abstractmethod
     def raw_ids(self) -> Sequence[int]:
-        """Ids that the label files may hold, those that are ignored included."""
+        """Ids that the label files may hold, including those that are ignored."""
 
     def store_label(self, data: bytes) -> tuple[bytes, np.ndarray]:
         """The bytes to store for a label file, and its ids (H, W) uint8; raises ValueError with what is wrong."""
         return encoding.store_label(data)
 
     def advice(self, unknown: Sequence[int]) -> str:
-        """What to do about a label file with these ids, which `raw_ids` does not name; "" if nothing is known."""
+        """Advice about a label file with these ids, which `raw_ids` lacks; "" if there is none."""
         return ""
 
     def has_labels(self) -> bool:
@@ -131,7 +131,7 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return True
 
     def config_name(self) -> str:
-        """The config's name, "" where the dataset has none."""
+        """The config's name, "" if the dataset has no configs."""
         return self.builder_config.name if self.builder_config else ""
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -147,8 +147,8 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return Examples(items, self)
 
     def _generate_splits(self, dl_manager: Any, download_config: Any) -> list[splits.SplitInfo]:
-        # Straight into the shards. The way of tfds writes everything twice, and sorts a dataset of fixed order in
-        # memory as a whole.
+        # Writes directly into the shards. tfds itself writes everything twice, and sorts a whole dataset of fixed
+        # order in memory.
         del download_config
         return [self._write_split(*entry) for entry in self._split_generators(dl_manager).items()]
 
@@ -167,18 +167,18 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 writer.write(data)
                 size += len(data)
             writer.close()
-        next(rows, None)  # complaints of the last files
+        next(rows, None)  # raises the complaints of the last files
         return splits.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template)
 
 
 class Tally:
-    """What `prepared.json` says of a split (see `prepared.SUMMARY`), gathered while its records are written."""
+    """The entries of a split in `prepared.json` (see `prepared.SUMMARY`), collected while its records are written."""
 
     def __init__(self):
         self._digest, self._ids, self._pixels = hashlib.sha256(), [], []
 
     def add(self, record: Mapping[str, Any], pixels: np.ndarray | None) -> None:
-        """Counts one record: encoded, "id" as text; `pixels` (256,) says how many have which raw id."""
+        """Counts one encoded record, with "id" as text; `pixels` (256,): the number of pixels of each raw id."""
         self._ids.append(record["id"])
         for key in sorted(record):
             value = record[key].encode() if key == "id" else record[key]
@@ -187,11 +187,11 @@ class Tally:
         self._pixels.append(np.zeros(256, np.int32) if pixels is None else pixels.astype(np.int32))
 
     def pixels(self) -> np.ndarray:
-        """How many pixels of each image have each raw id, (n, 256) int32."""
+        """The number of pixels of each raw id in each image, (n, 256) int32."""
         return np.array(self._pixels, np.int32).reshape(-1, 256)
 
     def summary(self) -> dict[str, Any]:
-        """Plain values; raises a `UserError` if ids repeat."""
+        """The entries as plain values; raises a `UserError` if ids repeat."""
         repeated = sorted(name for name, count in Counter(self._ids).items() if count > 1)
         if repeated:
             raise UserError(f"ids are not unique: {', '.join(repeated)}")
@@ -222,7 +222,7 @@ class Examples:
     Attributes:
       file_bytes: size of all files together.
       tally: what was counted so far.
-      remarks: what was mended or is unusual, a line each.
+      remarks: what was corrected or is unusual, a line each.
     """
 
     def __init__(self, items: list[Item], builder: FilesBuilder):
@@ -269,13 +269,13 @@ class Examples:
                     differs += f"{width}x{height}"
                     if not self._builder.RESIZE_LABELS:
                         return f"{differs} (upright, as its EXIF tag says)"
-                    remark, label = f"{differs}; it was resized to that", resize_nearest(label, (width, height))
+                    remark, label = f"{differs}; it was resized to this", resize_nearest(label, (width, height))
                     stored = encoding.encode_label(label)
                 pixels = encoding.count_ids(label)
                 unknown = np.flatnonzero((pixels > 0) & ~self._known)
                 if len(unknown):
                     advice = self._builder.advice(unknown.tolist())
-                    return f"{file}: holds ids that the dataset does not name: {', '.join(map(str, unknown))}{advice}"
+                    return f"{file}: has ids that the dataset does not define: {', '.join(map(str, unknown))}{advice}"
                 record["label"] = stored
             elif self._builder.has_labels():
                 record["label"] = b""

@@ -1,7 +1,7 @@
-"""Images, labels and depth as encoded bytes: what builders store, and what is decoded when a record is read.
+"""Images, labels and depth as encoded bytes, which builders store, and which are decoded when a record is read.
 
 Images keep the bytes of the user's JPEG or PNG file; labels are stored as 8-bit grey PNG, depth as 16-bit
-grey PNG. Nothing here, nor in the builders, imports TensorFlow: tfds is only ever handed bytes.
+grey PNG. Neither this file nor the builders import TensorFlow: tfds only gets bytes.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ from PIL import Image
 
 from jaxuda.data import png
 
-# Fast and still small: labels compress well at any level.
+# Fast, and the files are still small: labels compress well at any level.
 _PNG_LEVEL = 3
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
 
 
 def features(*, depth: bool = False, label: bool = True) -> tfds.features.FeaturesDict:
-    """Describes a record for a builder: image, id and, where the dataset has them, label and depth.
+    """Describes a record for a builder: image, id and, if the dataset has them, label and depth.
 
     A builder yields bytes: any JPEG or PNG for "image", `encode_label` for "label" (or b"" in a split without
     labels), `encode_depth` for "depth"; "id" is a unique text without slashes.
@@ -42,10 +42,10 @@ def encode_image(image: np.ndarray) -> bytes:
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """Decodes JPEG or PNG bytes of any kind to (H, W, 3) uint8 RGB, turned upright as its EXIF tag says.
+    """Decodes JPEG or PNG bytes of any kind to (H, W, 3) uint8 RGB, turned upright by its EXIF tag.
 
     Raises:
-      ValueError: the bytes are no image.
+      ValueError: the bytes are not an image.
     """
     return np.ascontiguousarray(_decode(data, cv2.IMREAD_COLOR)[..., ::-1])
 
@@ -62,7 +62,7 @@ def decode_label(data: bytes) -> np.ndarray:
 
 
 def encode_indexed(ids: np.ndarray, palette: np.ndarray) -> bytes:
-    """Encodes (H, W) uint8 ids as a PNG that shows id i in the colour palette[i], (n, 3) uint8; others are black."""
+    """Encodes (H, W) uint8 ids as a PNG that shows id i in colour palette[i], (n, 3) uint8; other ids are black."""
     _expect(ids, "ids", np.uint8, 2)
     table = np.zeros((256, 3), np.uint8)
     table[: len(palette)] = palette
@@ -90,9 +90,9 @@ def inverse_depth(raw: np.ndarray) -> np.ndarray:
 
 
 def check_image(data: bytes) -> tuple[int, int]:
-    """Checks that bytes are a whole JPEG or PNG image; OpenCV would fill what is missing with grey.
+    """Checks that bytes are a complete JPEG or PNG image; OpenCV would fill a missing part with grey.
 
-    A PNG is believed by its checksums; a JPEG, which has none, is decoded, at an eighth of its size.
+    A PNG is checked by its checksums; a JPEG, which has none, is decoded at an eighth of its size.
 
     Returns:
       (height, width) of the upright image.
@@ -102,7 +102,7 @@ def check_image(data: bytes) -> tuple[int, int]:
     """
     if png.is_png(data):
         found = png.check(data)
-        # OpenCV turns images by this chunk, which hardly any PNG has.
+        # OpenCV rotates images by this chunk, which hardly any PNG has.
         return decode_image(data).shape[:2] if png.has(data, b"eXIf") else (found.height, found.width)
     with _opened(data) as image:
         if image.format not in ("JPEG", "MPO"):
@@ -117,16 +117,16 @@ def check_image(data: bytes) -> tuple[int, int]:
 
 
 def read_image_file(data: bytes) -> np.ndarray:
-    """Decodes a user's file as `decode_image`, once it is known to be whole; raises ValueError as `check_image`."""
+    """Checks a user's file, then decodes it as `decode_image` does; raises ValueError as `check_image` does."""
     check_image(data)
     return decode_image(data)
 
 
 def store_label(data: bytes) -> tuple[bytes, np.ndarray]:
-    """A user's label PNG as `decode_label` reads it, and its ids; 8-bit files are not encoded again.
+    """Converts a user's label PNG to one that `decode_label` reads; 8-bit files are not encoded again.
 
     Returns:
-      The bytes to store, and (H, W) uint8.
+      The bytes to store, and the ids, (H, W) uint8.
 
     Raises:
       ValueError: as `read_label_file`.
@@ -141,14 +141,14 @@ def store_label(data: bytes) -> tuple[bytes, np.ndarray]:
 
 
 def count_ids(label: np.ndarray) -> np.ndarray:
-    """How many pixels of (H, W) uint8 have each id: (256,) int64; five times as fast as NumPy's bincount."""
+    """The number of pixels of each id in (H, W) uint8: (256,) int64; five times as fast as NumPy's bincount."""
     # OpenCV counts in float32, which is exact up to 2**24.
     parts = np.array_split(label, max(1, -(-label.size // 2**24)))
     return sum(cv2.calcHist([part], [0], None, [256], [0, 256]).ravel().astype(np.int64) for part in parts)
 
 
 def store_depth(data: bytes) -> tuple[bytes, tuple[int, int]]:
-    """A user's 16-bit depth PNG as `decode_depth` reads it, and its (height, width).
+    """Converts a user's 16-bit depth PNG to one that `decode_depth` reads; also returns its (height, width).
 
     A grey file is not encoded again; a colour file must hold the same depth in all channels.
 
@@ -167,9 +167,9 @@ def store_depth(data: bytes) -> tuple[bytes, tuple[int, int]]:
 
 
 def read_first_channel(data: bytes) -> np.ndarray:
-    """The first channel of a PNG with several 16-bit ones, where SYNTHIA has the class of a pixel.
+    """The first channel of a PNG with several 16-bit channels, in which SYNTHIA stores the class of a pixel.
 
-    Pillow cuts such files to 8 bits. OpenCV turns the order of colours round, and makes grey with alpha into three
+    Pillow cuts such files to 8 bits. OpenCV reverses the order of colours, and converts grey with alpha to three
     equal channels and alpha.
 
     Returns:
@@ -187,13 +187,13 @@ def read_first_channel(data: bytes) -> np.ndarray:
 def read_label_file(data: bytes) -> np.ndarray:
     """Reads a user's label PNG as class ids: the index of a palette PNG, the value of a grey one.
 
-    OpenCV would turn a palette into colours, and both libraries stretch 2 and 4 bit grey to 0..255.
+    OpenCV would convert a palette to colours, and both libraries stretch 2 and 4 bit grey to 0..255.
 
     Returns:
       (H, W) uint8.
 
     Raises:
-      ValueError: the file cannot be read, is no PNG, or holds colours instead of ids.
+      ValueError: the file cannot be read, is not a PNG, or holds colours instead of ids.
     """
     with _opened(data) as image:
         if image.format != "PNG":
@@ -220,7 +220,7 @@ def _opened(data: bytes) -> Image.Image:
 
 @contextlib.contextmanager
 def _unreadable() -> Iterator[None]:
-    """Pillow raises whatever its parsers stumble over in a corrupt file."""
+    """Turns any exception into a ValueError: a corrupt file can make Pillow's parsers raise anything."""
     try:
         yield
     except Exception as error:
@@ -228,8 +228,8 @@ def _unreadable() -> Iterator[None]:
 
 
 def _text(error: Exception) -> str:
-    """The library's message without the address of its in-memory file."""
-    return "no JPEG or PNG" if "identify image file" in str(error) else str(error).rstrip(".")
+    """Pillow's message without the address of its in-memory file."""
+    return "not a JPEG or PNG" if "identify image file" in str(error) else str(error).rstrip(".")
 
 
 def _expect(array: np.ndarray, name: str, dtype: type, ndim: int) -> None:
@@ -247,7 +247,7 @@ def _png(array: np.ndarray) -> bytes:
 def _decode(data: bytes, flags: int) -> np.ndarray:
     try:
         array = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
-    except cv2.error:  # a size that it refuses
+    except cv2.error:  # a size that OpenCV refuses
         array = None
     if array is None:
         raise ValueError("cannot be decoded as an image")

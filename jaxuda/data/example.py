@@ -1,7 +1,7 @@
-"""Records as tf.train.Example messages, which is how tfds stores them, without a protocol buffer library.
+"""Records as tf.train.Example messages, the format in which tfds stores them, without a protocol buffer library.
 
-An Example of byte strings is these strings with tags and lengths between them; one copy makes it. The way of tfds
-copies an image half a dozen times, which takes longer than all else that `prepare` does to it.
+An Example of byte strings is these strings with tags and lengths between them: one copy is enough. tfds copies an
+image half a dozen times, which takes longer than all other work of `prepare`.
 """
 
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ def serialise(record: Mapping[str, bytes | str]) -> bytes:
 
 
 def _field(number: int, content: list[bytes]) -> list[bytes]:
-    """A field that holds what the parts of `content` make together, in parts itself."""
+    """A field whose content is the parts of `content` one after another; returned in parts, too."""
     return [bytes([number << 3 | _BYTES]) + _varint(sum(map(len, content))), *content]
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; all but the last byte have the highest bit set."""
+    """A varint: seven bits per byte, the lowest first; all but the last byte have the highest bit set."""
     digits = bytearray()
     while value > 127:
         digits.append(value & 127 | 128)

@@ -1,6 +1,6 @@
 """Batches for training and for sweeps.
 
-Training batches come from one Grain pipeline whose batch k depends on the seed and k alone: the number of
+Training batches come from one Grain pipeline; its batch k depends only on the seed and k: the number of
 workers may change between runs, and a run resumes by building the pipeline again from `start`.
 """
 
@@ -23,7 +23,7 @@ from jaxuda.data.transforms import Record, Transform
 from jaxuda.errors import UserError
 
 Batch = dict[str, Any]
-# Enough to keep two cores busy; more threads only wait for each other, more buffered batches only cost
+# Enough to keep two cores busy; more threads only wait for each other, more buffered batches only take
 # memory.
 _THREADS = min(4, os.cpu_count() or 1)
 _BUFFERED_BATCHES = 4
@@ -47,16 +47,16 @@ def make_input(
 ) -> "BatchIterator":
     """Makes the training batches of steps `start` .. `steps` - 1.
 
-    Each domain is shuffled anew every epoch and repeated for ever, on its own, so that sizes may differ and
-    may be smaller than a batch. A record is transformed with a generator that depends on the seed, the domain
-    and how many records came before it.
+    Each domain is shuffled anew every epoch and repeated without end, independently of the other: their sizes
+    may differ and may be smaller than a batch. A record is transformed with a random generator that depends on
+    the seed, the domain and the number of records before it.
 
     Args:
       source: labelled records.
-      target: records whose images alone are used; their labels do not enter a training batch.
+      target: records of which only the images are used; their labels do not enter a training batch.
       batch: global batch size B, over all processes.
       source_transform, target_transform: see `build_transform`; they must bring all images to one size.
-      target_labels: puts the target's labels, where it has any, into the batches after all, for figures that are
+      target_labels: puts the target's labels, if it has any, into the batches after all, for figures that are
         marked as using them.
       source_order: indices of the source records to draw, steps * batch of them (see
         `jaxuda.data.orders`); None: shuffled anew every epoch.
@@ -66,15 +66,15 @@ def make_input(
 
     Returns:
       An iterator, to be closed after use, over {"source": {"image" (b, H, W, 3) uint8, "label" (b, H, W)
-      uint8, "depth" (b, H, W) float32 where the dataset has it, "id" list of str},
+      uint8, "depth" (b, H, W) float32 if the dataset has it, "id" list of str},
       "target": {"image", "id", with `target_labels` "label"}}.
 
     Raises:
-      UserError: a dataset is empty or the source unlabelled, the batch does not divide over the processes,
-        or, while iterating, images of a batch differ in size.
+      UserError: a dataset is empty or the source unlabelled, the number of processes does not divide the
+        batch, or, while iterating, images of a batch differ in size.
     """
     if batch < 1 or batch % process_count:
-        raise UserError(f"a batch of {batch} does not divide over {process_count} processes")
+        raise UserError(f"a batch of {batch} cannot be divided between {process_count} processes")
     count = steps * batch
     domains = {"source": _stream(source, source_transform, seed, "source", count, source_order)}
     if target is not None:
@@ -110,14 +110,14 @@ class BatchIterator:
             if "Worker process was terminated" not in str(error):
                 raise
             raise UserError(
-                "a process that prepares data has died, perhaps for want of memory: run the same command again, which "
-                "continues, with fewer of them (--config.num_workers) if that helps"
+                "a process that prepares data has died, perhaps for lack of memory: the same command continues the "
+                "run; fewer such processes (--config.num_workers) take less memory"
             ) from error
-        # Batches of worker processes live in shared memory of Grain's; a copy frees it at once.
+        # Batches of worker processes are in Grain's shared memory; a copy frees it at once.
         return _copied(batch) if self._shared else batch
 
     def close(self) -> None:
-        """Stops reading ahead and frees the workers; may be called twice."""
+        """Stops reading ahead and ends the workers; may be called twice."""
         self._batches.close()
 
     def __enter__(self) -> "BatchIterator":
@@ -143,13 +143,13 @@ def _stream(
     order: Sequence[int] | np.ndarray | None = None,
     keep_labels: bool = True,
 ) -> grain.MapDataset:
-    """The first `count` records of a domain in a given order, or shuffled and repeated for ever; transformed."""
+    """The first `count` records of a domain, in a given order or shuffled and repeated without end; transformed."""
     if not len(records):
         raise UserError(f"the {domain} dataset is empty")
     if not keep_labels and hasattr(records, "images_only"):
         records = records.images_only()
     if domain == "source" and not getattr(records, "labelled", True):
-        raise UserError(f"{records.name} has no labels and cannot be a source")
+        raise UserError(f"{records.name} has no labels, so it cannot be a source")
     if order is None:
         dataset = _shuffled(records, count, seed, domain)
     else:
@@ -161,7 +161,7 @@ def _stream(
 
 
 def _domain_seed(seed: int, domain: str) -> int:
-    """Domains draw from unrelated streams, and so do runs whose seeds follow each other."""
+    """A seed per domain: domains draw from unrelated streams, and so do runs with neighbouring seeds."""
     return int(np.random.SeedSequence([seed, domain == "target"]).generate_state(1)[0])
 
 
@@ -178,7 +178,7 @@ def draw_order(length: int, count: int, seed: int, domain: str) -> np.ndarray:
 
 
 class _Ordered(Sequence):
-    """Records in an order of their own, in which some may come often and others never."""
+    """Records in a given order, in which some may come often and others never."""
 
     def __init__(self, records: Sequence[Record], order: Sequence[int] | np.ndarray):
         self._records, self._order = records, np.asarray(order)
@@ -191,7 +191,7 @@ class _Ordered(Sequence):
 
 
 class _TransformKeys:
-    """Transforms the named entries of a record and drops the others. A class, since workers unpickle it."""
+    """Transforms the named entries of a record and drops the others. It is a class because workers unpickle it."""
 
     def __init__(self, transform: Transform, keys: tuple[str, ...]):
         self._transform, self._keys = transform, keys
@@ -201,7 +201,7 @@ class _TransformKeys:
 
 
 class _Collate:
-    """Stacks examples, tuples with one record per domain, to a batch."""
+    """Stacks examples (tuples with one record per domain) to a batch."""
 
     def __init__(self, domains: tuple[str, ...]):
         self._domains = domains
@@ -221,19 +221,19 @@ def _stack(records: Sequence[Record]) -> Batch:
 
 
 def _mark_flags_as_parsed() -> None:
-    """Grain reads absl flags when it starts workers, which fails where nobody parsed them (in tests)."""
+    """Grain reads absl flags when it starts workers, which fails if they were never parsed (in tests)."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
 
 
 def _start_worker(_index: int, _count: int) -> None:
-    """One thread of OpenCV per worker, since the workers already share the cores; none outlives the run."""
+    """One OpenCV thread per worker, since the workers share the cores already; no worker outlives the run."""
     cv2.setNumThreads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A run that is killed cannot stop its workers, which would wait for ever to hand over their batches."""
+    """Ends this worker with its parent: a killed run cannot stop its workers, which would wait without end."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -243,12 +243,12 @@ def _end_with_parent() -> None:
 def sweep_batches(records: Sequence[Record], transform: Transform, batch: int) -> Iterator[Batch]:
     """Goes through all records once, in order, for evaluation and other sweeps.
 
-    Images are transformed, labels stay at their own size. The last batch is filled up by repeating its last
-    image, so that all batches have one shape. Decoding runs ahead in threads.
+    Images are transformed, labels keep their size. The last batch is filled up by repeating its last image, so
+    that all batches have one shape. Decoding runs ahead in threads.
 
     Yields:
       {"image" (B, H, W, 3) uint8, "count": number of valid examples n, "label": list of n (H_i, W_i) uint8
-      or None where there are none, "id": list of n str, "size": list of n (height, width) as stored}.
+      or None if there are none, "id": list of n str, "size": list of n (height, width) as stored}.
 
     Raises:
       UserError: images of a batch differ in size after the transform.
@@ -260,7 +260,7 @@ def sweep_batches(records: Sequence[Record], transform: Transform, batch: int) -
             rows = range(first, min(first + batch, len(records)))
             return [pool.submit(_sweep_record, records, transform, row) for row in rows]
 
-        # One batch is being used, the next two are being decoded.
+        # One batch is in use while the next two are decoded.
         pending = deque(submit(first) for first in itertools.islice(starts, 2))
         try:
             while pending:
@@ -274,7 +274,7 @@ def sweep_batches(records: Sequence[Record], transform: Transform, batch: int) -
 
 def _sweep_record(records: Sequence[Record], transform: Transform, index: int) -> Record:
     record = records[index]
-    # A transform for sweeps is not random; should it be, every pass draws the same.
+    # A transform for sweeps is not random; if it were, every sweep would draw the same.
     image = transform({"image": record["image"]}, np.random.default_rng(index))["image"]
     return {**record, "image": image, "size": record["image"].shape[:2]}
 
@@ -292,10 +292,10 @@ def _sweep_batch(rows: list[Record], batch: int) -> Batch:
 
 
 def prefetch_to_device(batches: Iterable[Batch], put: Callable[[Any], Any], depth: int = 2) -> Iterator[Batch]:
-    """Keeps `depth` batches on their way to the device while one is in use.
+    """Copies `depth` batches to the device while one is in use.
 
     Args:
-      batches: nested dicts; NumPy arrays go to the device, all else (ids, counts, lists) stays as it is.
+      batches: nested dicts; NumPy arrays go to the device, all else (ids, counts, lists) stays on the host.
       put: places a nested dict of arrays on the device without waiting, such as `jax.device_put`.
       depth: number of batches ahead.
     """

@@ -17,8 +17,8 @@ PLUS = "+"  # between the names of the parts, and between a part and the id of o
 class Joined(Sequence):
     """The records of several datasets, one dataset after the other; nothing is stored twice.
 
-    An image of "camvid/day" with the id 0001TP_9 is called camvid-day+0001TP_9, so that ids stay unique. Records have
-    labels, and depth, where all parts have them.
+    An image of "camvid/day" with the id 0001TP_9 gets the id camvid-day+0001TP_9, so that ids stay unique. Records have
+    labels, and depth, if all parts have them.
 
     Args:
       parts: name -> `Records`, all in one label space.
@@ -70,7 +70,7 @@ class Joined(Sequence):
 
 
 def part_names(name: str) -> list[str]:
-    """The datasets that a domain's name joins; raises UserError where one stands there twice."""
+    """The datasets that a domain's name joins; raises UserError if it names one twice."""
     names = name.split(PLUS)
     if len({prefix(part) for part in names}) < len(names):
         raise UserError(f"{name!r} joins the same dataset twice")
@@ -78,13 +78,13 @@ def part_names(name: str) -> list[str]:
 
 
 def prefix(name: str) -> str:
-    """What stands before the ids of a part."""
+    """The prefix of the ids of a part."""
     return name.replace("/", "-") + PLUS
 
 
 @dataclass(frozen=True)
 class TransformByPart:
-    """Transforms each record as its part of a joined domain asks for; a part is known by its prefix."""
+    """Transforms each record of a joined domain with the transform of its part, found by the id's prefix."""
 
     transforms: Mapping[str, Transform]
 
@@ -95,12 +95,12 @@ class TransformByPart:
 
 
 def domain_transform(domain: Mapping[str, Any]) -> Transform:
-    """The transform of a domain of a config: its own fields and, where it has `parts`, what differs for a dataset.
+    """The transform of a domain of a config, from its fields and, if it has `parts`, from what differs per dataset.
 
     Args:
       domain: such as {"name": "gta5+synthia", "resize": (1280, 720), ..., "parts": {"synthia": {"resize": (1280,
-        760)}}}. A key of `parts` is a part's name, or that of its dataset for all its configs; of a module of the
-        user's own the last word.
+        760)}}}. A key of `parts` is a part's name, or its dataset's name for all of its configs; for a module of the
+        user, the last word of its path.
 
     Raises:
       UserError: a field is wrong, or `parts` names a dataset that the domain does not have.
@@ -117,5 +117,5 @@ def domain_transform(domain: Mapping[str, Any]) -> Transform:
         used.add(key)
         transforms[prefix(name)] = build_transform(shared | dict(own.get(key, {})))
     if unknown := own.keys() - used:
-        raise UserError(f"parts.{min(unknown)} is no part of {domain['name']!r}")
+        raise UserError(f"parts.{min(unknown)} is not a part of {domain['name']!r}")
     return TransformByPart(transforms)

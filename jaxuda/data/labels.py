@@ -1,7 +1,7 @@
 """Label spaces: class names, colours, and the lookup tables from the ids in a dataset's files to train ids.
 
-Which spaces there are, and what the ids in a dataset's files stand for, is said by the dataset modules (see
-`jaxuda.data.datasets`). Train ids are uint8; 255 means "ignore".
+The dataset modules define the spaces and the meaning of the ids in their files (see `jaxuda.data.datasets`). Train ids
+are uint8; 255 means "ignore".
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ _DATASETS = "jaxuda.data.datasets"  # looked up by name: those modules import th
 
 
 class LabelSpace(NamedTuple):
-    """The classes a network tells apart, in the order of their train ids.
+    """The classes that a network predicts, in the order of their train ids.
 
     name, classes: see above.
     palette: (C, 3) uint8 RGB.
@@ -45,14 +45,14 @@ def make_label_space(name: str, colours: Mapping[str, tuple[int, int, int]], **m
 
 
 def dataset(name: str, *, imported: bool = False) -> Any:
-    """What a dataset says of itself, a `jaxuda.data.datasets.Dataset`.
+    """The description of a dataset, a `jaxuda.data.datasets.Dataset`.
 
     Args:
-      name: a file in `jaxuda/data/datasets`, or the dotted path of a module of the user's own.
+      name: a file in `jaxuda/data/datasets`, or the dotted path of a module of the user.
       imported: see `plugins.load`.
 
     Raises:
-      UserError: there is none of this name; the message lists the known ones.
+      UserError: there is no dataset of this name; the message lists the known ones.
     """
     return plugins.load(_DATASETS, "DATASET", name, "dataset", imported=imported).DATASET
 
@@ -75,7 +75,7 @@ def label_space(name: str) -> LabelSpace:
 
 
 def own_space(name: str) -> LabelSpace | None:
-    """The label space in which a dataset is read unless another one is asked for; None for "folder", which has many."""
+    """The label space in which a dataset is read by default; None for "folder", which has many."""
     about = dataset(name)
     own = {space.name: space for space in about.spaces}
     return own.get(about.space) or (label_space(about.space) if about.space else None)
@@ -85,7 +85,7 @@ def lookup_table(name: str, space: str | LabelSpace) -> np.ndarray:
     """Maps the ids in a dataset's label files to train ids of a label space.
 
     Args:
-      name: of the dataset, see `dataset`.
+      name: the dataset's name, see `dataset`.
       space: a label space or its name.
 
     Returns:
@@ -101,7 +101,7 @@ def lookup_table(name: str, space: str | LabelSpace) -> np.ndarray:
         names = {raw: space.members.get(class_, class_) for raw, class_ in names.items()}
     missing = sorted(set(space.classes) - set(names.values()))
     if missing:
-        raise UserError(f"{name} has no labels for {', '.join(missing)}, which label space {space.name} asks for")
+        raise UserError(f"{name} has no labels for {', '.join(missing)}, which the label space {space.name} needs")
     return table_by_name(names, space)
 
 
@@ -115,7 +115,7 @@ def table_by_name(names: Mapping[int, str], space: LabelSpace) -> np.ndarray:
 
 
 def starred(classes: Sequence[str]) -> list[int] | None:
-    """The places, among the classes of a space, of those whose mean is called mIoU*; None for spaces without."""
+    """The indices, in the classes of a space, of those whose mean is called mIoU*; None for spaces without."""
     starred = next((space.starred for space in _spaces() if space.starred and space.classes == tuple(classes)), None)
     return starred and [classes.index(name) for name in starred]
 

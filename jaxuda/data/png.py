@@ -1,7 +1,7 @@
-"""PNG files as chunks: is one whole, what does it hold, and palette indices as grey values without encoding again.
+"""PNG files as chunks: whether one is complete, what it holds, and palette indices as grey values without encoding.
 
-Every chunk of a PNG ends with a checksum and the last one is IEND, so that a corrupt or truncated file shows
-without being inflated, some fifty times faster than by decoding it (PNG specification, third edition, 5.3).
+Every chunk of a PNG ends with a checksum and the last one is IEND, so that a corrupt or truncated file is found
+without decompression, some fifty times faster than by decoding it (PNG specification, third edition, 5.3).
 """
 
 import struct
@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Of an image, as Pillow has it (16 bytes of memory each while it is decoded and checked): a file of a few kilobytes may
-# declare more than any memory holds.
+# Pillow's limit for an image (16 bytes of memory per pixel while it is decoded and checked): a file of a few kilobytes
+# may declare more than any memory holds.
 MOST_PIXELS = 89_478_485
 GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6
 
 
 class Header(NamedTuple):
-    """What IHDR says: the size in pixels, the bits per sample, and the colour type (`GREY`, `RGB`, ...)."""
+    """The content of IHDR: the size in pixels, the bits per sample, and the colour type (`GREY`, `RGB`, ...)."""
 
     width: int
     height: int
@@ -26,19 +26,19 @@ class Header(NamedTuple):
 
 
 def is_png(data: bytes) -> bool:
-    """Whether the bytes begin as a PNG does."""
+    """Whether the bytes begin like a PNG."""
     return data.startswith(SIGNATURE)
 
 
 def header(data: bytes) -> Header:
-    """The header of a PNG; raises ValueError where there is none."""
+    """The header of a PNG; raises ValueError if it is missing."""
     if not is_png(data) or len(data) < 33 or data[12:16] != b"IHDR":
         raise ValueError("cannot be read as an image (its header is missing)")
     return Header(*struct.unpack(">IIBB", data[16:26]))
 
 
 def check(data: bytes) -> Header:
-    """The header of a PNG that is whole, that is, all of whose checksums are right.
+    """The header of a complete PNG, in which all checksums are right.
 
     Raises:
       ValueError: what is wrong with it.
@@ -60,14 +60,14 @@ def check_size(width: int, height: int) -> None:
 
 
 def has(data: bytes, kind: bytes) -> bool:
-    """Whether a whole PNG has a chunk of this kind."""
+    """Whether a complete PNG has a chunk of this kind."""
     return any(name == kind for name, _, _ in _chunks(data, checked=False))
 
 
 def as_grey(data: bytes) -> bytes:
     """A palette or grey PNG as a grey one whose values are the palette's indices.
 
-    The pixels of both are stored alike, so only the header is written anew; all that could colour them is dropped.
+    The pixels of both are stored alike, so only the header is rewritten; chunks that could colour them are dropped.
     """
     parts = [SIGNATURE]
     for kind, start, end in _chunks(data, checked=False):
@@ -80,7 +80,7 @@ def as_grey(data: bytes) -> bytes:
 
 
 def _chunks(data: bytes, checked: bool = True) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start and end of the content of every chunk up to IEND; raises ValueError where the file is corrupt."""
+    """Kind, start and end of the content of every chunk up to IEND; raises ValueError if the file is corrupt."""
     view, start = memoryview(data), len(SIGNATURE) + 8
     while True:
         if start > len(data):

@@ -1,6 +1,6 @@
-"""Prepared datasets on the disk: where they are, and what is written about them.
+"""Prepared datasets on disk: their folders, and the files that describe them.
 
-`jaxuda.prepare` writes `DATA_DIR/NAME/CONFIG/VERSION/`: what tfds writes, `prepared.json` (see `SUMMARY`), and for
+`jaxuda.prepare` writes `DATA_DIR/NAME/CONFIG/VERSION/`: the files of tfds, `prepared.json` (see `SUMMARY`), and for
 each labelled split `pixels-SPLIT.npz` (see `read_pixel_counts`).
 """
 
@@ -20,8 +20,8 @@ from jaxuda.data.datasets import config_names, is_drawn
 from jaxuda.errors import UserError
 
 # Written last when a dataset is prepared. {"splits": {split: {"ids": [...], "sha256": hex, "labelled": bool,
-# "pixels": {raw id: count}}}}; for "folder" also "classes", what its classes.json says, and "warnings", what `review`
-# found.
+# "pixels": {raw id: count}}}}; for "folder" also "classes", the content of its classes.json, and "warnings", those of
+# `review`.
 SUMMARY = "prepared.json"
 
 
@@ -31,7 +31,7 @@ def root(data_dir: str | os.PathLike | None) -> Path:
 
 
 def prepared_folder(name: str, data_dir: str | os.PathLike | None, path: str = "") -> Path:
-    """Where "dataset/config" (or "folder" with its path) is, or would be, prepared.
+    """The folder in which "dataset/config" (or "folder" with its path) is, or would be, prepared.
 
     Raises:
       UserError: the name or the user's folder does not exist.
@@ -40,7 +40,7 @@ def prepared_folder(name: str, data_dir: str | os.PathLike | None, path: str = "
     builder = labels.dataset(dataset).builder
     if dataset == "folder":
         if config or not path:
-            raise UserError("the dataset 'folder' is named without a config and needs the path of the user's folder")
+            raise UserError("the dataset 'folder' takes no config and needs the path of the user's folder")
         config = builder.config_of(path).name
     elif config not in (config_names(dataset) or [""]):
         choices = ", ".join(f"{dataset}/{known}" for known in config_names(dataset)) or dataset
@@ -51,7 +51,7 @@ def prepared_folder(name: str, data_dir: str | os.PathLike | None, path: str = "
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Reads `prepared.json` of a prepared dataset; None where there is none, UserError where it is corrupt."""
+    """Reads `prepared.json` of a prepared dataset; None if it is missing, UserError if it is corrupt."""
     try:
         summary = json.loads((folder / SUMMARY).read_bytes())
         for split in summary["splits"].values():
@@ -65,7 +65,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 
 def prepare_command(name: str, data_dir: str | os.PathLike | None, path: str = "") -> str:
-    """The command that prepares a dataset, to be shown to the user."""
+    """The command that prepares a dataset, for messages."""
     dataset = name.partition("/")[0]
     command = f"python -m jaxuda.prepare {name if labels.dataset(dataset).apart else dataset}"
     if dataset == "folder":
@@ -76,22 +76,22 @@ def prepare_command(name: str, data_dir: str | os.PathLike | None, path: str = "
 
 
 def open_split(folder: Path, split: str):
-    """Opens a prepared split as tfds's random-access source of records whose images are still bytes."""
+    """Opens a prepared split as a random-access source of tfds; the images of its records are still bytes."""
     builder = tfds.builder_from_directory(folder)
     skip = {key: tfds.decode.SkipDecoding() for key in builder.info.features if key != "id"}
     return builder.as_data_source(split, decoders=skip)
 
 
 def read_pixel_counts(folder: Path, split: str, sha256: str) -> np.ndarray | None:
-    """How many pixels of each image of a labelled split have each raw id, (n, 256) int32, where that is stored.
+    """The stored number of pixels of each raw id in each image of a labelled split, (n, 256) int32.
 
     Args:
-      folder, split: of the prepared dataset.
-      sha256: of the split, from its summary.
+      folder, split: those of the prepared dataset.
+      sha256: the checksum of the split, from its summary.
 
     Returns:
-      None where there are no counts (folders that were prepared before `prepare` wrote them), where they are corrupt,
-      or of other data.
+      None if there are no counts (folders that were prepared before `prepare` wrote them), or they are corrupt or of
+      other data.
     """
     try:
         with np.load(folder / _pixels_file(split), allow_pickle=False) as stored:
@@ -103,7 +103,7 @@ def read_pixel_counts(folder: Path, split: str, sha256: str) -> np.ndarray | Non
 
 
 def write_pixel_counts(folder: Path, split: str, sha256: str, counts: np.ndarray) -> None:
-    """Stores what `read_pixel_counts` reads, atomically: of several processes, each writes the same."""
+    """Writes what `read_pixel_counts` reads, atomically: several processes may write it, all the same."""
     raw_ids = np.flatnonzero(counts.any(0))
     content = io.BytesIO()
     np.savez(content, raw_ids=raw_ids, pixels=counts[:, raw_ids].astype(np.int32), sha256=sha256)

@@ -1,7 +1,7 @@
-"""Builds a dataset once from the user's files, checks it, counts its classes.
+"""Builds a dataset once from the user's files, checks it, and counts its classes.
 
-A dataset is built aside, in `DATA_DIR/NAME/.preparing-CONFIG`, and renamed when it is complete. What a killed
-run left there is removed by the next one, which starts again.
+A dataset is built in `DATA_DIR/NAME/.preparing-CONFIG`, which is renamed when it is complete. If a run is
+killed, the next one removes what it left there and starts again.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from jaxuda.data.datasets import config_names
 from jaxuda.data.labels import IGNORE, dataset
 from jaxuda.errors import UserError
 
-# Room for the embedded datasets and for what the file system itself needs.
+# Space for the embedded datasets and for the file system itself.
 _SPARE_BYTES = 200 * 2**20
 
 
@@ -41,9 +41,9 @@ def prepare(
 
     Args:
       name: "camvid" for all its configs or "camvid/day" for one; "folder" together with `path`.
-      manual_dir: where the user has the dataset's published files, if it has any.
+      manual_dir: the user's folder of the dataset's published files, if it has any.
       path: the user's own folder, for "folder".
-      data_dir: where prepared datasets live; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      data_dir: the folder of prepared datasets; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
     Returns:
       The folders of the prepared datasets, one for each config.
@@ -63,7 +63,7 @@ def _prepare_config(
     name: str, manual_dir: str | os.PathLike | None, path: str, data_dir: str | os.PathLike | None
 ) -> Path:
     final = prepared.prepared_folder(name, data_dir, path)
-    top = prepared.root(data_dir) / name.partition("/")[0]  # of all configs of the dataset
+    top = prepared.root(data_dir) / name.partition("/")[0]  # the folder of all configs of the dataset
     with _writable(top), _locked(top):
         if (summary := prepared.read_summary(final)) is not None:
             print(f"{name}: already prepared in {final}")
@@ -72,7 +72,7 @@ def _prepare_config(
             return final
         if final.exists():
             raise UserError(f"{final} exists but was not made by jaxuda.prepare; move it away and try again")
-        # Only a run that was killed can have left these: ours is the lock.
+        # Only a killed run can have left these, since we hold the lock.
         for leftover in top.glob(".preparing-*"):
             shutil.rmtree(leftover)
         staging = top / f".preparing-{final.parent.name}"
@@ -106,7 +106,7 @@ def _build(name: str, manual_dir: str | os.PathLike | None, path: str, staging: 
         expected = builder.PUBLISHED.get(builder.config_name(), counts)
         if counts != expected:
             print(f"warning: {name} has {_numbers(counts)} images; published are {_numbers(expected)}")
-        # Files are stored as they are, but for some labels.
+        # Files are stored unchanged, except for some labels.
         needed += int(1.1 * sum(f.stat().st_size for found in items.values() for item in found for f in item.files()))
     _check_disk(staging.parent, needed)
     generators = _generate(builder, name, manual_dir)
@@ -128,10 +128,10 @@ def _build(name: str, manual_dir: str | os.PathLike | None, path: str, staging: 
 def _generate(
     builder: tfds.core.GeneratorBasedBuilder, name: str, manual_dir: str | os.PathLike | None
 ) -> dict[str, Any]:
-    """Lets tfds write the records, with our progress bars in place of its own messages.
+    """Lets tfds write the records, with our progress bars instead of its own messages.
 
     Returns:
-      What the builder gave for each split, used up: its `tally` and `remarks` are complete.
+      The builder's examples of each split, after they were read: their `tally` and `remarks` are complete.
     """
     split_generators, generators = builder._split_generators, {}
 
@@ -151,17 +151,17 @@ def _generate(
 
 
 def _summarise(built: Path, split: str, examples: Any) -> dict[str, Any]:
-    """What was counted while a split was written; some of its records are read again to see that all are there."""
+    """The counts of a split from when it was written; reads some of its records again to check that they are there."""
     summary = examples.tally.summary()
     reader = prepared.open_split(built, split)
     few = np.unique(np.linspace(0, len(summary["ids"]) - 1, 16, dtype=int))
     if len(reader) != len(summary["ids"]) or any(reader[int(i)]["id"].decode() != summary["ids"][i] for i in few):
-        raise UserError(f"{built}: the records of split '{split}' are not those that were written; try again")
+        raise UserError(f"{built}: the records of split '{split}' differ from those that were written; try again")
     return summary
 
 
 def _print_summary(summary: dict[str, Any], name: str, data_dir: Any, path: str) -> None:
-    """Prints for each split how many images there are and how the classes share their pixels."""
+    """Prints the number of images of each split, and the share of the pixels of each class."""
     for split, content in summary["splits"].items():
         data = records.load(name, split, data_dir=data_dir, path=path)
         print(f"  {split}: {len(data)} images{'' if data.labelled else ', unlabelled'}")
@@ -170,7 +170,7 @@ def _print_summary(summary: dict[str, Any], name: str, data_dir: Any, path: str)
 
 
 def _show_folder(summary: dict[str, Any], final: Path, data_dir: Any, path: str) -> None:
-    """Prints what was found in the user's own folder, and leaves a sheet of overlays there, if it has labels."""
+    """Prints what the user's own folder holds and, if it has labels, writes a sheet of overlays."""
     labelled = {}
     for split in summary["splits"]:
         data = records.load("folder", split, data_dir=data_dir, path=path)
@@ -213,7 +213,7 @@ def _check_disk(folder: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
-    """Errors alone, and no progress bars but ours."""
+    """Inside this context tfds logs only errors, and shows no progress bars."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     tfds.disable_progress_bar()
@@ -226,7 +226,7 @@ def _quiet_tfds() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _writable(folder: Path) -> Iterator[None]:
-    """Makes a folder; problems of the file system in or around it are the user's to mend."""
+    """Makes a folder; errors of the file system become a UserError, since the user can fix them."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
@@ -236,7 +236,7 @@ def _writable(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds a lock on a folder; the system frees it when the process ends, however it ends."""
+    """Holds a lock on a folder; the system frees it when the process ends in any way."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -23,12 +23,12 @@ def write_pseudo_label(folder: Path, name: str, ids: np.ndarray, space: LabelSpa
 
 
 class PseudoLabelled(Sequence):
-    """Records whose labels are pseudo-labels; their own, if they have any, are never read.
+    """Records whose labels are pseudo-labels; their own labels, if they have any, are never read.
 
     Args:
       records: the images.
       folder: the artifacts of a pseudo-label stage.
-      space: the label space the ids are in.
+      space: the label space of the ids.
 
     Raises:
       UserError: an image has no pseudo-label, or (when read) one does not fit its image.

@@ -28,7 +28,7 @@ from jaxuda.data.prepared import (
 from jaxuda.data.threads import map_ahead
 from jaxuda.errors import UserError
 
-# The lists of ids that a ranking of the target leaves.
+# The lists of ids that a ranking of the target writes.
 EASY, HARD = "easy.txt", "hard.txt"
 
 
@@ -36,12 +36,12 @@ class Records:
     """Random access to the decoded records of one split; cheap to pickle, opens its files when first read.
 
     `records[i]` is a dict: "image" (H, W, 3) uint8 RGB; "label" (H, W) uint8 train ids with 255 = ignore,
-    absent where the split has no labels; "depth" (H, W) float32 inverse depth, only where the dataset has it;
+    missing if the split has no labels; "depth" (H, W) float32 inverse depth, only if the dataset has it;
     "id" str.
 
     Attributes:
       name: name and split for messages, such as "camvid/day train".
-      label_space: the space of the labels, or None for unlabelled data of which no classes are known.
+      label_space: the space of the labels, or None for unlabelled data without known classes.
       fingerprint: hex text that changes with the prepared data, the split, or the classes.
       labelled: whether records have a "label".
       table: (256,) uint8, ids in the files -> train ids.
@@ -61,11 +61,11 @@ class Records:
         self._ids = summary["ids"]
         self._decoded = {"image", "label", "depth"}
         for id_ in self._ids:
-            files.inside(folder, f"{id_}.png")  # predictions and pseudo-labels will be called so
+            files.inside(folder, f"{id_}.png")  # predictions and pseudo-labels will have this name
         self._reader = None
 
     def images_only(self) -> "Records":
-        """The same records without labels and depth, which are then not even decoded."""
+        """The same records without labels and depth, which are then not decoded."""
         records = copy.copy(self)
         records.labelled, records._decoded = False, {"image"}
         return records
@@ -76,13 +76,13 @@ class Records:
         return "depth" in self._decoded and "depth" in tfds.builder_from_directory(self._folder).info.features
 
     def without_depth(self) -> "Records":
-        """The same records without depth, which is then not even decoded."""
+        """The same records without depth, which is then not decoded."""
         records = copy.copy(self)
         records._decoded = self._decoded - {"depth"}
         return records
 
     def labels_only(self) -> "Records":
-        """The same records without images and depth, which are then not even decoded: most of the work."""
+        """The same records without images and depth, which are then not decoded: that is most of the work."""
         records = copy.copy(self)
         records._decoded = {"label"}
         return records
@@ -95,10 +95,10 @@ class Records:
         return list(self._ids)
 
     def class_pixels(self) -> np.ndarray:
-        """How many pixels of each label are of each class, (n, C + 1) int64; in the last column those ignored.
+        """The number of pixels of each class in each label, (n, C + 1) int64; the last column counts ignored pixels.
 
-        As `prepare` has counted them. Datasets that were prepared before it did are counted when first asked for, and
-        the counts stored beside them; where the folder cannot be written, every time.
+        `prepare` counts them. Datasets of an older `prepare`, which did not, are counted when this is first called, and
+        the counts are stored beside them; if the folder cannot be written, they are counted every time.
         """
         place = (self._folder, self._split, self._sha256)
         counts = read_pixel_counts(*place)
@@ -150,7 +150,7 @@ class Subset(Sequence):
       ids: the chosen ones.
 
     Raises:
-      UserError: there is no record of that id.
+      UserError: there is no record with one of the ids.
     """
 
     def __init__(self, records: Records, ids: Sequence[str]):
@@ -188,7 +188,7 @@ class Subset(Sequence):
 
 
 def class_pixels(records: Sequence[dict[str, Any]], num_classes: int) -> np.ndarray:
-    """`Records.class_pixels` of any labelled records, (n, C + 1); those that keep no counts are decoded once."""
+    """`Records.class_pixels` of any labelled records, (n, C + 1); records without counts are decoded once."""
     if hasattr(records, "class_pixels"):
         return records.class_pixels()
     counts = _count(records)
@@ -196,14 +196,14 @@ def class_pixels(records: Sequence[dict[str, Any]], num_classes: int) -> np.ndar
 
 
 def _count(records: Sequence[dict[str, Any]]) -> np.ndarray:
-    """How many pixels of each label have each value, (n, 256) int64."""
+    """The number of pixels of each value in each label, (n, 256) int64."""
     rows = map_ahead(lambda index: encoding.count_ids(records[index]["label"]), range(len(records)))
     bar = tqdm(rows, "counts the labels' pixels", len(records), unit="image", disable=not sys.stderr.isatty())
     return np.array(list(bar), np.int64).reshape(-1, 256)
 
 
 def write_split(folder: Path, part: str, ids: Sequence[str]) -> None:
-    """Writes one list of a ranking, `EASY` or `HARD`: an id per line."""
+    """Writes one list of a ranking, `EASY` or `HARD`: one id per line."""
     files.write_bytes(folder / part, "".join(f"{name}\n" for name in ids).encode())
 
 
@@ -229,14 +229,13 @@ def load(
     """Opens one split of a prepared dataset.
 
     Args:
-      name: "folder", a dataset without configs ("gta5"), or one of its configs ("camvid/day"). A dataset of the
-        user's own is named by the dotted path of its module. Several are joined with "+".
+      name: "folder", a dataset without configs ("gta5"), or a config of a dataset ("camvid/day"). A dataset of the
+        user is named by the dotted path of its module. Several are joined with "+".
       split: "train" or "val", or any other split the dataset has.
-      label_space: the classes of the labels, or their name (`jaxuda.data.labels.label_space`); default: the
-        dataset's own.
-        Classes of "folder" are matched with it by name; its labels of other classes become 255.
-      data_dir: where datasets were prepared; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-      path: the user's folder, for "folder" alone.
+      label_space: the label space of the labels, or its name (`jaxuda.data.labels.label_space`); default: the
+        dataset's own. Classes of "folder" are matched with it by name; its labels of other classes become 255.
+      data_dir: the folder of prepared datasets; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      path: the user's folder, only for "folder".
 
     Raises:
       UserError: the name, split or label space is unknown, or the dataset is not prepared (the message
@@ -268,7 +267,7 @@ def load(
 def _folder_labels(
     classes: dict[str, Any] | None, wanted: str | labels.LabelSpace | None
 ) -> tuple[labels.LabelSpace | None, np.ndarray]:
-    """Label space and lookup table of a user's folder from the classes.json that was stored with it."""
+    """Label space and lookup table of a user's folder, from the classes.json that was stored with it."""
     nothing = np.full(256, labels.IGNORE, np.uint8)
     if classes is None:
         return _space(wanted), nothing
@@ -287,9 +286,9 @@ def _space(wanted: str | labels.LabelSpace | None) -> labels.LabelSpace | None:
 class Domains(NamedTuple):
     """The datasets of a run.
 
-    source, target: what stages train on; None where the config names no dataset, which no stage may read then.
-    validation: what networks are scored on. The first decides which checkpoint is "best"; none where the target has
-      no such split.
+    source, target: the datasets that stages train on; None if the config names none: then no stage may read it.
+    validation: the datasets that networks are scored on; () if there are none. The first decides which checkpoint is
+      "best".
     """
 
     source: Records | None
@@ -298,6 +297,6 @@ class Domains(NamedTuple):
 
     @property
     def label_space(self) -> labels.LabelSpace | None:
-        """The classes of the run; None where no domain has labels."""
+        """The classes of the run; None if no domain has labels."""
         opened = filter(None, (self.source, self.target, *self.validation))
         return next((each.label_space for each in opened if each.label_space is not None), None)

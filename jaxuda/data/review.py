@@ -1,6 +1,6 @@
-"""What `prepare folder` shows people of their own data: warnings, a table of the classes, a sheet of overlays.
+"""What `prepare folder` shows of the user's own data: warnings, a table of the classes, a sheet of overlays.
 
-Nothing here stops anything: a folder that gets this far can be trained on.
+Nothing here is an error: a folder that gets this far can be trained on.
 """
 
 import hashlib
@@ -18,23 +18,23 @@ from jaxuda.data.labels import IGNORE, colourise
 from jaxuda.data.records import Records
 
 PREVIEW = "preview.png"
-RARE = 100  # times fewer pixels than the most common class
+RARE = 100  # a rare class has this many times fewer pixels than the most common one
 _MOSTLY = 0.5  # of the pixels
 _PALETTES_READ = 16
 _IMAGES = 6  # of each split on the sheet
-_WIDTH = 320  # pixels of a picture on the sheet
-_LINE = 20  # pixels of a line of text there
+_WIDTH = 320  # of a picture on the sheet, in pixels
+_LINE = 20  # height of a line of text there, in pixels
 
 
 def warnings(
     items: Mapping[str, Sequence[Item]], splits: Mapping[str, Mapping[str, Any]], classes: Mapping[str, Any] | None
 ) -> list[str]:
-    """What commonly goes wrong with own data and is seen in these, a sentence each.
+    """Common mistakes that these data show, one sentence each.
 
     Args:
       items: the files of each split.
-      splits: what `prepared.json` says of each split.
-      classes: what `folder.read_classes` gave; None without labels.
+      splits: the entries of `prepared.json` for each split.
+      classes: as returned by `folder.read_classes`; None without labels.
     """
     found = _duplicates(items)
     pixels = {split: _pixels(content) for split, content in splits.items() if content["labelled"]}
@@ -44,10 +44,10 @@ def warnings(
 
 
 def class_weights(pixels: np.ndarray) -> np.ndarray:
-    """Weights (C,) for the cross-entropy from the pixels (C,) of each class, 1 for the most common one.
+    """Weights (C,) for the cross-entropy from the pixels (C,) of each class; the most common class has 1.
 
-    1 / ln(1.02 + share), as for ENet (Paszke et al., arXiv 1606.02147, sec. 5.2): at most some 35 times as much for a
-    rare class as for one that is everywhere. A class without pixels gets 1.
+    1 / ln(1.02 + share), as for ENet (Paszke et al., arXiv 1606.02147, sec. 5.2): a rare class gets at most some 35
+    times the weight of a class that is everywhere. A class without pixels gets 1.
     """
     weights = 1 / np.log(1.02 + pixels / max(pixels.sum(), 1))
     weights = weights / weights[pixels.argmax()]
@@ -58,8 +58,8 @@ def table(data: Mapping[str, Records], classes: Mapping[str, Any]) -> str:
     """Classes, their share of the pixels and the number of images that show them, by split, and weights.
 
     Args:
-      data: the labelled splits, at least one, read in the classes of the folder.
-      classes: as of `warnings`.
+      data: the labelled splits, at least one, with the classes of the folder.
+      classes: as for `warnings`.
     """
     counts = {split: records.class_pixels() for split, records in data.items()}
     weights = class_weights(next(iter(counts.values()))[:, :-1].sum(0))
@@ -81,7 +81,7 @@ def _cells(counts: np.ndarray, index: int) -> str:
 def preview(data: Mapping[str, Records]) -> bytes:
     """A PNG sheet: for some images of each labelled split the image, its label laid over it, and the label alone.
 
-    The images are those that show the most classes that the ones before them do not. Ignored pixels are black.
+    Each image is the one that shows the most classes which the earlier ones lack. Ignored pixels are black.
     """
     space = next(iter(data.values())).label_space
     rows = [_legend(space.classes, space.palette)]
@@ -99,11 +99,11 @@ def preview(data: Mapping[str, Records]) -> bytes:
 
 
 def _chosen(shown: np.ndarray) -> list[int]:
-    """Indices of `_IMAGES` rows of (n, C) bool, or of all, in order."""
+    """Indices of `_IMAGES` rows of (n, C) bool, or of all rows if there are fewer, in order."""
     missing, chosen = shown.copy(), []
     while len(chosen) < min(_IMAGES, len(shown)):
         best = int(missing.sum(1).argmax())
-        if not missing[best].any():  # all classes are there: the rest is spread evenly
+        if not missing[best].any():  # all classes are shown: spread the remaining images evenly
             even = np.linspace(0, len(shown) - 1, _IMAGES).astype(int).tolist()
             left = [index for index in [*even, *range(len(shown))] if index not in chosen]
             return sorted(chosen + list(dict.fromkeys(left))[: min(_IMAGES, len(shown)) - len(chosen)])
@@ -131,7 +131,7 @@ def _text(text: str, width: int) -> np.ndarray:
 
 
 def _write(sheet: np.ndarray, text: str, place: tuple[int, int]) -> None:
-    plain = text.encode("ascii", "replace").decode()  # OpenCV has no other letters
+    plain = text.encode("ascii", "replace").decode()  # OpenCV draws only ASCII
     cv2.putText(sheet, plain, place, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (20, 20, 20), 1, cv2.LINE_AA)
 
 
@@ -149,7 +149,7 @@ def _of_classes(pixels: np.ndarray, classes: Mapping[str, Any]) -> np.ndarray:
 
 
 def _ids(pixels: np.ndarray, classes: Mapping[str, Any]) -> list[str]:
-    """Signs that the ids of the files are not those of classes.json; pixels (256,)."""
+    """Warnings that the ids of the files may not be those of classes.json; pixels (256,)."""
     names = {raw: entry["name"] for entry in classes["classes"] for raw in entry["ids"]}
     low, high = min(names), max(names)
     found, total = [], pixels.sum()
@@ -157,7 +157,7 @@ def _ids(pixels: np.ndarray, classes: Mapping[str, Any]) -> list[str]:
     if low < high and not pixels[low] and pixels[high]:
         found.append(
             f"no pixel has the id {low} ({names[low]}), the lowest in classes.json: do the labels count from "
-            f"{low + 1}? Then each class goes by the name of its neighbour"
+            f"{low + 1}? Then each class has the name of its neighbour"
         )
     if low and pixels[low - 1] and not pixels[high]:
         found.append(
@@ -167,27 +167,27 @@ def _ids(pixels: np.ndarray, classes: Mapping[str, Any]) -> list[str]:
     present = [entry["name"] for entry in classes["classes"] if pixels[entry["ids"]].any()]
     if len(classes["classes"]) > 1 and len(present) == 1 and pixels[IGNORE]:
         found.append(
-            f"the labels hold {present[0]} and 255 alone, and 255 always means 'ignored': if they are masks of 0 and "
+            f"the labels only hold {present[0]} and 255, and 255 always means 'ignored': if they are masks of 0 and "
             "255, save the 255 as the id of its class"
         )
     if others > _MOSTLY * total:
         found.append(f'{others / total:.0%} of the pixels belong to no class (255, or "ignore" in classes.json)')
     if not others:
         found.append(
-            "255 is unused, every pixel has a class: fine if that is certain everywhere; what is not (borders, things "
-            "of no class) is better marked 255, which training and scores leave out"
+            "255 is unused, every pixel has a class: correct if every class is certain; otherwise (borders, things of "
+            "no class) use 255, which training and scores ignore"
         )
     return found
 
 
 def _classes(pixels: Mapping[str, np.ndarray], classes: Mapping[str, Any]) -> list[str]:
-    """Classes that are missing or rare; split -> pixels (256,)."""
+    """Warnings of classes that are missing or rare; pixels: split -> (256,)."""
     names = [entry["name"] for entry in classes["classes"]]
     counts = {split: _of_classes(raw, classes) for split, raw in pixels.items()}
     total = sum(counts.values())
     found = []
     if never := [name for name, count in zip(names, total, strict=True) if not count]:
-        found.append(f"classes.json names what no label shows: {', '.join(never)}")
+        found.append(f"classes.json names classes that no label shows: {', '.join(never)}")
     for split, count in counts.items():
         absent = [name for name, own, all_ in zip(names, count, total, strict=True) if all_ and not own]
         if absent:
@@ -199,14 +199,14 @@ def _classes(pixels: Mapping[str, np.ndarray], classes: Mapping[str, Any]) -> li
         weights = ", ".join(f"{w:g}" for w in class_weights(first))
         found.append(
             f"{', '.join(rare)}: less than a {RARE}th of the pixels of {names[first.argmax()]}; such classes are "
-            f'learned late or not at all. Weigh them, --config.class_weights="({weights},)", or show images that have '
-            "them more often, --config.source_only.order=class_balanced (and in other stages)"
+            f'learned late or not at all. Weight them, --config.class_weights="({weights},)", or draw images with them '
+            "more often, --config.source_only.order=class_balanced (and in other stages)"
         )
     return found
 
 
 def _palettes(items: Mapping[str, Sequence[Item]], classes: Mapping[str, Any]) -> list[str]:
-    """Whether palette labels show a class in the colour of another, as files made by counting colours do."""
+    """Warnings of palette labels that show a class in another one's colour, as when colours were numbered anew."""
     colours = {tuple(entry["color"]): entry for entry in classes["classes"]}
     named = {raw: entry for entry in classes["classes"] for raw in entry["ids"]}
     labels = [item.label for found in items.values() for item in found if item.label is not None]
@@ -227,7 +227,7 @@ def _palettes(items: Mapping[str, Sequence[Item]], classes: Mapping[str, Any]) -
 
 
 def _duplicates(items: Mapping[str, Sequence[Item]]) -> list[str]:
-    """Images that are there twice, byte by byte: between splits they make scores too good."""
+    """Warnings of images that are there twice, byte by byte: in two splits they make scores too high."""
     sizes = Counter(item.image.stat().st_size for found in items.values() for item in found)
     places = defaultdict(list)
     for split, found in items.items():
@@ -241,8 +241,8 @@ def _duplicates(items: Mapping[str, Sequence[Item]]) -> list[str]:
     if across:
         (_, one), (_, other) = across[0][0], next(p for p in across[0] if p[0] != across[0][0][0])
         found.append(
-            f"the same image in more than one split ({len(across)} times), such as {one} and {other}: scores on images "
-            "that were trained on say little"
+            f"the same image in more than one split ({len(across)} times), such as {one} and {other}: scores on "
+            "training images mean little"
         )
     if within := len(twice) - len(across):
         example = next(place for place in twice if place not in across)

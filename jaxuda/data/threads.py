@@ -1,4 +1,4 @@
-"""Work on files that runs ahead in threads."""
+"""Maps files ahead of their use, in threads."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ _THREADS = 4  # decoding releases the interpreter lock
 
 
 def map_ahead(function: Callable[[Any], Any], items: Sequence) -> Iterator:
-    """Maps in threads, in order, with few results in memory."""
+    """Maps in threads; results come in order, and few of them are in memory."""
     remaining = iter(items)
     with ThreadPoolExecutor(_THREADS) as pool:
         pending = deque(pool.submit(function, item) for item in islice(remaining, 2 * _THREADS))

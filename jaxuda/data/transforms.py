@@ -1,6 +1,6 @@
 """Random and fixed transforms of records on the host, described by a small mapping in the config.
 
-Geometric transforms move image, label and depth together; photometric ones touch the image alone. All
+Geometric transforms change image, label and depth together; photometric ones change only the image. All
 randomness comes from the generator that is passed in, so that equal generators give equal records.
 """
 
@@ -19,7 +19,7 @@ Record = dict[str, Any]
 Transform = Callable[[Record, np.random.Generator], Record]
 
 _INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-# What a window that is larger than the image is filled with: black, ignore, and no depth (infinitely far).
+# Fill values of a window that is larger than the image: black, ignore, and no depth (infinitely far).
 _PADDING = {"image": 0, "label": IGNORE, "depth": 0}
 
 
@@ -31,7 +31,7 @@ class TransformSpec:
     """
 
     resize: tuple[int, int] | None = None  # to this size; the aspect may change
-    fit: tuple[int, int] | None = None  # to lie within this size, aspect kept, at the top left; the rest is padding
+    fit: tuple[int, int] | None = None  # to fit into this size, aspect kept, at the top left; the rest is padding
     short_side: tuple[int, int] | None = None  # the short side uniform in lo..hi (integers, both included)
     scale: tuple[float, float] | None = None  # to a uniform factor in lo..hi of `base`
     base: tuple[int, int] | None = None  # size that `scale` refers to; default: the image's own
@@ -78,7 +78,7 @@ class TransformSpec:
 
 
 def fitted_size(size: tuple[int, int], within: tuple[int, int]) -> tuple[int, int]:
-    """The largest size (width, height) of the same aspect as `size` that lies within another one."""
+    """The largest size (width, height) of the same aspect as `size` that fits into another size."""
     factor = min(within[0] / size[0], within[1] / size[1])
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
@@ -87,7 +87,7 @@ def build_transform(spec: Mapping[str, Any] | None) -> Transform:
     """Makes a picklable transform from a mapping with the fields of `TransformSpec`; None or {} does nothing.
 
     Raises:
-      UserError: a field is unknown, or its value makes no sense.
+      UserError: a field is unknown, or its value is invalid.
     """
     spec = {key: tuple(v) if isinstance(v, list) else v for key, v in dict(spec or {}).items() if v is not None}
     known = [field.name for field in fields(TransformSpec)]
@@ -101,12 +101,12 @@ def build_transform(spec: Mapping[str, Any] | None) -> Transform:
     if sum(key in spec for key in ("resize", "fit", "short_side", "scale")) > 1:
         raise UserError("a transform takes one of resize, fit, short_side and scale, not several")
     if "base" in spec and "scale" not in spec:
-        raise UserError("transform field base is the size that scale refers to, but there is no scale")
+        raise UserError("transform field base is the size that scale refers to, but scale is not set")
     return TransformSpec(**spec)
 
 
 def _problem(key: str, value: Any) -> str:
-    """What is wrong with the value of a field; empty if nothing."""
+    """What is wrong with the value of a field; "" if nothing is."""
     if key == "interpolation":
         return "" if value in _INTERPOLATION else f"choose {' or '.join(_INTERPOLATION)}"
     if key in ("flip", "grey"):
@@ -142,7 +142,7 @@ def resize_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _nearest(length: int, new_length: int) -> np.ndarray:
-    # Pillow adds up the step in double precision; where (i + 0.5) * in / out is a whole number, that rounding
+    # Pillow adds up the step in double precision; if (i + 0.5) * in / out is a whole number, its rounding
     # decides.
     step = length / new_length
     positions = np.cumsum(np.r_[0.5 * step, np.full(new_length - 1, step)])
@@ -195,7 +195,7 @@ def _colour_jitter(
 
 
 def _shift_hue(picture: Image.Image, shift: float) -> Image.Image:
-    """Turns the hue by `shift` of a full circle."""
+    """Rotates the hue by `shift` of a full circle."""
     hsv = np.array(picture.convert("HSV"))
     hsv[..., 0] += np.uint8(int(shift * 255) % 256)  # wraps around, as hues do
     return Image.fromarray(hsv, "HSV").convert("RGB")

@@ -35,7 +35,7 @@ def test_gta5(tmp_path, capsys):
     data = _prepared("gta5", source, tmp_path)("train")
     output = capsys.readouterr().out
     assert "gta5 has train 3 images; published are train 24966" in output
-    assert "00003.png: is 12x8, but its image 00003.png is 16x8; it was resized to that" in output
+    assert "00003.png: is 12x8, but its image 00003.png is 16x8; it was resized to this" in output
     assert data.ids() == ["00001", "00002", "00003"] and data.label_space.num_classes == 19
     stored = records.open_split(records.prepared_folder("gta5", tmp_path), "train")
     assert stored[0]["image"] == (source / "images" / "00001.png").read_bytes()
@@ -132,7 +132,7 @@ def test_bad_files_are_all_named(tmp_path, capsys):
     assert f"{truncated}: cannot be read as an image (it is truncated)" in message
     assert f"{flipped}: cannot be read as an image (a checksum is wrong" in message
     assert f"{wrong_size}: is 8x16, but its image ulm_000000_000039_leftImg8bit.png is 16x8" in message
-    assert "aachen_000000_000039_gtFine_labelIds.png: holds ids that the dataset does not name: 34, 77" in message
+    assert "aachen_000000_000039_gtFine_labelIds.png: has ids that the dataset does not define: 34, 77" in message
 
 
 def test_missing_partners_are_all_named(tmp_path, capsys):
@@ -167,7 +167,7 @@ def test_synthia_files_of_other_kinds(tmp_path, capsys):
     depth(top / "Depth" / "Depth" / "0000003.png", (4, 4))
     message = _complaints(capsys, "synthia", source, tmp_path / "data")
     assert "LABELS/0000000.png: holds colours" in message
-    assert "LABELS/0000001.png: holds ids that the dataset does not name: 23" in message
+    assert "LABELS/0000001.png: has ids that the dataset does not define: 23" in message
     assert "Depth/0000002.png: has 8 bits per value" in message
     assert "Depth/0000003.png: is 4x4, but its image 0000003.png is 16x8" in message
 

@@ -79,7 +79,7 @@ def test_check_image_sees_what_opencv_hides():
     assert encoding.check_image(whole) == (40, 40)
     with pytest.raises(ValueError, match="truncated"):
         encoding.check_image(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="no JPEG or PNG"):
+    with pytest.raises(ValueError, match="not a JPEG or PNG"):
         encoding.check_image(b"hello")
     with pytest.raises(ValueError, match="is BMP, not JPEG or PNG"):
         encoding.check_image(_bytes(Image.new("RGB", (4, 4)), "BMP"))

@@ -75,7 +75,7 @@ def test_unlabelled_folders(tmp_path, capsys):
     assert data.label_space is None
     space = load("folder", "train", path=str(bare), data_dir=tmp_path, label_space="synthia16").label_space
     assert space.name == "synthia16"
-    with pytest.raises(UserError, match="has no labels and cannot be a source"):
+    with pytest.raises(UserError, match="has no labels, so it cannot be a source"):
         make_input(data, batch=1, steps=1, source_transform=build_transform({}))
 
     partly = towns.folder(tmp_path / "partly")
@@ -118,10 +118,10 @@ def test_bad_files_are_named(tmp_path, capsys):
     towns.image(image / "5.png")
     Image.new("RGB", (8, 6)).save(label / "5.png")
     message = towns.fails_on(capsys, root, tmp_path)
-    assert f"{label}/0.png: holds ids that the dataset does not name: 3, 200" in message
+    assert f"{label}/0.png: has ids that the dataset does not define: 3, 200" in message
     assert f"{label}/1.png: is 4x4, but its image 1.png is 8x6" in message
     assert f"{image}/2.png: cannot be read as an image (" in message
-    assert f"{image}/3.png: cannot be read as an image (no JPEG or PNG)" in message
+    assert f"{image}/3.png: cannot be read as an image (not a JPEG or PNG)" in message
     assert f"{image}/4.png: cannot be read as an image" in message
     assert f"{label}/5.png: holds colours (mode RGB)" in message
 
@@ -162,7 +162,7 @@ def test_links_must_not_lead_out(tmp_path, capsys):
 
 
 def test_empty_and_missing_folders(tmp_path, capsys):
-    assert "needs a folder 'images'; there is none" in towns.fails_on(capsys, tmp_path / "nowhere", tmp_path)
+    assert "needs a folder 'images'; it is missing" in towns.fails_on(capsys, tmp_path / "nowhere", tmp_path)
     root = tmp_path / "town"
     (root / "images" / "train").mkdir(parents=True)
     assert "images/train: holds no images" in towns.fails_on(capsys, root, tmp_path)

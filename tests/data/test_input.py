@@ -144,7 +144,7 @@ def test_mixed_sizes_are_explained(num_workers):
 
 
 def test_wrong_arguments_are_explained():
-    with pytest.raises(UserError, match="a batch of 4 does not divide over 3 processes"):
+    with pytest.raises(UserError, match="a batch of 4 cannot be divided between 3 processes"):
         _batches(process_count=3)
     with pytest.raises(UserError, match="the target dataset is empty"):
         make_input(_records(1), [], batch=1, steps=1, source_transform=None, target_transform=build_transform({}))

@@ -83,7 +83,7 @@ def test_each_part_is_transformed_as_it_asks_for(there):
         whole = both[both.ids().index(name)]
         same = np.array_equal(image, resized(whole, np.random.default_rng(0))["image"])
         assert same == name.startswith("gta5+")
-    with pytest.raises(UserError, match=r"parts.camvid is no part of 'synthia\+gta5'"):
+    with pytest.raises(UserError, match=r"parts.camvid is not a part of 'synthia\+gta5'"):
         domain_transform(domain | {"parts": {"camvid": {}}})
 
 

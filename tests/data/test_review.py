@@ -132,8 +132,8 @@ def test_a_palette_that_contradicts_the_classes(town, capsys):
 def test_masks_of_0_and_255(town, capsys):
     change_labels(town, lambda label: np.where(label == 1, 255, 0).astype(np.uint8))
     text = "\n".join(warned(capsys, town))
-    assert "the labels hold ground and 255 alone, and 255 always means 'ignored'" in text
-    assert "classes.json names what no label shows: box, sky" in text
+    assert "the labels only hold ground and 255, and 255 always means 'ignored'" in text
+    assert "classes.json names classes that no label shows: box, sky" in text
 
 
 def test_255(town, capsys):

@@ -166,7 +166,7 @@ def test_nothing_is_done_without_a_spec():
     [
         ({"resise": (4, 4)}, "unknown transform field resise; known: resize, fit, short_side"),
         ({"resize": (4, 4), "scale": (1, 2)}, "takes one of resize, fit, short_side and scale"),
-        ({"base": (4, 4)}, "there is no scale"),
+        ({"base": (4, 4)}, "scale is not set"),
         ({"resize": (4, 0)}, "positive integers"),
         ({"resize": 4}, "must be 2 numbers"),
         ({"crop": (4.5, 4)}, "positive integers"),

@@ -1,11 +1,11 @@
 """One file per dataset, found by its name.
 
-A dataset is a module with `DATASET`, a `Dataset`: the class that builds it from the published files, and what the ids
-in its label files stand for. `config.source.name` and `python -m jaxuda.prepare` take the name of a file here, or the
-dotted path of a module of the user's own; "/CONFIG" behind it names one of its builder's configs.
+A dataset is a module with `DATASET`, a `Dataset`: the class that builds it from the published files, and the meaning
+of the ids in its label files. `config.source.name` and `python -m jaxuda.prepare` take the name of a file here, or the
+dotted path of a module of the user; "/CONFIG" behind it names one of its builder's configs.
 
-Builders of files derive from `jaxuda.data.building.FilesBuilder`, which asks for their listing and checks, counts and
-stores them. Others (`streets` is one) yield encoded records and keep a `building.Tally` of them.
+Builders of files derive from `jaxuda.data.building.FilesBuilder`: they list the files, and it checks, counts and
+stores them. Others (such as `streets`) yield encoded records and keep a `building.Tally` of them.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from jaxuda.data.labels import LabelSpace, dataset
 
 
 class Dataset(NamedTuple):
-    """What a dataset module says of itself.
+    """The description of a dataset.
 
     builder: a tfds builder. Its MANUAL_DOWNLOAD_INSTRUCTIONS say what the folder for `--manual_dir` holds; a builder
       without them needs no files, and `jaxuda.main` prepares it when it is first used.
     classes: raw id -> class name; ids that are missing here are ignored.
-    space: name of the label space in which it is read unless another is asked for.
-    spaces: the label spaces that it introduces.
-    tables: name of a label space -> raw id -> class name, where these do not follow from `classes`.
-    apart: whether its configs come from folders of their own, so that each is prepared by itself.
+    space: name of the label space in which it is read by default.
+    spaces: the label spaces that it defines.
+    tables: name of a label space -> raw id -> class name, if these do not follow from `classes`.
+    apart: whether each config comes from its own folder, and is therefore prepared by itself.
     """
 
     builder: type[tfds.core.GeneratorBasedBuilder]
@@ -45,10 +45,10 @@ def names() -> list[str]:
 
 
 def config_names(name: str) -> list[str]:
-    """Names of the configs of a dataset, such as ["day", "dusk"]; most have none, "folder" has only folders."""
+    """Names of the configs of a dataset, such as ["day", "dusk"]; [] for "folder" and most other datasets."""
     return [config.name for config in dataset(name).builder.BUILDER_CONFIGS]
 
 
 def is_drawn(name: str) -> bool:
-    """Whether a dataset ("streets", "streets/game") is made without any files of the user's."""
+    """Whether a dataset ("streets", "streets/game") is made without any files of the user."""
     return not dataset(name.partition("/")[0]).builder.MANUAL_DOWNLOAD_INSTRUCTIONS

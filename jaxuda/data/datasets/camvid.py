@@ -8,7 +8,7 @@ config  train                                       val
 day     day frames of train and test (476)          day frames of val (101)
 dusk    dusk frames of train (62)                   dusk frames of test (62)
 
-Dusk has no third set: what its `val` is used to choose is also measured on it.
+Dusk has no third set: a checkpoint that is chosen on its `val` is also scored on it.
 """
 
 from pathlib import Path

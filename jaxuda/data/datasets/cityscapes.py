@@ -1,12 +1,12 @@
 """Cityscapes: videos of 50 cities in and around Germany (Cordts et al., CVPR 2016), 2048x1024, 19 classes.
 
-The manual folder holds what leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip unpack to:
+The manual folder holds the contents of leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip:
 
 leftImg8bit/{train,val,test}/CITY/*_leftImg8bit.png
 gtFine/{train,val}/CITY/*_gtFine_labelIds.png
 
-Published: 2,975 training, 500 validation and 1,525 test images. The test images have no public labels: what lies in
-gtFine/test is not read. A copy without leftImg8bit/test is prepared without that split.
+Published: 2,975 training, 500 validation and 1,525 test images. The test images have no public labels: gtFine/test is
+not read. A copy without leftImg8bit/test is prepared without that split.
 """
 
 from pathlib import Path
@@ -42,7 +42,7 @@ _ROWS = (
 CLASSES = {raw: name for raw, name, _, _ in _ROWS}
 COLOURS = {name: colour for _, name, colour, _ in _ROWS}
 _SUPER = {name: super_class for _, name, _, super_class in _ROWS}
-# Super-classes wear the colour of their most common member.
+# A super-class has the colour of its most common member.
 _SUPER_COLOURS = {
     "flat": (128, 64, 128),
     "construction": (70, 70, 70),
@@ -52,8 +52,8 @@ _SUPER_COLOURS = {
     "human": (220, 20, 60),
     "vehicle": (0, 0, 142),
 }
-# Super-classes as its category column has them: also of ids outside the 19 (parking, rail track; guard rail, bridge,
-# tunnel; pole group; caravan, trailer).
+# Super-classes of the published category column, which also has ids outside of the 19 (parking, rail track; guard rail,
+# bridge, tunnel; pole group; caravan, trailer).
 CATEGORIES = {
     **{raw: super_class for raw, _, _, super_class in _ROWS},
     9: "flat", 10: "flat", 14: "construction", 15: "construction", 16: "construction", 18: "object",
@@ -62,14 +62,14 @@ CATEGORIES = {
 
 
 class Cityscapes(FilesBuilder, skip_registration=True):
-    """Labels are the published ids 0..33; an image is called CITY_SEQUENCE_FRAME."""
+    """Labels are the published ids 0..33; an image has the id CITY_SEQUENCE_FRAME."""
 
     MANUAL_DOWNLOAD_INSTRUCTIONS = "the folder with leftImg8bit and gtFine of https://www.cityscapes-dataset.com"
     PUBLISHED = {"": {"train": 2975, "val": 500, "test": 1525}}  # noqa: RUF012
     SIZE = (2048, 1024)
 
     def raw_ids(self) -> range:
-        """All that are drawn into label files."""
+        """All ids in label files."""
         return range(34)
 
     def items(self, manual_dir: Path) -> dict[str, list[Item]]:
@@ -103,7 +103,7 @@ def _of_all_cities(folder: Path, ending: str, complaints: Complaints) -> dict[st
 def raw_ids(space: LabelSpace) -> np.ndarray | None:
     """Maps train ids to the raw ids of Cityscapes, as its test server expects them: (256,) uint8, 255 -> 0.
 
-    None for a label space with classes that Cityscapes does not have, or has several ids for.
+    None for a label space with classes that Cityscapes lacks, or has several ids for.
     """
     raw = {name: index for index, name in CLASSES.items()}
     if not set(space.classes) <= raw.keys():

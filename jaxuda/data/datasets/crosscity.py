@@ -6,7 +6,7 @@ CITY/Images/Train/*     3,200 images without labels, JPEG or PNG
 CITY/Images/Test/*      100 images
 CITY/Labels/Test/*_eval.png
 
-with the ids of Cityscapes. Each city is a config; only the manual folder of the one that is prepared is read.
+with the ids of Cityscapes. Each city is a config; `prepare` reads only the folder of that city.
 """
 
 from pathlib import Path

@@ -1,14 +1,14 @@
 """The user's own data: a folder with images/, labels/ and classes.json.
 
-images/ and labels/ hold files of the same relative names, JPEG or PNG images and grey or palette PNG labels.
-If images/ has sub-folders train and val, these are the splits; otherwise everything is split "train". A split
-without labels has no folder in labels/; a folder without any labels needs no classes.json. Otherwise it reads
+images/ and labels/ hold files of the same relative names: JPEG or PNG images, and grey or palette PNG labels.
+If images/ has sub-folders train and val, these are the splits; otherwise all files are split "train". A split
+without labels has no folder in labels/; a folder without any labels needs no classes.json. Otherwise this is
 
     {"name": "mine", "ignore": [9],
      "classes": [{"name": "road", "ids": [0, 7], "color": [128, 64, 128]}, ...]}
 
-with train ids in the order of the classes. "id": 0 stands for "ids": [0]; "ignore" names ids that belong to
-no class (255 always is one of them) and may be left out.
+with train ids in the order of the classes. "id": 0 means "ids": [0]; "ignore" lists the ids of no class (255 is
+always one of them) and may be left out.
 """
 
 import dataclasses
@@ -37,14 +37,14 @@ _MOST_BYTES = 2**20  # of classes.json
 
 @dataclasses.dataclass(kw_only=True)
 class FolderConfig(tfds.core.BuilderConfig):
-    """One folder of the user's; its name carries a hash of the listing: changed files are another dataset."""
+    """One folder of the user; its name has a hash of the listing: changed files are another dataset."""
 
     path: str
     classes: dict[str, Any] | None  # see `read_classes`
 
 
 class Folder(FilesBuilder, skip_registration=True):
-    """Labels are the ids of the user's files; `classes` of the config tells what they mean."""
+    """Labels are the ids of the user's files; `classes` of the config gives their meaning."""
 
     MANUAL_DOWNLOAD_INSTRUCTIONS = "a folder with images/, labels/ and classes.json"
 
@@ -57,10 +57,10 @@ class Folder(FilesBuilder, skip_registration=True):
         """
         root = Path(path).expanduser().resolve()
         if not (root / "images").is_dir():
-            raise UserError(f"{path}: a dataset folder needs a folder 'images'; there is none")
+            raise UserError(f"{path}: a dataset folder needs a folder 'images'; it is missing")
         classes = read_classes(root / "classes.json")
         if classes is None and (root / "labels").exists():
-            raise UserError(f"{root / 'classes.json'}: is missing; without it the labels mean nothing")
+            raise UserError(f"{root / 'classes.json'}: is missing; it gives the meaning of the labels")
         name = re.sub(r"[^a-z0-9]+", "_", (classes["name"] if classes else root.name).lower()).strip("_")[:64]
         return FolderConfig(name=f"{name or 'folder'}_{_listing_hash(root)}", path=str(root), classes=classes)
 
@@ -74,7 +74,7 @@ class Folder(FilesBuilder, skip_registration=True):
         return [raw for entry in classes["classes"] for raw in entry["ids"]] + classes["ignore"] + [IGNORE]
 
     def advice(self, unknown: Sequence[int]) -> str:
-        """What classes.json would have to say for these ids."""
+        """Advice on what classes.json needs for these ids."""
         known = sorted(set(self.raw_ids()) - {IGNORE})
         text = f" (classes.json names {_ranges(known)}"
         if list(unknown) == [known[-1] + 1]:
@@ -84,14 +84,14 @@ class Folder(FilesBuilder, skip_registration=True):
         return f'{text}; ids of no class belong in its "ignore")'
 
     def store_label(self, data: bytes) -> tuple[bytes, np.ndarray]:
-        """As of every builder; colours in place of ids are told from each other."""
+        """As in every builder; an error message describes the colours in a file that should hold ids."""
         try:
             return super().store_label(data)
         except ValueError as error:
             raise ValueError(f"{error}{_about_colours(data, self.builder_config.classes)}") from error
 
     def items(self, manual_dir: Path) -> dict[str, list[Item]]:
-        """Lists images and labels by split and complains of every file that does not belong."""
+        """Lists images and labels by split; the error names every file that does not belong there."""
         root = Path(self.builder_config.path)
         complaints = Complaints(f"the folder {root}")
         splits = [split for split in _SPLITS if (root / "images" / split).is_dir()]
@@ -117,7 +117,7 @@ def _ranges(ids: Sequence[int]) -> str:
 
 
 def _about_colours(data: bytes, classes: dict[str, Any] | None) -> str:
-    """What the colours of a label file that should hold ids seem to be; "" if there are none."""
+    """A description of the colours of a label file that should hold ids; "" if it has none."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             if classes is None or image.mode not in ("RGB", "RGBA"):
@@ -148,7 +148,7 @@ def _pair(root: Path, split: str, complaints: Complaints) -> list[Item]:
         complaints.add(f"{root / 'images' / split}: holds no images")
     ids = {}
     for name in sorted(images):
-        # An id names files that are written later, so it must be one plain file name.
+        # Files that are written later are named after an id, so it must be one plain file name.
         id_ = name.replace("/", "__")
         if len(id_.encode()) > 200:
             complaints.add(f"{images[name]}: its name below the folder is longer than 200 bytes")
@@ -163,9 +163,9 @@ def _files(root: Path, folder: Path, suffixes: tuple[str, ...], complaints: Comp
     result = {}
     for file in _walk(folder):
         name = file.relative_to(folder).with_suffix("").as_posix()
-        shown = ascii(str(file))[1:-1]  # the name may hold characters that a terminal would obey
+        shown = ascii(str(file))[1:-1]  # the name may hold control characters for a terminal
         if not name.isprintable() or "\\" in name:
-            complaints.add(f"{shown}: its name has characters that cannot be part of a file name everywhere")
+            complaints.add(f"{shown}: its name has characters that not every system allows in file names")
         elif not file.exists() or not file.resolve().is_relative_to(root):
             complaints.add(f"{shown}: is a link that leads out of the folder; put a copy or a hard link there")
         elif file.is_dir():
@@ -180,7 +180,7 @@ def _files(root: Path, folder: Path, suffixes: tuple[str, ...], complaints: Comp
 
 
 def _walk(folder: Path) -> list[Path]:
-    """All files below a folder, sorted, links to folders among them; hidden ones are left out."""
+    """All files below a folder, sorted, including links to folders, but no hidden files."""
     if folder.is_symlink():
         return [folder / entry for entry in sorted(os.listdir(folder)) if not entry.startswith(".")]
     files = []
@@ -212,7 +212,7 @@ def read_classes(file: Path) -> dict[str, Any] | None:
       None if there is no such file.
 
     Raises:
-      UserError: what is wrong in which entry.
+      UserError: an entry is wrong; the message names it.
     """
     if not file.exists():
         return None
@@ -270,4 +270,4 @@ def _complain_of_repeats(values: list, what: str, complaints: Complaints) -> Non
         complaints.add(f"{what} {value} appears more than once")
 
 
-DATASET = Dataset(builder=Folder)  # what its ids stand for is said by classes.json
+DATASET = Dataset(builder=Folder)  # classes.json gives the meaning of its ids

@@ -1,8 +1,8 @@
 """GTA5: frames of a computer game (Richter et al., Playing for Data, ECCV 2016), 1914x1052, 19 classes.
 
-The manual folder holds images/*.png and labels/*.png of the same names, as the ten published parts unpack to.
-Labels are palette PNGs whose index is the id, with the ids of Cityscapes. Published: 24,966 images; a few labels have
-another size than their image and are resized to it.
+The manual folder holds images/*.png and labels/*.png of the same names, the contents of the ten published parts.
+Labels are palette PNGs whose index is the id, with the ids of Cityscapes. Published: 24,966 images; a few labels differ
+in size from their image and are resized to it.
 """
 
 from pathlib import Path
@@ -22,11 +22,11 @@ class Gta5(FilesBuilder, skip_registration=True):
     RESIZE_LABELS = True
 
     def raw_ids(self) -> range:
-        """The 34 of Cityscapes and licence plates."""
+        """The 34 ids of Cityscapes, and licence plates."""
         return range(35)
 
     def items(self, manual_dir: Path) -> dict[str, list[Item]]:
-        """Lists all frames, which are for training."""
+        """Lists all frames, as training images."""
         complaints = Complaints(f"the GTA5 folder {manual_dir}")
         images = listed(manual_dir / "images", (".png",), complaints)
         items = paired(images, complaints, label=listed(manual_dir / "labels", (".png",), complaints))

@@ -1,8 +1,8 @@
 """Mapillary Vistas v1.2: streets from all over the world (Neuhold et al., ICCV 2017), images of any size.
 
 The manual folder holds {training,validation}/images/*.jpg and {training,validation}/labels/*.png, palette PNGs
-whose index is the id: the place of the category in config_v1.2.json. Read in 7 super-classes. Published: 18,000
-training and 2,000 validation images.
+whose index is the id: the place of the category in config_v1.2.json. By default it is read in 7 super-classes.
+Published: 18,000 training and 2,000 validation images.
 """
 
 import json
@@ -48,7 +48,7 @@ class Mapillary(FilesBuilder, skip_registration=True):
         return range(len(CATEGORIES))
 
     def items(self, manual_dir: Path) -> dict[str, list[Item]]:
-        """Lists both splits; where config_v1.2.json lies beside them, its categories must be ours."""
+        """Lists both splits; if config_v1.2.json is beside them, its categories must be ours."""
         complaints = Complaints(f"the Mapillary folder {manual_dir}")
         _check_categories(manual_dir / _CONFIG, complaints)
         result = {}
@@ -70,10 +70,10 @@ def _check_categories(file: Path, complaints: Complaints) -> None:
         return
     for index, (theirs, ours) in enumerate(zip(names, CATEGORIES, strict=False)):
         if theirs != ours:
-            complaints.add(f"{file}: category {index} is '{theirs}', in v1.2 it is '{ours}'; other versions do not do")
+            complaints.add(f"{file}: category {index} is '{theirs}', in v1.2 it is '{ours}'; only v1.2 can be used")
             return
     if len(names) != len(CATEGORIES):
-        complaints.add(f"{file}: has {len(names)} categories, v1.2 has {len(CATEGORIES)}; other versions do not do")
+        complaints.add(f"{file}: has {len(names)} categories, v1.2 has {len(CATEGORIES)}; only v1.2 can be used")
 
 
 DATASET = Dataset(

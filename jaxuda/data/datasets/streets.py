@@ -1,8 +1,8 @@
 """`streets`: two domains of drawn street scenes with exact labels and inverse depth, the embedded default.
 
 `game` is clean and saturated, like a game engine; `camera` looks like a dull dashboard camera, and its
-streets are narrower, lower and busier. Nothing is downloaded: every scene follows from (domain, split, index,
-seed). It is a stand-in to learn, test and demonstrate with: its numbers say nothing about real benchmarks.
+streets are narrower, lower and busier. Nothing is downloaded: (domain, split, index, seed) decide every scene.
+It is for learning, tests and demonstrations: its scores say nothing about real benchmarks.
 
 `scenes/look.py` holds the constants that set the distance between the looks, `scenes/plan.py` those of the
 contents; `experiments/streets_requirements.py` measures what is asked of both.
@@ -40,7 +40,7 @@ def draw_scene(
 
     Returns:
       image (H, W, 3) uint8 RGB; label (H, W) uint8 Cityscapes train ids; depth (H, W) uint16, centimetres
-      less one, so that the inverse depth is 65536 / (depth + 1); 65535 is the sky.
+      minus one, so that the inverse depth is 65536 / (depth + 1); 65535 is the sky.
 
     Raises:
       ValueError: there is no such domain.

@@ -1,14 +1,14 @@
 """SYNTHIA, the part RAND_CITYSCAPES: rendered streets with depth (Ros et al., CVPR 2016), 1280x760, 16 classes.
 
-The manual folder holds, itself or in RAND_CITYSCAPES:
+The manual folder, or RAND_CITYSCAPES in it, holds:
 
 RGB/*.png               images
 GT/LABELS/*.png         16-bit PNGs, class in the first channel and instance in the second
-  or parsed_LABELS      grey PNGs of the class alone
+  or parsed_LABELS      grey PNGs of only the class
 Depth/Depth/*.png       16-bit PNGs of centimetres
   or Depth/*.png
 
-Files of one image have one name. Published: 9,400 images.
+All files of an image have the same name. Published: 9,400 images.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ _SUPER = {
     8: "vehicle", 9: "object", 10: "human", 11: "vehicle", 15: "object", 22: "flat",
 }  # fmt: skip
 _SIXTEEN = {name: colour for name, colour in COLOURS.items() if name not in ("terrain", "truck", "train")}
-# What SYNTHIA, Cityscapes and Cross-City have in common.
+# The classes that SYNTHIA, Cityscapes and Cross-City have in common.
 COMMON = {name: colour for name, colour in _SIXTEEN.items() if name not in ("wall", "fence", "pole")}
 
 
@@ -49,7 +49,7 @@ class Synthia(FilesBuilder, skip_registration=True):
         return range(23)
 
     def store_label(self, data: bytes) -> tuple[bytes, np.ndarray]:
-        """Takes the class out of a file that also holds instances; other files must hold the class alone."""
+        """Extracts the class from a file that also holds instances; other files must hold only the class."""
         found = png.check(data)
         if found.bits != 16 or found.colour == png.GREY:
             return super().store_label(data)
@@ -57,7 +57,7 @@ class Synthia(FilesBuilder, skip_registration=True):
         return encoding.encode_label(label), label
 
     def items(self, manual_dir: Path) -> dict[str, list[Item]]:
-        """Lists all images, which are for training."""
+        """Lists all images, as training images."""
         root = manual_dir / "RAND_CITYSCAPES"
         root = root if root.is_dir() else manual_dir
         complaints = Complaints(f"the SYNTHIA folder {root}")

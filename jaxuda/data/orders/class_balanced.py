@@ -1,4 +1,4 @@
-"""The order in which source images are drawn when rare classes should appear more often."""
+"""An order of source images in which rare classes appear more often."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ SUB_EPOCH = 3000
 
 
 def order(labelled: Any, unlabelled: Any, count: int, config: Any, artifacts: Any) -> np.ndarray:
-    """See `data.orders`; for the classes of the records' label space."""
+    """See `data.orders`; the classes are those of the records' label space."""
     present = classes_of_images(labelled, labelled.label_space.num_classes)
     return class_balanced_order(present, count, config.seed)
 
 
 def classes_of_images(records: Sequence[Record], num_classes: int) -> np.ndarray:
-    """Which classes each labelled record shows: (n, C) bool."""
+    """The classes that each labelled record shows: (n, C) bool."""
     return class_pixels(records, num_classes)[:, :-1] > 0
 
 
 def class_balanced_order(present: np.ndarray, draws: int, seed: int, sub_epoch: int = SUB_EPOCH) -> np.ndarray:
-    """Indices of the images to draw, one after the other, so that rare classes are seen often.
+    """Indices of the images to draw, in order, so that rare classes appear often.
 
-    Draws come in sub-epochs. Within one, share_c = (images with class c drawn so far) / (sum over classes), 0 at
+    Draws come in sub-epochs. In a sub-epoch, share_c = (images with class c drawn so far) / (sum over classes), 0 at
     its start; a class is drawn with probability proportional to 1 / ln(1.01 + share_c), the next image of that
-    class's own shuffled list is taken (the list goes on through the sub-epochs and is shuffled again when used up),
+    class's own shuffled list is taken (the list continues through the sub-epochs and is shuffled again when used up),
     and every class in that image is counted. The finished list of a sub-epoch is shuffled.
 
-    The order follows from the arguments alone, and a longer one begins with a shorter one: a run that resumes makes
-    it again and goes on in the middle. 160,000 draws take seconds.
+    The arguments alone decide the order, and a longer order begins with the shorter one: a run that resumes computes
+    it again and continues in the middle. 160,000 draws take seconds.
 
     Args:
       present: (n, C) bool, as `classes_of_images` makes it. Images without any class are never drawn, nor are
         classes without images.
-      draws: how many indices.
-      seed: of the generator.
+      draws: the number of indices.
+      seed: of the random generator.
       sub_epoch: draws per sub-epoch.
 
     Returns:
@@ -65,7 +65,7 @@ def class_balanced_order(present: np.ndarray, draws: int, seed: int, sub_epoch: 
         for position, uniform in enumerate(rng.random(sub_epoch)):
             share = seen / max(seen.sum(), 1)
             edges = np.cumsum(np.where(drawable, 1 / np.log(1.01 + share), 0))
-            # "right" steps over classes of no width, also at 0.
+            # "right" skips classes of probability 0, also at 0.
             chosen = np.searchsorted(edges, uniform * edges[-1], side="right")
             if used[chosen] == len(lists[chosen]):
                 lists[chosen], used[chosen] = rng.permutation(lists[chosen]), 0

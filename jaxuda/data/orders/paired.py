@@ -1,7 +1,7 @@
-"""Source partners for target images: the images of a pair should show the same classes, or nothing can be associated.
+"""Source partners for target images: a pair should show the same classes, or its features cannot be associated.
 
-The wish of LFASS's report: for each target image, of a few source images drawn at random, the one that best covers the
-classes predicted in it.
+LFASS's report asks for it: for each target image a few source images are drawn at random, and the one that best covers
+the classes predicted in the target image is used.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ FILE = "target_classes.json"
 
 
 def order(labelled: Records, unlabelled: Records, count: int, config: Any, artifacts: Any) -> np.ndarray:
-    """See `data.orders`; `config.pairing` names the target_classes stage, `pairing_pool` is how many candidates."""
+    """See `data.orders`; `config.pairing` names the target_classes stage, `pairing_pool`: the number of candidates."""
     folder = artifacts[config.pairing]
     return partners(folder, labelled, unlabelled, count, config.seed, config.pairing_pool)
 
 
 def class_shares(records: Sequence[Record], num_classes: int) -> np.ndarray:
-    """How much of each labelled record every class covers: (n, C) float32 in 0..1."""
+    """The share of each labelled record that every class covers: (n, C) float32 in 0..1."""
     pixels = class_pixels(records, num_classes)
     return (pixels[:, :-1] / pixels.sum(1, keepdims=True)).astype(np.float32)
 
@@ -36,23 +36,23 @@ def class_shares(records: Sequence[Record], num_classes: int) -> np.ndarray:
 def coverage(candidates: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """(K, C) shares of source images and (C,) of a target image -> (K,) how well each covers it.
 
-    The number of the target's classes that the source shows, and among equals the common area, which is below 1.
+    The number of the target's classes that the source shows, plus the common area (below 1), which decides equals.
     """
     shown = np.sum((candidates > 0) & (wanted > 0), axis=1)
     return shown + np.minimum(candidates, wanted).sum(axis=1)
 
 
 def paired_order(source: np.ndarray, target: np.ndarray, drawn: np.ndarray, seed: int, pool: int) -> np.ndarray:
-    """Indices of the source images that go with target images.
+    """Indices of the source partners of target images.
 
-    The order follows from the arguments alone, and a longer one begins with a shorter one.
+    The arguments alone decide the order, and a longer order begins with the shorter one.
 
     Args:
       source: (n, C) shares of the classes in each source image.
-      target: (m, C) those predicted in each target image.
+      target: (m, C) shares of the predicted classes in each target image.
       drawn: (draws,) indices of the target images in the order of training.
-      seed: of the generator.
-      pool: how many source images are candidates for each target image.
+      seed: of the random generator.
+      pool: the number of source images that are candidates for each target image.
 
     Returns:
       (draws,) int32 indices in 0..n-1.
@@ -71,7 +71,7 @@ def partners(folder: Path, source: Records, target: Records, draws: int, seed: i
     Args:
       folder: the artifacts of a target_classes stage.
       source: labelled records.
-      target: records, all of them predicted by that stage.
+      target: records; that stage must have predicted all of them.
       draws: steps * batch.
       seed: of the run, which decides the order of the target.
       pool: see `paired_order`.

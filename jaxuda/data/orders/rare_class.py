@@ -1,4 +1,4 @@
-"""Rare class sampling: first a class is drawn, a rare one more often, then an image that shows enough of it.
+"""Rare class sampling: a class is drawn, rare ones more often, then an image that shows enough of the class.
 
 (Hoyer, Dai, Van Gool: DAFormer, CVPR 2022, sec. 3.2.)
 """
@@ -13,15 +13,15 @@ import numpy as np
 from jaxuda.data.records import class_pixels
 from jaxuda.errors import UserError
 
-# Of the smallest images that the published least number of pixels was used with, those of SYNTHIA.
+# The smallest image size for which the published minimum of pixels was used: SYNTHIA's.
 _AREA = 1280 * 760
 
 
 def order(labelled: Any, unlabelled: Any, count: int, config: Any, artifacts: Any) -> np.ndarray:
     """See `data.orders`; `config.rare_class_temperature` (0.01) and `config.rare_class_pixels` (3000) may be set.
 
-    An image shows enough of a class if it has more than that many pixels of it; in images that are smaller than
-    SYNTHIA's, as many fewer as they are smaller.
+    An image shows enough of a class if it has more than `rare_class_pixels` pixels of it; in images smaller than
+    SYNTHIA's, this number is smaller in proportion to their area.
     """
     classes = labelled.label_space.classes
     counts = class_pixels(labelled, len(classes))
@@ -35,11 +35,11 @@ def order(labelled: Any, unlabelled: Any, count: int, config: Any, artifacts: An
 
 
 def rare_class_probabilities(pixels: np.ndarray, temperature: float) -> np.ndarray:
-    """How often each class is drawn: softmax of (1 - f) / temperature over the classes that occur.
+    """The probability of drawing each class: softmax of (1 - f) / temperature over the classes that occur.
 
     Args:
-      pixels: (C,) of each class in all images together; f is a class's share in them.
-      temperature: above 0; the lower, the more often rare classes are drawn. Infinite: all alike.
+      pixels: (C,) pixels of each class in all images together; f is a class's share of them.
+      temperature: above 0; a lower one draws rare classes more often. Infinite: all classes alike.
 
     Returns:
       (C,) float64; 0 for classes without pixels.
@@ -54,13 +54,13 @@ def rare_class_order(
 ) -> np.ndarray:
     """Indices of the images to draw; draws are independent of each other.
 
-    The order follows from the arguments alone, and a longer one begins with a shorter one.
+    The arguments alone decide the order, and a longer order begins with the shorter one.
 
     Args:
-      pixels: (C,) of each class in all images together.
+      pixels: (C,) pixels of each class in all images together.
       eligible: (n, C) bool: images that may be drawn for a class. Classes without any are left out.
-      draws: how many indices.
-      seed: of the generator.
+      draws: the number of indices.
+      seed: of the random generator.
       temperature: see `rare_class_probabilities`.
 
     Returns:
@@ -76,7 +76,7 @@ def rare_class_order(
     probabilities = np.where(eligible.any(0), rare_class_probabilities(pixels, temperature), 0)
     edges = np.cumsum(probabilities)
     uniform = np.random.default_rng(np.random.SeedSequence([seed, len(pixels)])).random((draws, 2))
-    # "right" steps over classes of no width, also at 0.
+    # "right" skips classes of probability 0, also at 0.
     chosen = np.searchsorted(edges, uniform[:, 0] * edges[-1], side="right")
     images = [np.flatnonzero(column) for column in eligible.T]
     sizes = np.array([len(each) for each in images])
