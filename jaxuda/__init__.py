@@ -15,15 +15,15 @@ def load(checkpoint: str, network: str = "") -> Predictor:
     """A trained network: `load("runs/minent-streets-seed0/adapt").predict(image)` gives labels and probabilities.
 
     Args:
-      checkpoint: the folder of a training stage, finished or running; its last whole checkpoint is taken.
-      network: which one, where the method has several ("student", "teacher"); default: the one that was evaluated.
+      checkpoint: the folder of a training stage, finished or running; its last valid checkpoint is used.
+      network: its name, if the method has several ("student", "teacher"); default: the one that was evaluated.
 
     Returns:
       See `jaxuda.inference.predictor.Predictor`.
 
     Raises:
-      jaxuda.errors.UserError: there is no such stage, it has no whole checkpoint or no such network, or its network or
-        method is code outside jaxuda that has not been imported.
+      jaxuda.errors.UserError: there is no such stage, it has no valid checkpoint or no such network, or its network or
+        method is code outside jaxuda that is not imported.
     """
     from jaxuda.inference import predictor  # here: `import jaxuda` and the command line's help must not wait for JAX
 

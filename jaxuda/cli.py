@@ -1,6 +1,6 @@
-"""What all commands share: parsing the command line, and turning errors into messages and exit codes.
+"""Shared by all commands: parses the command line, and turns errors into messages and exit codes.
 
-Nothing here imports JAX before a recipe is read: `--help` and a mistyped flag are answered at once.
+Nothing here imports JAX before a recipe is read: `--help` and messages about mistyped flags come at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jaxuda.errors import Interrupted, UserError
 
 INTERRUPTED, MISTAKE = 75, 2
 CONTINUES = "the same command continues from what is saved"
-# What a flag must be, by the type that its parser names.
+# The type that a flag's parser names -> what its value must be.
 _KINDS = {
     "int": "a whole number",
     "float": "a number",
@@ -45,10 +45,10 @@ _CORRECTABLE = {
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:
-    """The flags of a run; `.config` is the recipe with every `--config.FIELD=VALUE` set.
+    """The flags of a run; `.config` is the recipe with every `--config.FIELD=VALUE` applied.
 
     Args:
-      argv: the name of the command, then its words. Of a flag given twice, the last one holds.
+      argv: the name of the command, then its words. If a flag is given twice, the last one counts.
 
     Raises:
       UserError: the recipe cannot be read, or a flag, a field of the recipe or a value is not understood.
@@ -83,7 +83,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
 
 
 def _take_recipe(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """What --config says, and the words without it; of several words --NAME=VALUE of one name, the last alone."""
+    """The value of --config, and the other words; of several words --NAME=VALUE of one name, only the last."""
     recipes, words, rest = [], [argv[0]], iter(argv[1:])
     for word in rest:
         name, equals, value = word.partition("=")
@@ -106,8 +106,8 @@ def load_config(recipe: str) -> ConfigDict:
     """The config of "FILE" or "FILE:BENCHMARK".
 
     Raises:
-      UserError: there is no such file, or it does not make a config. A config is a program and may fail in any way:
-        the message gives its line.
+      UserError: there is no such file, or it does not return a config. A config is a program and may fail in any way:
+        the message has the line of the failure.
     """
     name, *benchmark = recipe.split(":", 1)
     file = Path(name).absolute()
@@ -117,7 +117,7 @@ def load_config(recipe: str) -> ConfigDict:
         found = next((other for other in others if other.stem in close), None)
         hint = f"did you mean {os.path.relpath(found)}?" if found else "--list shows the recipes"
         raise UserError(f"--config {name}: there is no such file; {hint}")
-    # Configs import their neighbours as `configs.NAME`, from wherever the command is run.
+    # Configs import their neighbours as `configs.NAME`, from any current folder.
     if str(file.parent.parent) not in sys.path:
         sys.path.insert(0, str(file.parent.parent))
     loader = importlib.machinery.SourceFileLoader("config_of_the_run", str(file))
@@ -136,7 +136,7 @@ def _config_message(error: Exception, file: Path) -> str:
     """What went wrong in a config file, and where."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == file.parent]
     if isinstance(error, ValueError) and frames and str(frames[-1].line).startswith("raise "):
-        return _text(error)  # what the config says itself, such as which benchmarks it has
+        return _text(error)  # the config's own message, such as the list of its benchmarks
     where = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else str(file)
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({error.filename}, line {error.lineno})"
@@ -144,7 +144,7 @@ def _config_message(error: Exception, file: Path) -> str:
 
 
 def _text(error: BaseException) -> str:
-    """The message of an exception in one line, without the quotes that str() puts around the text of a KeyError."""
+    """The message of an exception in one line; for a KeyError without the quotes that str() adds."""
     while isinstance(error, LookupError | AttributeError) and error.args and isinstance(error.args[0], BaseException):
         error = error.args[0]
     sentence = isinstance(error, KeyError) and error.args and " " in str(error.args[0])
@@ -152,7 +152,7 @@ def _text(error: BaseException) -> str:
 
 
 def _close(name: str, known: Iterable[str]) -> list[str]:
-    """The name in `known` that is most like `name`, if one is."""
+    """[the name in `known` that is most similar to `name`], or [] if none is similar."""
     return difflib.get_close_matches(name, list(known), 1, cutoff=0.75)
 
 
@@ -174,7 +174,7 @@ def _check_fields(config: ConfigDict, words: Sequence[str]) -> None:
 
 
 def _near_field(config: ConfigDict, place: str, section: ConfigDict, name: str) -> str:
-    """What may have been meant: a similar name, or the same one in another section; else all that there is."""
+    """A hint: a similar name, or the same name in another section; else all names of the section."""
     others = [f"config.{n}.{name}" for n, part in config.items() if isinstance(part, ConfigDict) and name in part]
     found = [f"'{close}'" for close in _close(name, section)] or others
     found += [f"config.{name}"] if place != "config" and name in config else []
@@ -191,7 +191,7 @@ def _value_message(error: flags.IllegalFlagValueError, args: flags.FlagValues) -
 
 
 def seeds(text: str) -> list[int]:
-    """The numbers in "0,1,2"; raises UserError if they are none."""
+    """The numbers in "0,1,2"; raises UserError if the text is anything else."""
     if not all(seed.isdecimal() for seed in text.split(",")):
         raise UserError(f"--seeds {text}: must be whole numbers with commas between them")
     return [int(seed) for seed in text.split(",")]
@@ -201,23 +201,23 @@ def unknown(word: str, known: Iterable[str]) -> UserError:
     """The error for a word that a command does not understand; it names a similar flag.
 
     Args:
-      word: as it was given, such as "--sedes=1".
+      word: as the user wrote it, such as "--sedes=1".
       known: the command's flags; those of `jaxuda.main` include "--config.FIELD" for the first level of fields.
     """
     if not word.startswith("-"):
         return UserError(f"not understood: {word} (flags start with --)")
     name, known = word.partition("=")[0], list(known)
-    # What is --data_dir of one command is --config.data_dir of another.
+    # --data_dir of one command is --config.data_dir of another.
     twins = [name.replace("--", "--config.", 1), name.replace("--config.", "--", 1)]
     found = [twin for twin in twins if twin in known and twin != name] or _close(name, known)
     return UserError(f"unknown flag {name}; {f'did you mean {found[0]}?' if found else '--help lists all flags'}")
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of a command with few flags: mistakes raise UserError, and the help keeps its lines."""
+    """The parser of a command with few flags: mistakes raise UserError, and the help keeps its line breaks."""
 
     def __init__(self, command: str, about: str):
-        """command: as it is run, such as "jaxuda.prepare". about: what --help prints under the usage."""
+        """command: its module, such as "jaxuda.prepare". about: the text of --help under the usage."""
         super().__init__(
             f"python -m {command}",
             description=about,
@@ -249,11 +249,11 @@ def guarded(work: Callable[[], None], interrupted: str = CONTINUES) -> int:
     """Runs a command; mistakes, interruptions and a closed pipe become one message and an exit code.
 
     Args:
-      work: the command, its parsing included.
-      interrupted: what Ctrl-C leaves behind, for the user.
+      work: the command, including its parsing.
+      interrupted: the message after Ctrl-C about what is saved.
 
     Returns:
-      0 done, `INTERRUPTED`, or `MISTAKE`. Other exceptions are faults of the program and pass through.
+      0 for success, `INTERRUPTED`, or `MISTAKE`. Other exceptions are bugs and are not caught.
     """
     code = 0
     try:
@@ -289,9 +289,9 @@ def _leave(code: int, message: str) -> int:
 
 
 def reader_left(stream: TextIO) -> bool:
-    """Whether nobody reads our output any more, as after `| head`; what is left of it then goes nowhere.
+    """Whether nobody reads our output any more, as after `| head`; then the rest of it is dropped.
 
-    Without that Python would complain about it once more when it exits.
+    Otherwise Python would report the closed pipe once more when it exits.
     """
     poll = select.poll()
     poll.register(stream, select.POLLOUT)
@@ -303,9 +303,9 @@ def reader_left(stream: TextIO) -> bool:
 
 @contextlib.contextmanager
 def _exit_on_termination() -> Iterator[None]:
-    """SIGTERM ends the process at once, wherever no training loop takes it more gently, as a requeue expects it.
+    """SIGTERM ends the process at once, as a requeue expects, except where a training loop saves first.
 
-    Nothing is lost, as nothing is when it is killed; an exception instead could come where Python swallows it.
+    Nothing is lost, as after a kill. An exception instead could be raised where Python ignores it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

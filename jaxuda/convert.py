@@ -1,12 +1,12 @@
-"""Weights between torch's files and jaxuda. Nothing in a file is run, and torch is not needed.
+"""Converts weights between torch files and jaxuda. Nothing in a file is run, and torch is not needed.
 
 python -m jaxuda.convert FILE --imagenet NETWORK
-    ImageNet weights, which configs with init="imagenet" start from; kept beside the datasets.
+    ImageNet weights, from which configs with init="imagenet" start; kept beside the datasets.
 python -m jaxuda.convert FILE --config configs/advent.py:gta5 [--stage adapt] [--out DIR]
     a published checkpoint of a whole network, for --mode eval, --mode predict, or as another run's init.
 python -m jaxuda.convert STAGE --export FILE
-    back again: a stage's folder (its last checkpoint) as FILE.pth or FILE.safetensors for torch. For a network outside
-    jaxuda add --config, the recipe that names it.
+    the reverse: the last checkpoint in a stage's folder as FILE.pth or FILE.safetensors for torch. For a network
+    outside jaxuda add --config, the recipe that names it.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from jaxuda.errors import UserError
 
 
 def convert(argv: list[str] | None = None) -> None:
-    """What the command line asks for."""
+    """Runs what the command line asks for."""
     parser = Parser("jaxuda.convert", __doc__)
     parser.add_argument("file", type=Path, help="a .pth or .safetensors file; to export, a stage's folder")
-    parser.add_argument("--imagenet", metavar="NETWORK", help="as python -m jaxuda.main --list names it")
-    parser.add_argument("--data_dir", default="", help="where datasets and weights are (default: as in a config)")
+    parser.add_argument("--imagenet", metavar="NETWORK", help="its name in python -m jaxuda.main --list")
+    parser.add_argument("--data_dir", default="", help="the folder of datasets and weights (default: as in a config)")
     parser.add_argument("--config", help="the recipe whose network FILE is of; --config.FIELD=VALUE works too")
-    parser.add_argument("--stage", default="", help="of that recipe (default: the last one that adapts)")
+    parser.add_argument("--stage", default="", help="the stage of that recipe (default: the last one that adapts)")
     parser.add_argument("--out", type=Path, help="where to write (default: DATA_DIR/weights/NAME_OF_FILE)")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write this torch file")
-    parser.add_argument("--layout", default="", help="its names (default: those of the most similar published network)")
+    parser.add_argument("--layout", default="", help="names of variables (default: those of the most similar network)")
     args, overrides = parser.parse_with_fields(argv)
     from jaxuda.inference import conversion  # here: --help must not wait for JAX
     from jaxuda.pipeline import stages
     from jaxuda.training import weights
 
     if [bool(args.imagenet), bool(args.config and not args.export), bool(args.export)].count(True) != 1:
-        raise UserError("say one of --imagenet NETWORK, --config FILE and --export FILE (--help tells which)")
+        raise UserError("give one of --imagenet NETWORK, --config FILE and --export FILE (see --help)")
     if overrides and not args.config:
         raise UserError(f"not understood: {' '.join(overrides)}")
     config = parse(["jaxuda.convert", f"--config={args.config}", *overrides]).config if args.config else None
@@ -57,7 +57,7 @@ def convert(argv: list[str] | None = None) -> None:
 
 
 def _trained_stage(config: ConfigDict, name: str) -> str:
-    """The training stage called `name`; "": the last that trains without the target's labels, as most checkpoints."""
+    """The training stage called `name`; "": the last one that does not train on the target's labels."""
     trained = [stage for stage in config.pipeline if "train" in config[stage]]
     if name and name not in trained:
         raise UserError(f"--stage {name}: this recipe's training stages are {', '.join(trained)}")

@@ -1,8 +1,8 @@
-"""The one error that users are meant to see, and how a run says that it was asked to stop."""
+"""The one error for users, and the exception of a run that was asked to stop."""
 
 
 class UserError(Exception):
-    """Something the user can mend; the command line prints its text alone, without a traceback, and exits with 2."""
+    """Something that the user can fix; the command line prints only its text, without a traceback, and exits with 2."""
 
 
 class Interrupted(Exception):

@@ -1,17 +1,17 @@
 """python -m jaxuda.main --config configs/minent.py[:BENCHMARK] [--config.FIELD=VALUE ...]
 
-Runs a recipe, or continues it: the same command again goes on where it stopped.
+Runs a recipe, or continues it: the same command again continues a run that was stopped.
 
   --list                      the recipes, benchmarks, datasets and weights, and how to get what is missing
-  --config FILE[:BENCHMARK]   the recipe; any field is set by --config.adapt.lr=0.01 and the like
+  --config FILE[:BENCHMARK]   the recipe; set any field with --config.adapt.lr=0.01 and the like
   --workdir DIR               where results go (default runs/CONFIG-BENCHMARK-seedN)
   --seeds 0,1,2               one run per seed, then mean and spread
   --from_stage NAME           set this stage and all after it aside, and run from there
   --mode run|eval|predict     eval: score --checkpoint; predict: label --images 'GLOB' with --checkpoint
   --checkpoint DIR            a stage's folder, such as runs/minent-streets-seed0/adapt
-  --dry_run                   trains nothing: says what each stage takes (parameters, arithmetic, memory, time)
-  --distributed               one of several processes, as srun or mpirun start them; elsewhere give each
-                              --coordinator HOST:PORT --processes N --process 0..N-1 (HOST is that of process 0)
+  --dry_run                   train nothing; print what each stage costs (parameters, arithmetic, memory, time)
+  --distributed               one of several processes, as srun or mpirun start them; elsewhere give each process
+                              --coordinator HOST:PORT --processes N --process 0..N-1 (HOST runs process 0)
 
 For a start, without any data of your own:
 
@@ -23,8 +23,8 @@ For a start, without any data of your own:
 Other commands, each with its own --help: jaxuda.prepare (datasets, your own folders), jaxuda.report (pages and
 comparisons), jaxuda.report.pictures, jaxuda.table (many runs in one table), jaxuda.convert (torch's checkpoints).
 
-Of a flag given twice, the last one holds. Exit codes of all commands: 0 done, 75 interrupted (run the same command to
-continue), 2 a mistake to correct, 1 anything else.
+If a flag is given twice, the last one counts. Exit codes of all commands: 0 done, 75 interrupted (run the same command
+to continue), 2 a mistake to correct, 1 anything else.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from jaxuda.errors import Interrupted, UserError
 
 
 def join_processes(args: flags.FlagValues) -> None:
-    """Meets the other processes of the run, if there are any."""
+    """Connects to the other processes of the run, if there are any."""
     if args.distributed or args.coordinator or args.processes or args.process is not None:
         if args.mode != "run":
             raise UserError(f"--mode {args.mode} runs in a single process, with all the devices that it sees")
@@ -51,7 +51,7 @@ def join_processes(args: flags.FlagValues) -> None:
 
 
 def default_workdir(config: ConfigDict, workdir: str) -> Path:
-    """The work folder that the user names, or one named after the run."""
+    """The work folder that the user names, else one named after the run."""
     return Path(workdir) if workdir else Path("runs") / f"{config.name}-{config.benchmark}-seed{config.seed}"
 
 
@@ -88,7 +88,7 @@ def run_seeds(config: ConfigDict, chosen: list[int], workdir: str, from_stage: s
 
 
 def run_mode(argv: list[str]) -> None:
-    """What the command line asks for."""
+    """Runs what the command line asks for."""
     if "--help" in argv or "-h" in argv:
         print(__doc__)
         return

@@ -1,6 +1,6 @@
-"""Modules that a config names: adaptation methods, networks, optimizers, datasets, orders of drawing, sweeps.
+"""Loads modules that a config names: adaptation methods, networks, optimizers, datasets, orders of drawing, sweeps.
 
-A plain name is a file in the package of its kind. A dotted path ("mypackage.mymethod") is a module of the user's own.
+A plain name is a file in the package of its kind. A dotted path ("mypackage.mymethod") is a module of the user.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ def names(package: str, function: str) -> list[str]:
 
 
 def load(package: str, function: str, name: str, field: str, *, imported: bool = False) -> ModuleType:
-    """The module called `name`, and no other, so that a run imports only what it needs.
+    """Imports the module called `name`, and no other, so that a run imports only what it needs.
 
     Args:
       package: dotted name of the package in which plain names are looked up.
       function: what the module must define.
-      name: of a file in `package`, or a dotted path.
-      field: of the config, where the name stands.
-      imported: a dotted path must have been imported before. For names that come from a work folder: a folder that
+      name: a file in `package`, or a dotted path.
+      field: the field of the config that holds the name.
+      imported: whether a dotted path must be imported already. True for names from a work folder: a folder that
         somebody else made must not run code that the user has not chosen.
 
     Raises:
@@ -43,7 +43,7 @@ def load(package: str, function: str, name: str, field: str, *, imported: bool =
 
 
 def _own(function: str, path: str, field: str, imported: bool) -> ModuleType:
-    """A module of the user's own."""
+    """A module of the user."""
     if imported and path not in sys.modules:
         raise UserError(
             f"{field}={path!r} is code outside jaxuda, and a work folder alone must not run it: give the config that "

@@ -3,8 +3,8 @@
   python -m jaxuda.prepare camvid --manual_dir DIR     all configs of a dataset; camvid/day prepares one
   python -m jaxuda.prepare folder --path DIR           your own images, with or without labels
 
-python -m jaxuda.main --list shows all datasets. What was prepared with --data_dir DIR is used with
---config.data_dir=DIR by jaxuda.main and jaxuda.table, with --data_dir DIR by jaxuda.convert.
+python -m jaxuda.main --list shows all datasets. To use data prepared with --data_dir DIR, give jaxuda.main and
+jaxuda.table --config.data_dir=DIR, and jaxuda.convert --data_dir DIR.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("name", help="a dataset, one of its configs (camvid/day), or the dotted path of your own")
     parser.add_argument("--manual_dir", help="folder with the dataset's published files")
     parser.add_argument("--path", default="", help="your own folder, for the dataset 'folder'")
-    where = "where prepared data goes (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"
+    where = "the folder of prepared data (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"
     parser.add_argument("--data_dir", help=where)
     prepare(**vars(parser.parse_args(argv)))
 

@@ -1,9 +1,9 @@
 """python -m jaxuda.table --configs configs/source_only.py,configs/minent.py [--benchmarks streets,camvid] [--seeds 0,1]
 
 Runs or resumes every method on every benchmark with every seed, and prints mean and spread of the mIoU.
-Stages that several methods share (source only, oracle) are trained once per benchmark and seed; where a method has
-its own, they have its name. The table is also written to RUNS/table.md and RUNS/table.json. Further words
-(--config.FIELD=VALUE) go to every run.
+Stages that several methods share (source only, oracle) are trained once per benchmark and seed; a method's own stages
+have its name. The table is also written to RUNS/table.md and RUNS/table.json. Further words (--config.FIELD=VALUE)
+apply to every run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxuda.main import run_and_report
 
 
 def run(argv: list[str] | None) -> None:
-    """Parses, and runs all."""
+    """Parses the command line, and runs the table."""
     parser = Parser("jaxuda.table", __doc__)
     parser.add_argument("--configs", required=True, type=lambda text: text.split(","), help="comma-separated files")
     parser.add_argument("--benchmarks", default="streets", help="comma-separated")
@@ -30,7 +30,7 @@ def run(argv: list[str] | None) -> None:
 
 
 def run_all(args: argparse.Namespace, overrides: list[str]) -> None:
-    """All runs of the table, then the table; nothing runs if some of them cannot be compared."""
+    """Does all runs, then prints the table; nothing runs if some of them cannot be compared."""
     from jaxuda.pipeline import tables  # here: --help must not wait for JAX
     from jaxuda.pipeline.results import check_comparable
 

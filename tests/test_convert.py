@@ -231,7 +231,7 @@ def test_order_of_16_plca_classes() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "say one of --imagenet NETWORK, --config FILE and --export FILE"),
+        ([], "give one of --imagenet NETWORK, --config FILE and --export FILE"),
         (["--imagenet=resnet34"], "no ImageNet weights are known for 'resnet34' (known: resnet18"),
         (["--imagenet=resnet50-torchvision"], "the torch checkpoint does not fit"),
         (["--imagenet=vgg16-caffe"], "no backbone of the kind vgg16"),

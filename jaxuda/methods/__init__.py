@@ -11,9 +11,9 @@ gradients are added. Each function has the form
     pass_(params, carry, batch, *, step, model, config, constants, keys, axis_name) -> (scalar, carry)
 
 params: {"model": the network's parameters, and what `init` added}.
-carry: a `Carry`: batch statistics, the method's own state, values and metrics, as the pass before left them.
+carry: a `Carry`: batch statistics, the method's own state, values and metrics, as the previous pass returned them.
 batch: {"source": {"image" (N, H, W, 3) float, normalised; "label" (N, H, W) int32, 255 = ignore; "depth" (N, H, W)
-  float where the data have it}, "target": {"image"}}, of the domains that the stage has; N is this device's part.
+  float if the data have it}, "target": {"image"}}, for the domains of the stage; N: this device's share of the part.
 step: int32 scalar, the number of updates done before this one.
 model: the network, a Flax module; see `jaxuda.models`.
 config: the stage's settings.
@@ -22,8 +22,8 @@ keys: `Keys`; take `keys.use("a name")` for each purpose.
 axis_name: the device axis, or None on one device.
 
 A pass returns GLOBAL values: losses and metrics reduce sums and counts over `axis_name` before they divide. The
-library then takes the mean of the gradients over the devices, once. Metrics are scalars; `loss`, the sum of the
-scalars that the passes return, is added to them.
+library then averages the gradients over the devices, once. Metrics are scalars; the library adds the metric `loss`,
+the sum of the scalars that the passes return.
 
 Optional functions:
 
@@ -32,19 +32,19 @@ Optional functions:
     init(key, *, model, variables, batch, config, artifacts, weights) -> Start
         Further parameters, state and constants. variables: {"params", "batch_stats"} of the network before the first
         step, also when a checkpoint is restored. batch: zeros, with the right shapes. artifacts: stage -> folder of
-        the files that the stages named in `reads` wrote; {} while a recipe is checked. weights(name): the network's
+        its artifacts, for the stages named in `reads`; {} while a recipe is checked. weights(name): the network's
         variables with the backbone of other converted weights, named in the stage's field `weights`.
     before_passes(params, carry, batch, *, step, model, ...) -> carry
         Runs before the passes of each part, without a gradient: for a teacher's pseudo-labels, mixed images.
     after_update(state, *, config) -> state
-        Runs once per update, however many parts the batch has: for an EMA teacher. `state` is a `TrainState`.
+        Runs once per update, for any number of parts of the batch: for an EMA teacher. `state` is a `TrainState`.
     evaluated(state, *, config) -> {"student": variables, "teacher": variables}
         The networks in a state; all their arrays are arrays of the state. Default: the student alone.
     predict(variables, images, *, model, config) -> probabilities (N, h, w, C)
         Needed if evaluation is more than the softmax of the network's main output.
 
-Before anything trains, each stage's step is traced on abstract values, so that a field that the config lacks, a value
-that no pass kept, a changed structure or a metric written twice is reported by name at once.
+Before training starts, each stage's step is traced on abstract values: a field that the config lacks, a value that no
+pass kept, a changed structure or a metric written twice is reported by name at once.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Start(NamedTuple):
     """What a method adds before the first step.
 
     params: further learnable modules, by name ({"discriminator": ...}).
-    extra: the method's own state, a pytree that training moves and checkpoints keep.
+    extra: the method's own state, a pytree that training updates and checkpoints save.
     constants: a pytree that passes read; neither trained nor saved (a frozen network).
     """
 
@@ -110,7 +110,7 @@ class Carry(NamedTuple):
     metrics: Mapping[str, jax.Array]
 
     def log(self, **metrics: jax.Array) -> Carry:
-        """The carry with more metrics; raises UserError if one of them is already there."""
+        """The carry with more metrics; raises UserError if it has one of them already."""
         if twice := sorted(self.metrics.keys() & metrics.keys()):
             raise UserError(f"the metric '{twice[0]}' is written twice in one step: give each its own name")
         return self._replace(metrics={**self.metrics, **metrics})

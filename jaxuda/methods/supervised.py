@@ -1,4 +1,4 @@
-"""What all methods share: a forward pass, and the supervised loss on the source."""
+"""Shared by all methods: a forward pass, and the supervised loss on the source."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def forward(
     Args:
       model: the network.
       params: its parameters.
-      carry: its running statistics are read and moved.
+      carry: its running statistics are read and updated.
       images: (N, H, W, 3) normalised float images.
-      keys: those of the pass.
+      keys: the keys of the pass.
       use: what the forward pass is for; dropout draws independently for each use.
       axis_name: the device axis over which batch statistics are taken, or None.
 
     Returns:
-      The outputs at network resolution, and the carry with the moved running statistics.
+      The outputs at network resolution, and the carry with the updated running statistics.
     """
     keys = keys.use(use)
     outputs, updated = model.clone(axis_name=axis_name).apply(
@@ -47,7 +47,7 @@ def forward(
 def supervise(
     params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, keys: Keys, axis_name: str | None, **_: Any
 ) -> tuple[Outputs, jax.Array, Carry]:
-    """A forward pass on the source, with `supervised_loss`: most source passes start with it; it logs the terms."""
+    """A forward pass on the source and `supervised_loss`, with its terms logged; most source passes start with it."""
     source = batch["source"]
     outputs, carry = forward(
         model, params["model"], carry, source["image"], keys=keys, use="source", axis_name=axis_name
@@ -63,7 +63,7 @@ def source_pass(params: PyTree, carry: Carry, batch: PyTree, **given: Any) -> tu
 
 
 def upsample(logits: jax.Array, images: jax.Array, config: Any) -> jax.Array:
-    """Logits (N, h, w, C) at the size of `images` (N, H, W, 3)."""
+    """Resizes logits (N, h, w, C) to the size of `images` (N, H, W, 3)."""
     return resize_bilinear(logits, images.shape[1:3], align_corners=config.align_corners)
 
 
@@ -73,7 +73,7 @@ def supervised_loss(
     """CE(up(main)) + lambda_aux * CE(up(aux)) + lambda_lovasz * Lovasz-softmax(main).
 
     Args:
-      outputs: of the source images.
+      outputs: those of the source images.
       batch: "image" (N, H, W, 3) and "label" (N, H, W) int32, 255 = ignore.
       config: `lambda_aux` is used if the network has a second level; `lambda_lovasz` = 0 drops the
         Lovasz term; `lovasz_shrink` computes it on a grid that many times smaller than the image
