@@ -17,7 +17,7 @@ PATIENCE = 240  # seconds; machines that run tests can be busy
 
 
 class Browser:
-    """One page. `problems` are errors and warnings that its console has seen, and requests it made.
+    """One page. `problems`: errors and warnings of its console, and requests that it made.
 
     Use as a context manager.
     """
@@ -104,18 +104,18 @@ class Browser:
             self._read()
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression gives."""
+        """The value of a JavaScript expression."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def press(self, key: str, code: int) -> None:
-        """One key, as from a keyboard. code: its Windows virtual key code, which Chromium goes by."""
+        """Presses one key, as on a keyboard. code: its Windows virtual key code, which Chromium uses."""
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
     def names(self, role: str) -> list[str]:
-        """The accessible names of all elements of a role, as a screen reader is given them."""
+        """The accessible names of all elements of a role, as a screen reader gets them."""
         nodes = self.call("Accessibility.getFullAXTree")["nodes"]
         return [
             node.get("name", {}).get("value", "")

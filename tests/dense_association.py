@@ -1,4 +1,4 @@
-"""Cycle association with all similarities in memory: the oracle of the streaming one, and what benchmarks compare."""
+"""Cycle association with all similarities in memory: the reference for the streaming form, in tests and benchmarks."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from jax import lax
 
 
 def similarities(x, y, metric):
-    """(P, Q) of (P, A) and (Q, A)."""
+    """(P, Q) similarities of (P, A) and (Q, A)."""
     if metric == "cosine":
         unit = lambda z: z / jnp.maximum(jnp.linalg.norm(z, axis=-1, keepdims=True), 1e-12)  # noqa: E731
         return jnp.matmul(unit(x), unit(y).T, precision="highest")
@@ -45,7 +45,7 @@ def one_pair(x, y, metric, share):
 
 
 def loss(source, target, labels, metric="cosine", share=0.5):
-    """Of (N, h, w, A) maps and (N, h, w) labels."""
+    """The loss of (N, h, w, A) maps and (N, h, w) labels."""
     total = count = 0
     for x, y, label in zip(source, target, labels, strict=True):
         label = label.reshape(-1)

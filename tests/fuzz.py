@@ -1,10 +1,10 @@
-"""A coverage-guided fuzzer of the readers of users' files; test_fuzz.py starts it, since it takes its process over.
+"""A coverage-guided fuzzer of the readers of users' files; test_fuzz.py starts it, since it needs its own process.
 
     pip install -e '.[dev,fuzz]'
     python tests/fuzz.py pth FOLDER -runs=100000
 
-FOLDER gets the inputs that reach new code; what ends in anything but a `UserError` is printed with its traceback and
-kept as crash-... in the present folder. All that libFuzzer takes may follow, as -max_total_time=600 or -rss_limit_mb.
+FOLDER gets the inputs that reach new code. If an input raises anything but a `UserError`, the traceback is printed and
+the input saved as crash-... in the current folder. libFuzzer's flags may follow: -max_total_time=600, -rss_limit_mb.
 """
 
 import contextlib
@@ -39,11 +39,11 @@ CLASSES = {
 def read_image(file: Path) -> None:
     try:
         encoding.read_image_file(file.read_bytes())
-    except ValueError as error:  # which `prepare` tells with the file's name
+    except ValueError as error:  # `prepare` reports it with the file's name
         raise UserError(str(error)) from error
 
 
-# The name of the file, what reads it, and what writes a whole one to start from.
+# The name of the file, its reader, and the writer of a valid file to start from.
 READERS: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object]]] = {
     "pth": ("weights.pth", read_tensors, lambda file: file.write_bytes(pth_bytes(ARRAYS))),
     "safetensors": ("weights.safetensors", read_tensors, lambda file: file.write_bytes(safetensors_bytes(ARRAYS))),

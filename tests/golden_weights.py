@@ -1,4 +1,4 @@
-"""The deterministic weights and inputs that the golden networks were evaluated with."""
+"""The deterministic weights and inputs with which the golden networks were evaluated."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def _tensor(key: str, shape: tuple[int, ...], seed_prefix: str, last_norm: str) 
 
 
 def random_variables(model, *inputs):
-    """Variables shaped as `init` makes them, drawn by NumPy: compiling the initialisers takes seconds."""
+    """Variables with the shapes of `init`, drawn by NumPy: compiling the initialisers takes seconds."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):

@@ -34,7 +34,7 @@ def grey(file: Path, label: np.ndarray) -> np.ndarray:
 
 
 def palette(file: Path, label: np.ndarray) -> np.ndarray:
-    """Writes ids as palette PNG, in colours that tell nothing of them, some of them transparent."""
+    """Writes ids as palette PNG, in colours that are unrelated to them; some are transparent."""
     file.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray(label, "P")
     picture.putpalette(np.random.default_rng(9).integers(0, 256, 768, np.uint8).tobytes())
@@ -78,7 +78,7 @@ def depth(file: Path, size: tuple[int, int] = SIZE) -> np.ndarray:
 
 
 def gta5(root: Path, count: int = 3) -> Path:
-    """images, labels; image and label of the last differ in size."""
+    """images, labels; the last image and its label differ in size."""
     for index in range(1, count + 1):
         image(root / "images" / f"{index:05d}.png", seed=index)
         palette(root / "labels" / f"{index:05d}.png", ids(range(35), (12, 8) if index == count else SIZE))

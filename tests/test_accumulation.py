@@ -1,5 +1,5 @@
-"""A batch is cut into the same parts on any number of devices. (That their update is that of the batch:
-tests/methods/test_contract.py.)"""
+"""A batch is cut into the same parts on any number of devices. (tests/methods/test_contract.py compares the updates
+of parts and of the whole batch.)"""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from jaxuda.training.step import split
 
 
 def test_devices_share_each_part() -> None:
-    """Cut over devices first or not, part k has the same images."""
+    """Part k has the same images, whether the batch is first cut over devices or not."""
     whole = split(np.arange(8), 2)
     halves = [split(part, 2) for part in np.split(np.arange(8), 2)]
     np.testing.assert_array_equal(whole, np.concatenate(halves, axis=1))

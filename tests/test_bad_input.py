@@ -1,6 +1,6 @@
-"""Whatever is read from users ends in a `UserError`, with bounded memory, or is read: mutated files, hostile names.
+"""Every file of a user is read or ends in a `UserError`, with bounded memory: mutated files, hostile names.
 
-`--examples 2000` tries that many of each kind in place of the usual few.
+`--examples 2000` tries that many of each kind instead of the usual few.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def examples(request: pytest.FixtureRequest) -> int:
 
 @contextlib.contextmanager
 def at_most(limit: int) -> Iterator[None]:
-    """Python and NumPy may hold no more bytes than that at any moment."""
+    """Python and NumPy may not hold more than `limit` bytes at any moment."""
     tracemalloc.start()
     try:
         yield
@@ -52,7 +52,7 @@ def at_most(limit: int) -> Iterator[None]:
 
 
 def mutated(content: bytes, rng: np.random.Generator) -> bytes:
-    """Some bytes changed, cut out, repeated or cut off; half of the places lie in the first 200 bytes."""
+    """Some bytes changed, removed, repeated or cut off; half of the places are in the first 200 bytes."""
     data = bytearray(content)
     for _ in range(rng.integers(1, 6)):
         place = int(rng.integers(min(len(data), 200) if rng.random() < 0.5 else len(data)))
@@ -223,7 +223,7 @@ def test_any_json_as_classes(tmp_path_factory: pytest.TempPathFactory, content) 
         config = Folder.config_of(str(folder))
     except UserError:
         return
-    (folder / config.name).mkdir()  # is short enough, and leads nowhere else
+    (folder / config.name).mkdir()  # is short enough, and stays inside the folder
     space, table = records._folder_labels(classes, None, "folder")
     assert set(table.tolist()) <= {*range(space.num_classes), labels.IGNORE}
     assert all(table[raw] == index for index, entry in enumerate(classes["classes"]) for raw in entry["ids"])

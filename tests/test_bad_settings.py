@@ -1,4 +1,4 @@
-"""Settings and config files that make no sense end in one message."""
+"""Invalid settings and config files end in one message."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""Checkpoints are whole, verified, and kept as promised."""
+"""Checkpoints are valid, verified, and kept as promised."""
 
 import shutil
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_damage_is_found(saved: Checkpoints, state: TrainState, tmp_path: Path, 
         saved.read(2)
     assert saved.newest() == 1
     assert len(saved.told) == 1 and str(folder) in saved.told[0]
-    saved.save(2, state)  # the place is free again
+    saved.save(2, state)  # the step can be saved again
     assert saved.newest() == 2
 
 
@@ -95,7 +95,7 @@ def test_other_network_is_named(state: TrainState) -> None:
 
 
 def test_full_disk_while_writing(saved: Checkpoints, state: TrainState, tmp_path: Path, monkeypatch) -> None:
-    """The disk fills up after the check: what was there before stays."""
+    """The disk fills up after the check: earlier checkpoints stay."""
     saved.save(1, state)
 
     def fail(*_, **__):

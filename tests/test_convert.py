@@ -1,4 +1,4 @@
-"""The convert command, and runs that start from what it makes."""
+"""The convert command, and runs that start from converted weights."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def random_tiny() -> dict:
 
 
 def torchvision_file(path: Path) -> tuple[Path, dict]:
-    """A classifier of images named as torchvision's are."""
+    """An image classifier with the names of torchvision's."""
     variables = random_tiny()
     save_torch(variables, TINY, path, "plca")
     state = {
@@ -84,7 +84,7 @@ def test_run_starts_from_imagenet_weights(data: dict, tmp_path: Path, capsys) ->
     for name, array in backbone.items():
         np.testing.assert_array_equal(trained[f"params.backbone.{name}"], array)
 
-    # Other weights are another stage.
+    # Other weights make another stage.
     folder = weights.imagenet_folder("resnet18", data["data_dir"])
     record = json.loads((folder / "stage.json").read_text())
     (folder / "stage.json").write_text(json.dumps(record | {"weights": "others"}))
@@ -110,7 +110,7 @@ def eval_as_written_by_earlier_builds(folder: Path, words: list[str], capsys) ->
 
 
 def test_checkpoint_in_and_out_again(data: dict, tmp_path: Path, capsys) -> None:
-    """In, as the start of a run with other classes, evaluated, out, and in again."""
+    """Converted, used as the start of a run with other classes, evaluated, exported, and converted again."""
     variables, file, folder = random_tiny(), tmp_path / "published.pth", tmp_path / "published"
     save_torch(variables, TINY, file)
     assert sorted({name.split(".")[0] for name in read_tensors(file)}) == ["classifier", "feature_extractor"]
@@ -223,7 +223,7 @@ def test_classes_of_plca_are_brought_to_our_order(tmp_path: Path) -> None:
 
 
 def test_order_of_16_plca_classes() -> None:
-    # Terrain (9), truck (14) and train (16) are not among them, and not among PLCA_ORDER's first 16.
+    # The 16 classes lack terrain (9), truck (14) and train (16), as do the first 16 of PLCA_ORDER.
     sixteen = [i for i in range(19) if i not in (9, 14, 16)]
     assert [sixteen[i] for i in DeepLabV2(16).torch_layouts()["plca"].order] == list(PLCA_ORDER[:16])
 
@@ -269,7 +269,7 @@ def test_hostile_and_broken_files_are_refused_in_one_line(tmp_path: Path, capsys
             assert message.startswith("error: ") and str(file) in message and message.count("\n") == 1
     assert not victim.exists() and not (tmp_path / "out").exists()
     pickle.loads(hostile)
-    assert victim.exists()  # it was one
+    assert victim.exists()  # proof that the file was hostile
 
     whole.rename(tmp_path / "weights.of_unknown_kind")
     words = [str(tmp_path / "weights.of_unknown_kind"), *TINY_WORDS, f"--out={tmp_path / 'out'}"]

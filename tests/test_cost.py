@@ -1,4 +1,4 @@
-"""What is said of a training stage before it runs."""
+"""The cost of a training stage, found before it runs."""
 
 import re
 from pathlib import Path
@@ -31,14 +31,14 @@ def test_operations_of_products_convolutions_and_loops() -> None:
 
 
 def test_bytes_alive_at_once() -> None:
-    """The argument, and of the two arrays that follow each other the one before and the one after."""
+    """The argument, and at each operation its input and its output."""
     chain = lambda x: jnp.sum(jnp.exp(jnp.sin(jnp.cos(x))))  # noqa: E731
     assert cost.traced_bytes(trace(chain, (1000,))) == 3 * 4000
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
 def test_computing_twice_needs_less_memory(backbone: str) -> None:
-    """That it changes no gradient is tested in tests/methods/test_plca.py."""
+    """tests/methods/test_plca.py tests that the gradients do not change."""
     plain, twice = (
         DeepLabV2(4, backbone, "torchvision", width=8, blocks=(2, 2, 2, 2), remat=flag) for flag in (False, True)
     )
@@ -59,7 +59,7 @@ def test_computing_twice_needs_less_memory(backbone: str) -> None:
 
 
 def test_memory_and_parts_of_all_stages_by_one_field() -> None:
-    """And configs that do not ask for them resolve as if there were no such fields."""
+    """Configs that do not set the fields resolve as if there were no such fields."""
     config = parse(["jaxuda", f"--config={ROOT}/configs/minent.py"]).config
     plain = resolve("adapt", config).to_dict()
     assert "accumulate" not in plain and "remat" not in plain["model"]
@@ -72,7 +72,7 @@ def test_memory_and_parts_of_all_stages_by_one_field() -> None:
 def test_dry_run_trains_nothing(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     words = ["--config=tests/small_recipe.py:camvid", f"--workdir={tmp_path / 'run'}", "--config.devices=2"]
-    words += ["--config.model.dtype=float32", f"--config.data_dir={tmp_path}"]  # where there are no data
+    words += ["--config.model.dtype=float32", f"--config.data_dir={tmp_path}"]  # a folder without data
     assert main(["jaxuda", *words, "--dry_run"]) == 0
     printed = capsys.readouterr().out
     row = re.search(r"source_only +([\d.]+) M +(\d+) +([\d.e-]+) +([\d.]+) +([\d.]+) +[\d.e-]+\*? +3 ", printed)

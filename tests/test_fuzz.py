@@ -1,4 +1,4 @@
-"""The coverage-guided fuzzer of fuzz.py finds nothing, where it is installed: `pip install -e '.[dev,fuzz]'`."""
+"""The coverage-guided fuzzer of fuzz.py finds nothing, if it is installed: `pip install -e '.[dev,fuzz]'`."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ READERS = ["pth", "safetensors", "npz", "image", "classes", "split"]
 @pytest.mark.fuzz
 @pytest.mark.parametrize("reader", READERS)
 def test_fuzzer_finds_nothing(reader: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """At most ten seconds and 2 GiB for one input, and only errors that are meant for users."""
+    """One input takes at most ten seconds and 2 GiB, and raises only errors that are meant for users."""
     pytest.importorskip("atheris", reason="atheris is not installed: pip install -e '.[fuzz]'")
     limits = ["-timeout=10", "-rss_limit_mb=2048", f"-runs={100 * request.config.getoption('--examples')}"]
     command = [sys.executable, str(SCRIPT), reader, str(tmp_path / "corpus"), "-seed=1", *limits]

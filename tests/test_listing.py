@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def sections(tmp_path, monkeypatch, capsys):
-    """Prints the list for a data folder and gives its lines by section: title -> first word -> rest of the line."""
+    """Prints the list for a data folder and returns its lines by section: title -> first word -> rest of the line."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
 

@@ -69,7 +69,7 @@ def assert_same_states(ours: Path, theirs: Path) -> None:
 
 
 def oracle_alone(data: dict, workdir: Path) -> list[str]:
-    """A command with one stage, which has no neighbour to be taken over from."""
+    """A command with one stage, which cannot be reused from a neighbour."""
     return ["jaxuda", *tiny.arguments("source_only", workdir=workdir, **data), "--config.pipeline=('oracle',)"]
 
 
@@ -214,7 +214,7 @@ def test_checkpoints_are_kept_on_request(data: dict, tmp_path) -> None:
 @pytest.mark.parametrize("stage", ["source_only", "adapt", "oracle"])
 def test_killed_run_continues_to_the_same_parameters(finished: Path, data: dict, tmp_path, stage: str) -> None:
     workdir = tmp_path / "run"
-    # Nothing to adopt: the undisturbed run lies elsewhere.
+    # Nothing to reuse: the undisturbed run is in another folder.
     words = [sys.executable, "-m", "jaxuda.main", *tiny.arguments("minent", workdir=workdir, **data)]
     environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"]}
     run = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
@@ -310,7 +310,7 @@ def test_loss_that_is_not_finite_names_step_and_images(data: dict, tmp_path, cap
 def test_the_last_good_state_survives_what_is_not_finite(
     finished: Path, data: dict, tmp_path, capsys, monkeypatch, where: str
 ) -> None:
-    """A gradient may be infinite where the loss is not: what has come of it is not saved either."""
+    """A finite loss may have an infinite gradient: the resulting state is not saved either."""
     make_step = loop.make_step
 
     def failing(*arguments):
@@ -326,7 +326,7 @@ def test_the_last_good_state_survives_what_is_not_finite(
         return failing_step
 
     monkeypatch.setattr(loop, "make_step", failing)
-    # Beside nothing that it could be taken over from.
+    # In a folder without a neighbour from which the stage could be reused.
     words = [
         "jaxuda",
         *tiny.arguments("source_only", workdir=tmp_path / "run", **data),
@@ -355,7 +355,7 @@ def test_workers_do_not_change_a_run(finished: Path, data: dict, tmp_path, worke
 
 
 def test_damage_in_a_finished_stage_is_found(finished: Path, data: dict, tmp_path, capsys) -> None:
-    """Its last checkpoint is what later stages start from: an older one must not take its place unseen."""
+    """Later stages start from its last checkpoint: an older one must not replace it silently."""
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     words = ["jaxuda", *tiny.arguments("minent", workdir=workdir, **data)]
@@ -380,7 +380,7 @@ def test_damaged_neighbours_are_not_taken_over(finished: Path, data: dict, tmp_p
 
 @pytest.mark.slow
 def test_devices_share_the_work(data: dict, finished: Path, tmp_path) -> None:
-    """Two devices, full command: the same losses as one, up to rounding."""
+    """The full command on two devices gives the same losses as on one, up to rounding."""
     workdir = tmp_path / "run"
     assert len(parallel.choose_devices(2)) == 2
     words = tiny.arguments("minent", workdir=workdir, **data)

@@ -1,4 +1,4 @@
-"""What the command line says to commands that cannot run."""
+"""The messages for commands that cannot run."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def at_root(monkeypatch) -> None:
 
 @pytest.fixture
 def complaint(capsys):
-    """Runs `main` and gives its message, one that a user can act on."""
+    """Runs `main` and returns its message, on which a user can act."""
 
     def run(words: list[str], command=main) -> str:
         assert command(words) == MISTAKE
@@ -181,7 +181,7 @@ def only(params, carry, batch, *, config, **_):
     ],
 )
 def test_a_method_that_breaks_the_contract_is_named(complaint, data, tmp_path, monkeypatch, code, expected) -> None:
-    """It has no `init`, which is optional."""
+    """The method has no `init`, which is optional."""
     (tmp_path / "own").mkdir()
     name = f"own_{abs(hash(code))}"
     (tmp_path / "own" / f"{name}.py").write_text(OWN.format(code))
@@ -261,7 +261,7 @@ def test_exit_codes(capsys) -> None:
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("words", [["main", "--list"], ["main", "--help"], ["prepare", "--help"]], ids=" ".join)
 def test_a_closed_pipe_ends_a_command_quietly(words: list[str], unbuffered: str) -> None:
-    """As `| head -1` closes it, but surely before anything is written."""
+    """As `| head -1` closes it, but always before anything is written."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer) as output:

@@ -46,7 +46,7 @@ def test_a_run_needs_no_network(tmp_path: Path) -> None:
     words += [f"--config.{folder.name}.path={folder}" for folder in folders]
     orders = json.dumps([words, [*map(str, folders)], str(tmp_path / "data"), str(folders[1] / "images" / "val")])
     command = [sys.executable, "-c", PROGRAM, orders]
-    # Where the system lets us, there is not even a network to try, also for what is not Python.
+    # If the system allows it, run without any network, so that other than Python code cannot use it either.
     alone = ["unshare", "--net"]
     if os.geteuid() == 0 and not subprocess.run([*alone, "true"], capture_output=True).returncode:
         command = alone + command

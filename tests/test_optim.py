@@ -1,4 +1,4 @@
-"""The partitioned optimizer against torch's rules, written out (golden trajectories test it in whole)."""
+"""The partitioned optimizer against torch's rules, written out (golden trajectories test it as a whole)."""
 
 import flax
 import jax
@@ -71,7 +71,7 @@ class Settings(dict):
 
 
 def test_each_group_moves_as_its_settings_say() -> None:
-    """Without momentum and decay an update is minus the gradient times the group's factor."""
+    """Without momentum and decay, an update is minus the gradient times the group's factor."""
     params = flax.traverse_util.unflatten_dict({path: jnp.zeros(()) for path in CASES})
     grads = jax.tree.map(jnp.ones_like, params)
     for train_norm in (False, True):

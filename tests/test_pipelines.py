@@ -1,4 +1,4 @@
-"""Whole recipes on tiny data: sweeps and trainings in a row, killed in each and continued."""
+"""Complete recipes on tiny data: sweeps and trainings in a row, killed in each stage and continued."""
 
 import importlib
 import json
@@ -37,7 +37,7 @@ def at_root(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> dict[str, Path]:
-    """A work folder for each recipe, in which it has run."""
+    """A finished work folder for each recipe."""
     os.chdir(ROOT)
     folders = {}
     for recipe in RECIPES:
@@ -112,7 +112,7 @@ def test_empty_parts_are_refused(finished: dict[str, Path], data: dict, tmp_path
 
 
 def test_no_confident_pixel_is_harmless(data: dict, tmp_path) -> None:
-    """Nothing reaches a confidence of 1.1: the contrast on the target is 0, not NaN."""
+    """No pixel reaches a confidence of 1.1: the contrast on the target is 0, not NaN."""
     words = tiny.arguments("sdca", workdir=tmp_path / "run", **data)
     assert main(["jaxuda", *words, "--config.adapt.confidence=1.1"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -130,7 +130,7 @@ def test_no_confident_pixel_is_harmless(data: dict, tmp_path) -> None:
     ],
 )
 def test_killed_in_each_stage(finished: dict[str, Path], data: dict, tmp_path, recipe: str, stage: str) -> None:
-    """Nothing finished is done again, and the end is the same."""
+    """Finished stages are not run again, and the result is the same."""
     workdir, stages = tmp_path / "run", RECIPES[recipe]
     shutil.copytree(finished[recipe], workdir)
     # The state of a run that was killed as soon as `stage` had begun.

@@ -1,4 +1,4 @@
-"""Several processes do what one does, and only the first of them writes; a run goes on with any number of devices."""
+"""Several processes compute the same as one, and only the first writes; a run continues on any number of devices."""
 
 import contextlib
 import io
@@ -74,7 +74,7 @@ def end(started: list[subprocess.Popen], expected: int) -> list[tuple[str, str]]
 
 
 def run_here(*arguments: str) -> str:
-    """In this process, in double precision; what it printed."""
+    """Runs a command in this process, in double precision; returns what it printed."""
     with jax.enable_x64(True), contextlib.redirect_stdout(io.StringIO()) as printed:
         assert main(["jaxuda", *arguments]) == 0
     return printed.getvalue()
@@ -99,7 +99,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 @pytest.fixture(scope="module")
 def one(data, tmp_path_factory) -> Path:
-    """A run of one process with four devices."""
+    """A run with one process and four devices."""
     os.chdir(ROOT)
     workdir = tmp_path_factory.mktemp("one") / "run"
     assert "devices     4 of 8" in run_here(*words(workdir, data, "--config.devices=4"))
@@ -108,7 +108,7 @@ def one(data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(data, tmp_path_factory) -> Path:
-    """The same run of two processes with two devices each; what they printed is beside it."""
+    """The same run with two processes of two devices each; their output is saved beside it."""
     workdir = tmp_path_factory.mktemp("two") / "run"
     for index, texts in enumerate(end(start(words(workdir, data)), expected=0)):
         (workdir.parent / f"out{index}").write_text(texts[0])
@@ -163,7 +163,7 @@ def test_processes_stop_together_and_go_on(two: Path, data: dict, tmp_path: Path
             if re.match(r"source_only \d+/", line):  # so that both are in the loop
                 break
         started[1].send_signal(signal.SIGTERM)
-        # The other pipe has to be read, or its process waits for room in it.
+        # The other pipe must be read, or its process waits because it is full.
         (_, error), _ = end(started, expected=INTERRUPTED)
         assert "SIGTERM: saved step" in error
     assert "continues from step" in (workdir / "log.txt").read_text()

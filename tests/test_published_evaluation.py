@@ -1,7 +1,7 @@
 """Scoring and labelling on the published benchmarks through the command line, on small folders in their layouts.
 
-A network of random weights comes from a torch file; what `--mode eval` prints must be what follows from the files that
-`--mode predict` writes and the published label files.
+A network with random weights comes from a torch file; the scores that `--mode eval` prints must equal those computed
+from the files of `--mode predict` and the published label files.
 """
 
 import re
@@ -53,7 +53,7 @@ def command(benchmark: str, data_dir: Path, checkpoint: str, *more: str) -> list
 
 
 def compare(words: list[str], images: Path, truths: dict[str, np.ndarray], space: str, tmp_path: Path, capsys) -> str:
-    """Runs both modes; the printed table must follow from the written ids and the true ids, by the name of an image."""
+    """Runs both modes; the printed table must equal that of the written ids and the true ids (by image name)."""
     classes = label_space(space).classes
     assert main([*words, "--mode=predict", f"--images={images}", f"--workdir={tmp_path}"]) == 0
     confusion = np.zeros((len(classes), len(classes)), np.int64)
@@ -148,6 +148,6 @@ def test_mapillary(tmp_path: Path, capsys) -> None:
     text = compare(words, source / "validation" / "images", truths, "super7", tmp_path, capsys)
     assert "mIoU (7)" in text
     assert not (tmp_path / "predictions" / "cityscapes_ids").exists()
-    # Seen without padding an image gives other scores.
+    # Without padding an image gives other scores.
     assert main([*words, "--mode=eval", "--config.evaluation.keep_aspect=False"]) == 0
     assert re.search("mIoU.*", capsys.readouterr().out)[0] != re.search("mIoU.*", text)[0]

@@ -1,4 +1,4 @@
-"""The quickstart notebook, top to bottom, with a few steps of a tiny network; and what was committed of its outputs."""
+"""Runs the quickstart notebook with a few steps of a tiny network; and checks its committed outputs."""
 
 import json
 import re
@@ -14,7 +14,7 @@ NOTEBOOK = ROOT / "experiments" / "quickstart.ipynb"
 
 
 def text_of(cell: nbformat.NotebookNode) -> str:
-    """What a cell has printed."""
+    """The text that a cell has printed."""
     return "".join(output.get("text", "") for output in cell.outputs)
 
 

@@ -1,6 +1,6 @@
 """Every recipe in `configs` loads, builds its network, and its steps fit together, without computing anything.
 
-A new file in `configs` is tested by being there.
+A new file in `configs` is tested automatically.
 """
 
 import importlib
@@ -35,7 +35,7 @@ def recipes() -> dict[str, ModuleType]:
 
 
 def known(module: ModuleType, benchmarks: tuple[str, ...]) -> list[str]:
-    """Those of the benchmarks that a recipe has, each also in the recipe's variants ("gta5,vgg16")."""
+    """The given benchmarks that a recipe has, also in the recipe's variants ("gta5,vgg16")."""
     found = []
     for benchmark in benchmarks:
         try:
@@ -60,13 +60,13 @@ def test_steps_of_published_recipes(recipe: str, benchmark: str) -> None:
     [("advent", "crosscity-rome", "adapt"), ("sdca", "mapillary", "self_train"), ("dada", "mapillary", "adapt")],
 )
 def test_elsewhere(recipe: str, benchmark: str, stage: str) -> None:
-    """The other networks and stages are those of the tests above."""
+    """Stages whose networks the tests above do not have."""
     check(RECIPES[recipe].get_config(benchmark), CLASSES.get(benchmark, 13), (stage,))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_benchmark_of_a_recipe_is_planned(recipe: str) -> None:
-    """With classes that both datasets have; published benchmarks with a network and steps like those published."""
+    """Both datasets have the classes; published benchmarks have networks and steps like the published ones."""
     benchmarks = known(RECIPES[recipe], common.BENCHMARKS)
     assert "streets" in benchmarks
     for benchmark in benchmarks:
@@ -87,7 +87,7 @@ def test_every_benchmark_of_a_recipe_is_planned(recipe: str) -> None:
 
 @pytest.mark.parametrize("method", methods.names())
 def test_a_recipe_trains_with_every_method(method: str) -> None:
-    """But for the control, which any recipe can add."""
+    """Except for the control, which any recipe can add."""
     configs = [module.get_config("streets") for module in RECIPES.values()]
     used = {config[name].get("train") for config in configs for name in config.pipeline}
     assert method in used or method == "control"
@@ -95,7 +95,7 @@ def test_a_recipe_trains_with_every_method(method: str) -> None:
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "source_only"])
 def test_docstrings_have_commands_and_a_score(recipe: str) -> None:
-    """Figures that move with the code (memory, arithmetic, hours) are in experiments/RESULTS.md."""
+    """Figures that change with the code (memory, arithmetic, hours) are in experiments/RESULTS.md."""
     text = RECIPES[recipe].__doc__
     assert f"--config configs/{recipe}.py" in text and "mIoU" in text
     assert "GiB" not in text.replace("24 GiB", "") and "TFLOP" not in text

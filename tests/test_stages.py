@@ -47,7 +47,7 @@ def test_what_changes_a_result_changes_the_fingerprint_from_there_on() -> None:
 
 
 def test_fields_that_are_not_set_can_be_set() -> None:
-    """Those that are None, too; until they are set, they are None in the fingerprint."""
+    """Also those that are None; until they are set, they are None in the fingerprint."""
     words = ["--config.source.crop=(64, 32)", "--config.target.grey=0.2", "--config.model.blocks=(1, 1, 1, 1)"]
     config = parse(["jaxuda", "--config=configs/minent.py", *words]).config
     adapt = plan(config, Path("runs/x"), DOMAINS)[1]

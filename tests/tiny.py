@@ -1,4 +1,4 @@
-"""A tiny dataset of the user's own kind, and the command line that trains on it within seconds."""
+"""A tiny dataset like a user's own folder, and the command line that trains on it within seconds."""
 
 import importlib
 import json
@@ -36,7 +36,7 @@ def draw_folder(folder: Path, name: str, shift: int, images: int = 6, labelled: 
 
 
 def prepare_domains(folder: Path) -> dict[str, Path]:
-    """A source and a target, drawn and prepared, as the data arguments of `arguments`."""
+    """Draws and prepares a source and a target; returns the data arguments of `arguments`."""
     source = draw_folder(folder / "source", "tiny_source", 0)
     target = draw_folder(folder / "target", "tiny_target", 30)
     for path in (source, target):

@@ -1,4 +1,4 @@
-"""Tiny copies of CamVid and folders of the user's own kind, and what `prepare` says when it refuses them."""
+"""Tiny copies of CamVid and of users' own folders, and the messages of `prepare` when it refuses them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Train steps of a reduced golden network, and their parameters under the names that the golden files use."""
+"""Train steps of a reduced golden network, and their parameters under the names of the golden files."""
 
 import functools
 

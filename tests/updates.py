@@ -1,4 +1,4 @@
-"""Updates of a method on normalised batches, as tests of methods take them."""
+"""Updates of a method on normalised batches, for tests of methods."""
 
 from collections.abc import Callable
 from types import ModuleType

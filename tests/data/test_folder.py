@@ -1,4 +1,4 @@
-"""The user's own folder: what is taken, and what is refused, each file by its name."""
+"""The user's own folder: which files are accepted, and which are refused by name."""
 
 import json
 import os

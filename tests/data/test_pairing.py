@@ -9,7 +9,7 @@ from jaxuda.errors import UserError
 
 
 class Images(list):
-    """Records in memory, with what pairing asks of them."""
+    """Records in memory, with the attributes that pairing needs."""
 
     class label_space:
         classes = ("a", "b", "c")

@@ -1,4 +1,4 @@
-"""Rare class sampling against the published code's numbers, and what its draws look like."""
+"""Rare class sampling against numbers of the published code, and the statistics of its draws."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What `prepare folder` shows of the user's own data, and what it warns of, on tiny files that are drawn here."""
+"""What `prepare folder` shows of the user's own data, and its warnings, on tiny files that are drawn here."""
 
 import json
 from pathlib import Path
@@ -16,19 +16,19 @@ from jaxuda.prepare import main
 
 @pytest.fixture
 def town(tmp_path) -> Path:
-    """A folder with nothing wrong in it, but that every pixel has a class."""
+    """A folder without mistakes, except that every pixel has a class."""
     return tiny.draw_folder(tmp_path / "town", "town", 0)
 
 
 def told(capsys, folder: Path, code: int = 0) -> str:
-    """What the command prints: stdout, or if it fails, stderr."""
+    """The output of the command: stdout, or stderr if it fails."""
     assert main(["folder", "--path", str(folder), "--data_dir", str(folder.parent / "data")]) == code
     captured = capsys.readouterr()
     return captured.err if code else captured.out
 
 
 def warned(capsys, folder: Path) -> list[str]:
-    """The warnings, but for the one that the drawn labels always give."""
+    """The warnings, except for the one that the drawn labels always give."""
     found = [line for line in told(capsys, folder).splitlines() if line.startswith("warning: ")]
     return [line for line in found if "255 is unused" not in line]
 
@@ -90,7 +90,7 @@ def test_ids_that_are_off_by_one(town, capsys):
     assert "no pixel has the id 0 (ground), the lowest in classes.json: do the labels count from 1?" in "".join(
         warned(capsys, town)
     )
-    # One more than there are classes is an error, as ever; it says what it may be.
+    # An id beyond those of the classes is an error; the message gives a likely cause.
     change_labels(town, lambda label: label + 1)
     assert "name: 3 (classes.json names 0-2; do the labels count from 1?; ids of no class" in told(capsys, town, 2)
 

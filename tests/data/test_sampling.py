@@ -31,13 +31,13 @@ def test_rare_classes_come_often():
     present = _present()
     order = class_balanced_order(present, 3000, 0)
     shares = present[order].mean(0)
-    assert shares[0] == 1  # whatever is drawn shows it
+    assert shares[0] == 1  # every image shows it
     assert shares[2] > 10 * present[:, 2].mean()
     assert shares[3] == 0
 
 
 def test_shares_settle_where_the_rule_says():
-    """Classes of disjoint images: the draw is a chain on the shares alone, simulated here in plain Python."""
+    """Each class has its own images: the shares alone decide the draws, which plain Python simulates here."""
     present = np.repeat(np.eye(3, dtype=bool), [50, 5, 1], axis=0)
     drawn = present[class_balanced_order(present, 3000, 0)].sum(0)
     rng, seen = np.random.default_rng(1), np.zeros(3)

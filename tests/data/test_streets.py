@@ -1,4 +1,4 @@
-"""The drawn scenes: repeatable, and what `experiments/streets_requirements.py` asks of them."""
+"""The drawn scenes are repeatable, and meet `experiments/streets_requirements.py`."""
 
 import functools
 import hashlib
@@ -94,7 +94,7 @@ def test_inverse_depth_follows_from_the_ground_plane(domain):
         assert 65536 / 250_00 < inverse[label == ROAD].max() < 65536 / 1_00
         rows = [y for y in range(128) if (label[y] == ROAD).sum() > 5]
         values = np.array([np.median(inverse[y][label[y] == ROAD]) for y in rows])
-        # Affine in the row, since the ground is a plane, but for the rounding to centimetres.
+        # Affine in the row, since the ground is a plane, except for the rounding to centimetres.
         near = values > 65536 / 30_00
         line = np.polyfit(np.array(rows)[near], values[near], 1)
         assert line[0] > 0
@@ -102,7 +102,7 @@ def test_inverse_depth_follows_from_the_ground_plane(domain):
 
 
 def test_things_stand_where_they_touch_the_ground():
-    """Below the foot of a person is ground of about the same depth."""
+    """The ground below a person's feet has about the same depth."""
     differences = []
     for _, label, depth in scenes("game")[:60]:
         person, below = label[:-1] == 11, np.isin(label[1:], (0, 1, 9))

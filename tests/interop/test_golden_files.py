@@ -1,6 +1,6 @@
-"""The published networks through a real file and the convert command: the same logits as the published code gave.
+"""The published networks through a real file and the convert command give the logits of the published code.
 
-The files are torch's own where torch is installed, in both of its formats; ours otherwise.
+torch writes the files if it is installed, in both of its formats; otherwise we write them.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from jaxuda.interop.tensor_files import pth_bytes
 from jaxuda.models.deeplab import PLCA_ORDER
 
 ROOT = Path(__file__).parents[2]
-# Golden network -> recipe, and what it must be changed to; SDCA's last stage has another normalisation.
+# Golden network -> recipe, and the fields to change; SDCA's last stage has another normalisation.
 NETWORKS = {
     "model_advent_r101_multi": ["--config=configs/advent.py:gta5"],
     "model_dada_r101_depth_unit": ["--config=configs/dada.py:synthia"],

@@ -1,4 +1,4 @@
-"""CFContra's projection head, which its published files hold beside the network, in and out through convert."""
+"""Convert reads and writes CFContra's projection head, which its published files hold beside the network."""
 
 import importlib.util
 from pathlib import Path
@@ -27,7 +27,7 @@ def at_root(monkeypatch) -> None:
 
 
 def head(axes: int) -> dict[str, np.ndarray]:
-    """Its entries, by the names that are published; the layers are convolutions (4 axes) or linear (2 axes)."""
+    """Its entries, by their published names; the layers are convolutions (4 axes) or linear (2 axes)."""
     shapes = {"weight": [CHANNELS, CHANNELS, 1, 1][:axes], "bias": [CHANNELS]}
     state = state_dict([[f"head.{place}.{kind}", shape] for place in (0, 2) for kind, shape in shapes.items()])
     names = golden_keys("train_cfcontra")["param_and_buffer_keys"]
@@ -105,7 +105,7 @@ def test_heads_that_do_not_fit_or_are_not_there(network: dict, tmp_path: Path, c
 
     assert convert.main([str(write(tmp_path / "bare.pth", network)), *WORDS, f"--out={tmp_path / 'in'}"]) == 0
     assert "without a projection head" in capsys.readouterr().out
-    # In a network of another method it has no place, and that is said.
+    # A network of another method lacks it, which is reported.
     other = ["--config=configs/minent.py:gta5", *WORDS[1:], f"--out={tmp_path / 'other'}"]
     assert convert.main([str(write(tmp_path / "whole.pth", network | head(4))), *other]) == 0
     assert "not used: 4: head.0.weight" in capsys.readouterr().out

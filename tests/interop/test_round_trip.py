@@ -1,4 +1,4 @@
-"""A network of torch's own: converted, scored by the command line as torch scores it, exported, and in torch again."""
+"""A torch network: converted, scored by the command line as by torch, exported, and loaded in torch again."""
 
 import re
 from pathlib import Path
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class Features(nn.Module):
-    """ResNet-18 of output stride 8, below the name that published files have for it."""
+    """ResNet-18 of output stride 8, under its name in published files."""
 
     def __init__(self):
         super().__init__()
@@ -95,7 +95,7 @@ def random_network() -> dict[str, nn.Module]:
 
 
 def logits(parts: dict[str, nn.Module], image: np.ndarray) -> torch.Tensor:
-    """(1, C, h, w) of an image (H, W, 3) uint8, prepared as networks from Caffe want it."""
+    """Logits (1, C, h, w) of an image (H, W, 3) uint8, prepared as networks from Caffe need it."""
     shown = image[..., ::-1] - np.array([104.00698793, 116.66876762, 122.67891434])
     with torch.no_grad():
         return parts["classifier"](parts["feature_extractor"](torch.tensor(shown.transpose(2, 0, 1)[None]).float()))
@@ -137,5 +137,5 @@ def test_in_evaluated_out_and_in_torch_again(tmp_path: Path, monkeypatch, capsys
         assert convert.main([str(folder), f"--export={tmp_path / 'out.pth'}"]) == 0
         again = network()
         for name, written in torch.load(tmp_path / "out.pth", weights_only=True).items():
-            again[name].load_state_dict(written)  # complains of any name that is missing or too many
+            again[name].load_state_dict(written)  # raises if a name is missing or unexpected
         np.testing.assert_array_equal(logits(again, image).numpy(), expected)

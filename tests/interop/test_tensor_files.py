@@ -1,4 +1,4 @@
-"""Files of tensors: those of torch itself, hostile ones, corrupt ones.
+"""Files of tensors: those of torch itself, hostile files, corrupt files.
 
 fixtures/*.pth were written by torch 2.6: the weights of `TINY` named as LFASS names them, from
 `golden_weights.state_dict`, with a counter of batches.
@@ -45,7 +45,7 @@ def tiny_state() -> dict[str, np.ndarray]:
 
 
 def legacy_bytes(arrays: dict[str, np.ndarray]) -> bytes:
-    """The old format, made from the pickle of the new one."""
+    """A file in the old format, made from the pickle of the new one."""
     with zipfile.ZipFile(io.BytesIO(pth_bytes(arrays))) as archive:
         graph = archive.read("archive/data.pkl")
     heads = [pickle.dumps(v, 2) for v in (MAGIC, 1001, {"little_endian": True})]
@@ -193,7 +193,7 @@ def test_pickles_that_no_weights_need(graph: bytes, message: str, tmp_path: Path
 
 
 def test_text_pickles_of_python_2_are_read() -> None:
-    """Its OrderedDicts list their items, and its texts are byte strings."""
+    """In such pickles OrderedDicts list their items, and texts are byte strings."""
     graph = b"\x80\x02ccollections\nOrderedDict\n]]U\x01aK\x01ea\x85R}U\x09_metadataNsb."
     graph = graph.replace(b"]]U\x01aK\x01ea", b"]](U\x01aK\x01ea")
     assert pickles.load(io.BytesIO(graph), "file") == {"a": 1}

@@ -1,4 +1,4 @@
-"""Each player of AdvEnt gets its own gradient and nothing of the other's."""
+"""Each network of AdvEnt gets its own gradient and nothing of the other's."""
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ def inputs() -> tuple:
 
 
 def gradients(inputs: tuple, term: str) -> tuple:
-    """Of one term, with respect to the discriminator's parameters and both maps."""
+    """The gradients of one term with respect to the discriminator's parameters and both maps."""
     return jax.grad(lambda *args: adversarial_terms(*args)[term], argnums=(0, 1, 2))(*inputs)
 
 

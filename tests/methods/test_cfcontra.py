@@ -1,4 +1,4 @@
-"""What is particular to CFContra's step beside the contract that every method keeps to."""
+"""CFContra's step, beyond the contract that every method keeps."""
 
 import functools
 
@@ -30,7 +30,7 @@ def _config(**changes) -> ConfigDict:
 
 @functools.cache
 def _batch() -> dict:
-    """Class 3 is in no image."""
+    """A batch in which no image has class 3."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, (2, 4, 6)).repeat(8, 1).repeat(8, 2).astype(np.int32)
     images = rng.normal(size=(2, 2, 32, 48, 3)).astype(np.float32)
@@ -58,11 +58,11 @@ def _steps(config: ConfigDict, batches: list, memories: cfcontra.Memories) -> tu
 
 
 def test_memories_fill_from_nothing() -> None:
-    """Without a prototype there is no pseudo-label and no contrast; one batch later there are both."""
+    """Without a prototype there is neither a pseudo-label nor a contrast; one batch later there are both."""
     empty = jax.tree.map(jnp.zeros_like, _memories())
     states, (first, second) = _steps(_config(), [_batch()] * 2, empty)
     assert first["pseudo_kept"] == 0 and all(first[f"contrast_{term}"] == 0 for term in TERMS)
-    assert first["drift_source"] == 0  # nothing was there to move
+    assert first["drift_source"] == 0  # there was no prototype that could move
     after = states[1].extra
     # Both memories took the centres of the source as they were.
     np.testing.assert_array_equal(after.source, after.target)
@@ -76,7 +76,7 @@ def test_an_unseen_class_is_learnt_when_a_batch_shows_it() -> None:
     batch = _batch()
     shown = {**batch, "source": {**batch["source"], "label": np.full_like(batch["source"]["label"], 3)}}
     states, rows = _steps(_config(), [shown, batch], _memories())
-    # All its pixels are ignored against either memory, until these have its prototype.
+    # All its pixels are ignored with either memory until the memory has its prototype.
     assert rows[0]["contrast_source"] == rows[0]["contrast_source_to_target"] == 0
     for memory in states[1].extra:
         np.testing.assert_allclose(np.linalg.norm(memory[3]), 1, rtol=1e-5)
@@ -92,7 +92,7 @@ def test_a_margin_that_no_pixel_passes_is_harmless() -> None:
 
 
 def test_margin_decays_by_the_poly_rule() -> None:
-    """With a schedule of one step nothing is left of the margin at the second."""
+    """With a schedule of one step the margin is 0 at the second step."""
     _, rows = _steps(_config(margin=1e3, margin_decay=True, schedule_steps=1), [_batch()] * 2, _memories())
     assert [row["pseudo_kept"] for row in rows] == [0, 1]
 

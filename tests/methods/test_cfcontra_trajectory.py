@@ -1,10 +1,10 @@
 """Three CFContra steps of the reduced network against what the published loop computed in double precision.
 
-Before the first update both compute the same: losses and memories agree to what the second 1e-6 in the published
-softmax and its single-precision memories leave, some 1e-8. From there on the weights differ a little, since two of
-the four published gradients mix the memory of the forward pass with one that has already moved. The first update of a
-tensor differs by up to 3e-5 of its length where the four terms have their published weight of 0.001, and by up to
-2e-3 where it is 0.1: a few per cent of their share. In the losses of the third step that is some 1e-7 and 2e-6.
+Before the first update both compute the same: losses and memories agree to some 1e-8, because of the second 1e-6 in the
+published softmax and its single-precision memories. Afterwards the weights differ a little, since two of the four
+published gradients mix the memory of the forward pass with one that has already moved. The first update of a tensor
+differs by up to 3e-5 of its length if the four terms have their published weight of 0.001, and by up to 2e-3 if it is
+0.1: a few per cent of their share. In the losses of the third step this is some 1e-7 and 2e-6.
 """
 
 from unittest import mock

@@ -1,4 +1,4 @@
-"""What every method must keep to. A method joins by existing and by being a stage of some config."""
+"""The contract of every method. A method is tested if it exists and some config has a stage with it."""
 
 import functools
 import importlib
@@ -23,9 +23,9 @@ CLASSES = 5
 BATCH = 8
 TOY = "plugins.noisy_teacher"  # a method with a teacher, noise, a bank, constants and two phases
 METHODS = [*methods.names(), TOY]
-# Those whose losses are means over as many pixels in each part of a batch, and compute nothing over the batch.
+# Methods whose losses are means over equally many pixels in each part of a batch, and compute nothing over the batch.
 MEANS = ("source_only", "control", "minent", "advent", "fada", TOY)
-# What stands for stages that no config has: a method, and fields.
+# Stages that no config has: a method, and its fields.
 STAND_INS = {
     "control": ("minent", {}),
     TOY: ("minent", {"noise": 0.1, "alpha": 0.9, "target_starts": 0}),
@@ -97,7 +97,7 @@ def run(method: str, devices: int, steps: int, **options) -> TrainState:
 def assert_close(ours: TrainState, theirs: TrainState, rtol: float) -> None:
     paths = jax.tree_util.tree_leaves_with_path(theirs)
     for (path, expected), actual in zip(paths, jax.tree.leaves(ours), strict=True):
-        # Relative to the tensor: single entries that happen to be near zero carry its rounding.
+        # Relative to the tensor: single entries near zero have the rounding error of the whole tensor.
         scale = max(np.abs(expected).max(), 1e-12)
         error = np.abs(np.asarray(actual, np.float64) - expected).max() / scale
         assert error <= rtol, f"{jax.tree_util.keystr(path)}: {error}"
@@ -139,7 +139,7 @@ def test_all_labels_ignored(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_computes_and_float32_keeps(method: str) -> None:
-    """A step in bfloat16 is a rounded step in float32, and nothing that lasts is kept in bfloat16."""
+    """A step in bfloat16 is a rounded step in float32, and no part of the state is kept in bfloat16."""
     (start, low, *_), (_, full, *_) = setup(method, dtype="bfloat16"), setup(method)
     assert "bf16" in str(jax.make_jaxpr(low)(start, make_batch()))
     (state, metrics), (_, expected) = (jax.jit(step)(start, make_batch()) for step in (low, full))
@@ -152,7 +152,7 @@ def test_bfloat16_computes_and_float32_keeps(method: str) -> None:
 @pytest.mark.parametrize("norm", ["batch", "frozen"])
 @pytest.mark.parametrize("method", METHODS)
 def test_devices_agree(method: str, norm: str) -> None:
-    """1, 2 and 8 devices end in the same parameters after 3 steps on the same global batches."""
+    """1, 2 and 8 devices have the same parameters after 3 steps on the same global batches."""
     with jax.enable_x64(True):
         one, *others = (run(method, devices, 3, dtype="float64", norm=norm) for devices in (1, 2, 8))
     assert one.params["model"]["head"]["kernel0"].dtype == np.float64
@@ -171,7 +171,7 @@ def test_parts_of_a_batch_are_the_batch(method: str) -> None:
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in MEANS])
 def test_devices_agree_on_parts(method: str) -> None:
-    """Where a part is not the batch, it is still the same part on any number of devices."""
+    """A part of a batch is the same part on any number of devices."""
     with jax.enable_x64(True):
         one, two = (run(method, devices, 2, dtype="float64", accumulate=2) for devices in (1, 2))
     assert_close(two, one, 1e-10)

@@ -1,4 +1,4 @@
-"""The max-min game of CrCDA: who climbs, who descends, and by exactly what."""
+"""The max-min game of CrCDA: which parameters ascend, which descend, and by how much."""
 
 import functools
 from pathlib import Path
@@ -55,7 +55,7 @@ def batch() -> dict:
 
 @functools.cache
 def start() -> TrainState:
-    """At step 0, with classifiers far enough from zero to have opinions."""
+    """The state at step 0, with classifiers far enough from zero to make clear predictions."""
     variables = random_variables(MODEL, jnp.zeros((1, 32, 48, 3)))
     players, extra, _ = begin(crcda, MODEL, stage_config(), batch())
     params = {"model": variables["params"], "regions": jax.tree.map(lambda x: 10 * np.asarray(x), players["regions"])}
@@ -96,7 +96,7 @@ def predictions(params: dict) -> dict[str, jax.Array]:
 
 @jax.jit
 def entropies(params: dict) -> jax.Array:
-    """Weighted sum of the adaptive entropies at step 0, with the margins held at where they stand."""
+    """Weighted sum of the adaptive entropies at step 0, with constant margins."""
     total = 0.0
     for name, probs in predictions(params).items():
         excess = jnp.maximum(entropy_map(probs) - base_margins()[name], 0)
@@ -213,7 +213,7 @@ def test_images_smaller_than_a_region() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_region_scores_are_means_over_the_regions_of_the_labels(size: int) -> None:
-    """A score that is 1 in the cells of one region alone is 1 there and 0 elsewhere; the rest is dropped."""
+    """A score that is 1 only in the cells of one region is 1 there and 0 elsewhere; incomplete regions are dropped."""
     relations = class_relations(CLASSES)
     model = DeepLabV2(CLASSES, head_bias=False, dtype="float64")
     features = np.zeros((1, 7, 8, 1))

@@ -1,4 +1,4 @@
-"""Five DADA steps of the reduced network against the published loop in double precision, and DADA's complaints."""
+"""Five DADA steps of the reduced network against the published loop in double precision, and DADA's errors."""
 
 import functools
 
@@ -99,7 +99,7 @@ def test_trajectory(name: str) -> None:
         theirs = arrays[f"{name}_double_{quantity}_f64"]
         theirs = theirs if of_player else theirs[places]
         ours = [np.linalg.norm(values[key]) for key in (KEYS["disc_keys"] if of_player else keys)]
-        # A tensor that hardly moves is known to the rounding of its stored values only.
+        # The movement of a tensor that hardly moves is only known to the rounding of its stored values.
         np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=1e-9 * theirs.max(), err_msg=quantity)
 
     expect(last, "l2", 1e-6)
@@ -111,7 +111,7 @@ def test_trajectory(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dedup", "dedup_lam100"])
 def test_first_gradients(name: str) -> None:
-    """With momentum and decay off and a learning rate of 1, the first update is minus the gradient."""
+    """Without momentum and decay and with a learning rate of 1, the first update is minus the gradient."""
     arrays, config = golden("train_dada"), _config(name)
     config.lr = 1.0
     config.optim.update({"weight_decay": 0.0, "head_factor": 1.0})

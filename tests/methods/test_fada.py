@@ -1,4 +1,4 @@
-"""Each player of FADA gets its own gradient, and the soft labels carry none."""
+"""Each network of FADA gets its own gradient, and the soft labels have none."""
 
 import functools
 
@@ -27,7 +27,7 @@ def inputs() -> tuple:
 
 
 def term(name: str, player, ours, theirs, our_logits, their_logits) -> jax.Array:
-    """One of the three terms, as the passes put it together."""
+    """One of the three terms, as the passes compute it."""
     stop, (features, logits) = (
         jax.lax.stop_gradient,
         (ours, our_logits) if name == "d_source" else (theirs, their_logits),
@@ -52,7 +52,7 @@ def test_who_moves(inputs: tuple, name: str, expected: tuple[bool, ...]) -> None
 
 
 def test_soft_labels_stop_at_their_cap(inputs: tuple) -> None:
-    """Beyond 0.9 a surer prediction changes nothing but the other classes' share."""
+    """Beyond 0.9 a more confident prediction only changes the shares of the other classes."""
     player, ours, theirs, logits, _ = inputs
     sure, surer = (jnp.full_like(logits, -30.0).at[..., 0].set(x) for x in (10.0, 20.0))
     results = [term("d_source", player, ours, theirs, x, x) for x in (sure, surer)]

@@ -1,4 +1,4 @@
-"""What is particular to PLCA's step beside the contract that every method keeps to."""
+"""PLCA's step, beyond the contract that every method keeps."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def step(config: ConfigDict, data: dict, model: DeepLabV2 = MODEL) -> tuple[Trai
 
 
 def test_terms_and_maps_of_different_sizes() -> None:
-    """Target images of another size than the source's, and the weights that a config gives."""
+    """Target images and source images of different sizes, and the weights of a config."""
     config = stage()
     _, _, metrics = step(config, batch())
     expected = metrics["ce"] + config.lambda_lovasz * metrics["lovasz"] + config.lambda_smooth * metrics["smooth"]
@@ -72,7 +72,7 @@ def test_lfass_has_features_alone() -> None:
 
 
 def test_parts_are_accumulated() -> None:
-    """Two equal parts give the gradient of one; statistics move twice, in the order target, source."""
+    """Two equal parts give the gradient of one; statistics are updated twice, in the order target, source."""
     one = batch()
     twice = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), one)  # image n in part n % 2
     _, after_one, metrics_one = step(stage(), one)
@@ -89,7 +89,7 @@ def test_parts_are_accumulated() -> None:
 
 def test_statistics_of_the_domains_are_kept_apart() -> None:
     together, apart = (step(stage(separate_norm=flag), batch()) for flag in (False, True))
-    # Batch statistics are what trains, so the gradients are the same.
+    # Training uses the batch statistics, so the gradients are the same.
     jax.tree.map(np.testing.assert_array_equal, together[1].params, apart[1].params)
     (before, after, _), moved = apart, lambda old, new: jax.tree.map(lambda a, b: b - 0.9 * a, old, new)
     target, source = moved(before.batch_stats, after.batch_stats), moved(before.extra, after.extra).batch_stats
@@ -113,7 +113,7 @@ def test_prediction_with_and_without_aggregation() -> None:
     np.testing.assert_allclose(plain, jax.nn.softmax(outputs.main), atol=1e-6)
     found = plca.predict(variables, images, model=MODEL, config=stage(test_aggregation=0.5))
     np.testing.assert_allclose(jnp.sum(found, axis=-1), np.ones(found.shape[:3]), rtol=1e-5)
-    # The head is linear, so that it may as well be applied before the aggregation of what it sees at each position.
+    # The head is linear, so it can also be applied before the aggregation of its inputs at each position.
     assert found.shape == plain.shape and np.abs(found - plain).max() > 1e-4
     spread = [float(jnp.mean(jnp.std(x, axis=(1, 2)))) for x in (found, plain)]
     assert spread[0] < spread[1]  # it draws positions together

@@ -1,4 +1,4 @@
-"""What is particular to SDCA's step beside the contract that every method keeps to."""
+"""SDCA's step, beyond the contract that every method keeps."""
 
 import functools
 
@@ -59,7 +59,7 @@ def test_statistics_move_with_the_source_alone_and_before_they_are_used() -> Non
     for stats in after.extra:
         np.testing.assert_array_equal(stats.count, np.bincount(labels.reshape(-1), minlength=4))
         assert not np.any(stats.mean[3]) and np.any(stats.mean[0])
-    # With statistics of nothing the contrast would be log C exactly.
+    # With empty statistics the contrast would be exactly log C.
     assert abs(metrics["features_source"] - np.log(4)) > 1e-4
 
 

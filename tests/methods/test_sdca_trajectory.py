@@ -19,7 +19,7 @@ TERMS = ("features_source", "features_target", "logits_source", "logits_target")
 def _config(arrays: dict[str, np.ndarray], name: str) -> ConfigDict:
     return ConfigDict(
         {
-            "lr": float(str(arrays[f"{name}_base_lr"])),  # the decimal number that its single precision stands for
+            "lr": float(str(arrays[f"{name}_base_lr"])),  # the decimal number that was rounded to single precision
             "schedule_steps": 62_500,
             "align_corners": True,
             "lambda_aux": 0.0,

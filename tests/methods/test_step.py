@@ -1,4 +1,4 @@
-"""The train step on methods of a few numbers: what is added, handed on, drawn, counted once, and refused."""
+"""The train step on methods with a few numbers: what it adds, passes on, draws, counts once, and refuses."""
 
 from types import SimpleNamespace
 
@@ -74,7 +74,7 @@ def test_before_passes_has_no_gradient() -> None:
 
 
 def noise(params, carry, batch, *, keys, axis_name, **_):
-    """A mean over examples, each with a draw of its own; one draw of the whole batch beside it."""
+    """A mean over examples, each with its own draw; and one draw for the whole batch."""
     own = jax.vmap(lambda key: jax.random.normal(key, (), float))(keys.use("own").examples)
     value = jnp.mean(batch["source"]["image"][:, 0, 0, 0] * own)
     shared = jax.random.normal(keys.use("shared").batch, (), float)

@@ -22,7 +22,7 @@ _by_torch_name = functools.partial(by_torch_name, model=MODEL, layout="two_level
 
 
 def _config(run: str) -> ConfigDict:
-    """The settings that a run's name tells: update rule, learning rates, weights of the adaptation terms."""
+    """The settings in a run's name: update rule, learning rates, weights of the adaptation terms."""
     rule, scale = run.split("_")[:2]
     factor = 100.0 if scale == "lam100" else 1.0
     return ConfigDict(
@@ -60,7 +60,7 @@ LOSSES = {
 
 
 def _players(method: str) -> dict:
-    """The generated discriminators that a method plays against."""
+    """The generated discriminators of a method."""
     if method != "advent":
         return {}
     keys, discriminator = golden_keys("model_fc_discriminator"), FCDiscriminator()
@@ -129,7 +129,7 @@ def test_trajectory(method: str, file: str, run: str) -> None:
 
     def expect(ours: np.ndarray, name: str, rtol: float) -> None:
         theirs = arrays[f"{run}_{name}_f64"][compared]
-        # A tensor that hardly moves is known to the rounding of its stored values only.
+        # The movement of a tensor that hardly moves is only known to the rounding of its stored values.
         np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=1e-9 * theirs.max(), err_msg=name)
 
     expect(norms(named[-1]), "l2", 1e-6)
@@ -147,7 +147,7 @@ def test_trajectory(method: str, file: str, run: str) -> None:
     ("method", "file"), [("source_only", "train_source"), ("minent", "train_minent"), ("advent", "train_advent")]
 )
 def test_first_gradients(method: str, file: str) -> None:
-    """With momentum and decay off and a learning rate of 1, the first update is minus the gradient."""
+    """Without momentum and decay and with a learning rate of 1, the first update is minus the gradient."""
     arrays, keys = golden(file), golden_keys(file)["param_and_buffer_keys"]
     config = _config("dedup_lr1")
     config.lr = 1.0

@@ -113,7 +113,7 @@ def test_batch_norm_statistics_do_not_move_at_initialisation():
 def test_max_pool(size, padding, length, ceil):
     x = np.random.default_rng(0).normal(size=(1, length, 11, 2)).astype(np.float32)
 
-    def windows(n):  # starts inside the map or its left padding
+    def windows(n):  # a window starts inside the map or its left padding
         last = n + 2 * padding - size
         count = -(-last // 2) + 1 if ceil else last // 2 + 1
         return [2 * i - padding for i in range(count) if 2 * i - padding < n]
@@ -283,7 +283,7 @@ def test_examples_draw_alone_by_their_place_in_the_global_batch(kind):
         np.testing.assert_array_equal(drop(kind, x[places], jnp.asarray(places)), whole[places])
     assert len(np.unique(whole.reshape(64, -1), axis=0)) > (1 if kind is layers.DropPath else 60)
     assert np.any(drop(kind, x, jnp.arange(64), key=1) != whole)
-    # Neighbours agree as often as chance lets them.
+    # The masks of neighbours agree as often as independent ones.
     kept = whole.reshape(64, -1)[:, 0] != 0
     assert 0.3 < np.mean(kept[1:] == kept[:-1]) < 0.9
 

@@ -1,4 +1,4 @@
-"""A network family of a user's own: a small encoder and decoder with batch normalisation and dropout.
+"""A user's network family: a small encoder and decoder with batch normalisation and dropout.
 
 Its section of the config: {"name": "plugins.encoder_decoder", "width": 8, "dropout": 0.1, "depth": False,
 "dtype": "float32"}.
@@ -20,7 +20,7 @@ STAGES = 3
 
 
 class Encoder(nn.Module):
-    """One map for each stage, each half as large as the one before and twice as deep."""
+    """One map per stage, each with half the size and twice the channels of the one before."""
 
     width: int
     dropout: float
@@ -53,7 +53,7 @@ class Decoder(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """See `jaxuda.models` for what a network has."""
+    """See `jaxuda.models` for the contract of a network."""
 
     num_classes: int
     width: int = 8

@@ -8,7 +8,7 @@ NETWORK = {"name": "plugins.encoder_decoder", "width": 4, "dropout": 0.2, "depth
 
 
 def get_config(benchmark: str = "folder") -> ConfigDict:
-    """Source only, then a noisy student whose EMA teacher is what is evaluated."""
+    """Source only, then a noisy student whose EMA teacher is evaluated."""
     config = common.base("network_recipe", benchmark)
     config.pipeline = ("source_only", "adapt")
     config.model = ConfigDict(NETWORK)

@@ -1,6 +1,6 @@
-"""A method of a user's own: an EMA teacher labels the target, the student learns from noisy images.
+"""A user's method: an EMA teacher labels the target, the student learns from noisy images.
 
-It draws at random, keeps a teacher and a bank of features in `extra`, and reads a constant: what a method can have.
+It shows all that a method can have: random draws, a teacher and a bank of features in `extra`, and a constant.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ PyTree = Any
 
 
 class Memory(NamedTuple):
-    """teacher: parameters like the student's. total, count: of the features seen since the last update, (A,) and ().
-    centre: their mean before it, (A,)."""
+    """teacher: parameters like the student's. total, count: sum (A,) and number () of features since the last update.
+    centre: their mean before that update, (A,)."""
 
     teacher: PyTree
     total: jax.Array
@@ -39,12 +39,12 @@ def init(key: jax.Array, *, model: Any, variables: PyTree, batch: PyTree, **_: A
 
 
 def passes(config: Any, step: int) -> tuple[Callable, ...]:
-    """The source pass, then the target pass; the latter joins at `config.target_starts`."""
+    """The source pass, then the target pass; the latter starts at `config.target_starts`."""
     return (source_pass, target_pass) if step >= config.target_starts else (source_pass,)
 
 
 def starts(config: Any) -> tuple[int, ...]:
-    """When the tuple of passes changes."""
+    """The steps at which the tuple of passes changes."""
     return (config.target_starts,)
 
 
@@ -82,7 +82,7 @@ def target_pass(
     axis_name: str | None,
     **_: Any,
 ) -> tuple[jax.Array, Carry]:
-    """Cross-entropy with the teacher's labels, and how far the student has come from its start."""
+    """Cross-entropy with the teacher's labels, and the distance of the student from its start."""
     images = noisy(batch["target"]["image"], keys.use("target noise"), config)
     outputs, carry = forward(model, params["model"], carry, images, keys=keys, use="target", axis_name=axis_name)
     ce = cross_entropy(upsample(outputs.main, images, config), carry.values["pseudo"], axis_name=axis_name)
@@ -113,6 +113,6 @@ def evaluated(state: TrainState, *, config: Any) -> dict[str, PyTree]:
 
 
 def noisy(images: jax.Array, keys: Keys, config: Any) -> jax.Array:
-    """Images (N, H, W, 3) with noise of deviation `config.noise`, drawn for each example alone."""
+    """Images (N, H, W, 3) with noise of deviation `config.noise`, drawn for each example independently."""
     noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:], images.dtype))(keys.examples)
     return images + config.noise * noise

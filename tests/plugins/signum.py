@@ -1,4 +1,4 @@
-"""An optimizer family of a user's own: each weight moves by the learning rate, against the sign of its momentum."""
+"""A user's optimizer family: each weight moves by the learning rate, against the sign of its momentum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network in a file of the user's own, taken through every method and every command."""
+"""A network in a user's file, used with every method and every command."""
 
 import json
 import re
@@ -86,7 +86,7 @@ def test_every_method_learns_on_it(method: str) -> None:
 
 
 def test_devices_and_parts_draw_the_same() -> None:
-    """Dropout and drop path at work: 2 and 8 devices end where one does, and the draws depend on the seed."""
+    """With dropout and drop path, 2 and 8 devices give the same parameters as one; the draws depend on the seed."""
     with jax.enable_x64(True):
         (state, constants), step = start("minent", "float64")
         ends = []
@@ -103,7 +103,7 @@ def test_devices_and_parts_draw_the_same() -> None:
 
 
 def test_train_and_resume(words: list[str], work: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    """A run that is stopped and continued ends in the same weights, dropout or not."""
+    """A run that is stopped and continued ends with the same weights, with or without dropout."""
     save = loop._Loop._save
 
     def save_and_stop(self, step: int, *arguments) -> None:
@@ -111,7 +111,7 @@ def test_train_and_resume(words: list[str], work: Path, tmp_path: Path, monkeypa
         if self._task.name == "adapt" and step == 2:
             raise KeyboardInterrupt
 
-    # Another place, from which the finished stages are not taken over.
+    # Another folder, so that the finished stages are not reused.
     line = [*words, f"--workdir={tmp_path / 'run'}"]
     with monkeypatch.context() as patch:
         patch.setattr(loop._Loop, "_save", save_and_stop)
@@ -203,7 +203,7 @@ def test_artifacts_are_used_with_the_network_that_they_are_of(tmp_path: Path) ->
 def test_a_received_work_folder_runs_no_code(
     words: list[str], work: Path, tmp_path: Path, field: str, monkeypatch, capsys
 ):
-    """Neither a network nor a method that only stage.json names is imported, whatever is done with the folder."""
+    """No command imports a network or a method that only stage.json names."""
     monkeypatch.syspath_prepend(tmp_path)
     ran = tmp_path / "ran"
     (tmp_path / "hostile").mkdir()

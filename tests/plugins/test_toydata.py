@@ -105,7 +105,7 @@ def test_it_is_trained_on_and_scored(data_dir, finished, capsys):
     identity = json.loads((finished / "adapt" / "stage.json").read_text())["identity"]
     assert len(identity["data"]["evaluation"]) == 2 and identity["evaluation"]["also"] == ["plugins.toydata/day:val"]
 
-    assert run(data_dir, finished) == 0  # nothing is left to do
+    assert run(data_dir, finished) == 0  # there is nothing left to do
     capsys.readouterr()
     assert run(data_dir, finished, "--mode=eval", f"--checkpoint={finished / 'adapt'}") == 0
     printed = capsys.readouterr().out

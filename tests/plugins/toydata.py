@@ -1,4 +1,4 @@
-"""A dataset of a user's own: boxes on the ground, by day and by night.
+"""A user's dataset: boxes on the ground, by day and by night.
 
 The manual folder holds, for day and for night, {train,val}/NAME.png and {train,val}/NAME_ids.png.
 """
@@ -14,7 +14,7 @@ from jaxuda.data.labels import make_label_space
 
 
 class Toydata(FilesBuilder, skip_registration=True):
-    """Labels are 1 (ground), 4 (box) and 9 (sky), and 0 where nobody looked."""
+    """Labels are 1 (ground), 4 (box), 9 (sky) and 0 (unlabelled)."""
 
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name) for name in ("day", "night")]
     MANUAL_DOWNLOAD_INSTRUCTIONS = "the folder with day and night that tests/plugins/test_toydata.py draws"

@@ -1,4 +1,4 @@
-"""Entropy minimisation from day and night of the toy dataset, joined, to night alone, scored by day too."""
+"""Entropy minimisation from day and night of the toy dataset, joined, to night; scored on night and on day."""
 
 from ml_collections import ConfigDict
 
