@@ -324,4 +324,4 @@ def test_start_that_does_not_fit_or_is_not_there(data: dict, tmp_path: Path, cap
         assert main([*words, f"--config.source_only.init={tmp_path}/{place}"]) == MISTAKE
         assert f"there is no checkpoint in {tmp_path}/{place}" in capsys.readouterr().err
     assert main([*words, "--config.source_only.init=none"]) == MISTAKE
-    assert "is named by its path" in capsys.readouterr().err
+    assert "name a checkpoint elsewhere by its path" in capsys.readouterr().err
