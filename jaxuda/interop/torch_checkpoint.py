@@ -248,9 +248,7 @@ def save_torch(
     layouts = torch_layouts(model)
     layout = layout or published_layout(model)
     if layout not in layouts:
-        raise UserError(
-            f"there is no layout '{layout}' of {type(model).__name__}: choose one of {', '.join(layouts)}"
-        )
+        raise UserError(f"there is no layout '{layout}' of {type(model).__name__}: choose one of {', '.join(layouts)}")
     flat = flax.traverse_util.flatten_dict(dict(variables))
     if homeless := [leaf[1] for leaf in flat if layouts[layout].name(leaf) is None]:
         fitting = ", ".join(name for name, each in layouts.items() if None not in map(each.name, flat))
