@@ -122,7 +122,7 @@ def sweep(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
     devices = parallel.evaluation_devices(stage.config, jax.local_devices()[: run_config.devices or None])
     variables = method = None
     if stage.init is not None:
-        arrays, _ = checkpoints.read_variables(*stage.init)
+        arrays, _ = checkpoints.read_variables(*stage.init, stage.config.evaluation.network)
         variables = checkpoints.unflatten(
             arrays, abstract_variables(model, stage.config.evaluation.size), str(stage.init[0])
         )

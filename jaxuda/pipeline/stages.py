@@ -264,13 +264,14 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
     if own.init == IMAGENET or _is_path(own.init):
         init, start = _from_outside(name, resolved, config.data_dir)
         if "sweep" in own:
-            resolved.train = _trained_with(init[0].parent)
+            resolved.train, resolved.evaluation.network = _trained_with(init[0].parent)
     elif own.init != SCRATCH:
         stage, _, which = own.init.partition(":")
         init = (before("init", stage).folder / "checkpoints", which or "last")
         start = [before("init", stage).fingerprint, which or "last"]
         if "sweep" in own:
-            resolved.train = before("init", stage).config.train  # the method whose predictions it takes
+            origin = before("init", stage).config  # it takes the predictions of this method and network
+            resolved.train, resolved.evaluation.network = origin.train, origin.evaluation.network
     named = [*own.reads, own.labels, own.split, own.get("pairing", "")]
     reads = {stage: before("reads", stage) for stage in dict.fromkeys(filter(None, named))}
 
@@ -345,13 +346,13 @@ def imagenet_start(network: str, data_dir: str) -> tuple[tuple[Path, str], Any]:
     return (folder / "checkpoints", which), start
 
 
-def _trained_with(folder: Path) -> str:
-    """The method that a checkpoint from outside of this run was trained with."""
-    method = files.read_json(folder / "stage.json")["identity"].get("train")
-    if method is None:
+def _trained_with(folder: Path) -> tuple[str, str]:
+    """The method that a checkpoint from outside of this run was trained with, and the network that was evaluated."""
+    identity = files.read_json(folder / "stage.json")["identity"]
+    if "train" not in identity:
         raise UserError(f"{folder} holds a backbone alone, which cannot label images")
-    methods.load(method, imported=True)
-    return method
+    methods.load(identity["train"], imported=True)
+    return identity["train"], identity["evaluation"].get("network", checkpoints.STUDENT)
 
 
 def changed_fields(old: Any, new: Any, prefix: str = "") -> list[str]:

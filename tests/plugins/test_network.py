@@ -19,16 +19,17 @@ from ml_collections import ConfigDict
 from plugins.network_recipe import NETWORK
 
 import jaxuda
+from configs import common
 from jaxuda import convert, methods, parallel
 from jaxuda.artifacts.arrays import read_arrays, write_arrays
-from jaxuda.cli import INTERRUPTED, MISTAKE
+from jaxuda.cli import INTERRUPTED, MISTAKE, parse
 from jaxuda.errors import UserError
 from jaxuda.inference.restore import restore
 from jaxuda.interop import load_torch
 from jaxuda.main import main
 from jaxuda.models import abstract_variables, make_model
 from jaxuda.optimizers import make_optimizer
-from jaxuda.pipeline import stages
+from jaxuda.pipeline import domains, recipe, stages
 from jaxuda.training import checkpoints, loop, weights
 from jaxuda.training.start import method_start, new_state
 from jaxuda.training.step import make_step, to_float
@@ -157,6 +158,25 @@ def test_eval_predict_load(words: list[str], work: Path, tmp_path: Path, monkeyp
     assert np.any(teacher.predict(image)[1] != student.predict(image)[1])
     with pytest.raises(UserError, match="has no network 'pupil'"):
         jaxuda.load(str(adapt), network="pupil")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_sweeps_take_the_evaluated_network(words: list[str], work: Path, tmp_path: Path, inside: bool, monkeypatch):
+    """A stage that labels with the run's own stage, or with one from outside, labels with its teacher."""
+    config = parse(words).config
+    with config.unlocked():
+        init = "adapt" if inside else str(work / "adapt")
+        config.rank = common.sweep_stage("entropy_rank", init)
+        config.pipeline = ("source_only", "adapt", "rank")
+    opened, given = domains.load_domains(config), []
+    (*_, rank) = stages.plan(config, work, opened)
+    module = types.SimpleNamespace(run=lambda variables, *_, method, **__: given.append((variables, method.__name__)))
+    monkeypatch.setattr(recipe.sweeps, "load", lambda name: module)
+    log = types.SimpleNamespace(say=print)
+    recipe.sweep(rank._replace(folder=tmp_path), config, opened, log)
+    ((variables, method),) = given
+    assert method == "plugins.noisy_teacher"
+    jax.tree.map(np.testing.assert_array_equal, variables, restore(str(work / "adapt"), network="teacher")[1])
 
 
 @pytest.mark.parametrize("name", ["out.pth", "out.safetensors"])
