@@ -87,6 +87,7 @@ def test_any_setting_is_refused_or_makes_a_plan(name: str, data) -> None:
         (["--config.pipeline=()"], "must name stages"),
         (["--config.model.width=100000"], "must be at most 4096"),
         (["--config.adapt.batch=0", "--config.adapt.steps=-3"], "config.adapt.steps=-3 must be at least 1"),
+        (["--config.model.dtype=int8"], "config.model.dtype='int8' must be one of float32, bfloat16, float16, float64"),
         (["--config.test.scales=()"], "must be factors above 0"),
         (["--seeds=a"], "--seeds a: must be whole numbers"),
         (["--config.seed=-1"], "must be at least 0"),

@@ -193,6 +193,14 @@ def test_a_method_that_breaks_the_contract_is_named(complaint, data, tmp_path, m
     assert not list((tmp_path / "run").glob("*/stage.json"))
 
 
+def test_an_unknown_sweep_is_named_before_anything_trains(complaint, data, tmp_path) -> None:
+    words = tiny.arguments("sdca", workdir=tmp_path / "run", **data)
+    assert "'nothing'; choose one of: class_statistics, " in complaint(
+        ["x", *words, "--config.statistics.sweep=nothing"]
+    )
+    assert not list((tmp_path / "run").glob("*/stage.json"))
+
+
 def test_missing_dataset_names_the_command(complaint, tmp_path) -> None:
     words = [
         "--config=configs/minent.py:camvid",
@@ -231,7 +239,7 @@ def test_all_missing_datasets_are_named_at_once(complaint, tmp_path) -> None:
         ),
         ("table", ["--configs=configs/minent.py", "--seeds=x"], "--seeds x: must be whole numbers"),
         ("table", ["--configs=configs/minent.py", "--config.adapt.lr=x"], "--config.adapt.lr=x must be a number"),
-        ("report", ["--workdir=/nowhere/at/all"], "/nowhere/at/all is no work folder"),
+        ("report", ["--workdir=/nowhere/at/all"], "/nowhere/at/all is not a work folder"),
         ("report", ["--workdir=x", "--outt=y"], "unknown flag --outt; did you mean --out?"),
         ("report.pictures", ["nothing", "--workdir=x", "--out=y.svg"], "there is no picture 'nothing'; choose one of"),
     ],

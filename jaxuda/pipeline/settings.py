@@ -26,6 +26,7 @@ _LEAST = {
 _NEEDED = ("name", "benchmark", "seed", "pipeline", "source", "target", "evaluation", "test", "model", "optim")
 _STAGE = {"domains", "init", "labels", "split", "reads"}  # fields of every stage, and of one that trains
 _TRAINING = _STAGE | {"steps", "schedule_steps", "batch", "lr", "order"}
+_TYPES = ("float32", "bfloat16", "float16", "float64")  # that networks can compute in
 _MOST = {"width": 4096, "num_workers": 1024, "momentum": 1}
 
 
@@ -52,6 +53,8 @@ def check(config: ConfigDict) -> None:
     blocks = plain["model"].get("blocks")  # not every network family has it
     if blocks is not None and not all(type(n) is int and 0 < n < 1000 for n in blocks):
         wrong.append(f"config.model.blocks={blocks!r} must be the number of blocks of each stage")
+    if (dtype := plain["model"].get("dtype", _TYPES[0])) not in _TYPES:
+        wrong.append(f"config.model.dtype={dtype!r} must be one of {', '.join(_TYPES)}")
     wrong += _pipeline(plain)
     if wrong:
         raise UserError("\n  ".join(["the config cannot be run:", *wrong] if len(wrong) > 1 else wrong))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxuda import methods
+from jaxuda import methods, sweeps
 from jaxuda.data import orders
 from jaxuda.errors import UserError
 from jaxuda.models import make_model
@@ -90,7 +90,8 @@ def check_steps(stages: Sequence[Stage], classes: int, depth: bool) -> None:
     seen = []
     for stage in stages:
         config = stage.config
-        if "train" not in config:
+        if "sweep" in config:
+            sweeps.load(config.sweep)
             continue
         sizes = {domain: image_size(config[domain]) for domain in ("source", "target") if domain in config}
         if (settings := {**config.to_dict(), **sizes}) in seen:
