@@ -165,7 +165,7 @@ def test_parts_of_a_batch_are_the_batch(method: str) -> None:
     with jax.enable_x64(True):
         options = {"dtype": "float64", "norm": "frozen"}
         whole = run(method, 1, 2, **options)
-        for devices in (1, 2):
+        for devices in (1, 2) if method in ("advent", TOY) else (2,):
             assert_close(run(method, devices, 2, accumulate=2, **options), whole, 1e-10)
 
 
