@@ -17,7 +17,8 @@ from jaxuda.artifacts.prototypes import FILE
 from jaxuda.artifacts.relations import Relations, cut_regions, label_regions
 from jaxuda.data.labels import make_label_space
 from jaxuda.data.records import Domains
-from jaxuda.models.deeplab import DeepLabV2, Outputs
+from jaxuda.models import Outputs
+from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.sweeps import class_statistics, entropy_rank, prototypes, pseudo_label, target_classes
 from jaxuda.sweeps.evaluate import make_evaluator
 
@@ -27,7 +28,7 @@ class Pixelwise(DeepLabV2):
 
     def __call__(self, images: jax.Array, train: bool = False, index: jax.Array | None = None) -> Outputs:
         features = images @ jnp.array([[1, -1, 0], [0, 1, 1], [1, 0, -2]], jnp.float32)
-        return Outputs(images @ jnp.array([[2, 0, 1], [-1, 1, 0], [0, 1, -1]], jnp.float32), None, features, None)
+        return Outputs(images @ jnp.array([[2, 0, 1], [-1, 1, 0], [0, 1, -1]], jnp.float32), features)
 
 
 class InMemory(list):
