@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxuda.artifacts.prototypes import FILE
 from jaxuda.artifacts.relations import Relations, cut_regions, label_regions
+from jaxuda.data import encoding
 from jaxuda.data.labels import make_label_space
 from jaxuda.data.records import Domains
 from jaxuda.models import Outputs
@@ -101,7 +101,7 @@ def _prototypes(records: InMemory, config: ConfigDict, folder: Path) -> list[Any
 
 def _pseudo_labels(records: InMemory, config: ConfigDict, folder: Path) -> list[Any]:
     paths = sorted((_run(pseudo_label, records, config, folder) / "labels").iterdir())
-    maps = np.stack([cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in paths])
+    maps = np.stack([encoding.read_label_file(path.read_bytes()) for path in paths])
     assert 0.1 < np.mean(maps == 255) < 0.9
     return [maps]
 
