@@ -1,6 +1,7 @@
 """The contract of every method. A method is tested if it exists and some config has a stage with it."""
 
 import functools
+import gc
 import importlib
 from pathlib import Path
 
@@ -30,6 +31,14 @@ STAND_INS = {
     "control": ("minent", {}),
     TOY: ("minent", {"noise": 0.1, "alpha": 0.9, "target_starts": 0}),
 }
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_steps():
+    """No test runs the step of another, and those for eight devices take hundreds of megabytes each."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 def stage_config(method: str, **changes) -> ConfigDict:
