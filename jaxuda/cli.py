@@ -250,14 +250,14 @@ def guarded(work: Callable[[], None], interrupted: str = CONTINUES) -> int:
 
     Args:
       work: the command, including its parsing.
-      interrupted: the message after Ctrl-C about what is saved.
+      interrupted: what the message after Ctrl-C or SIGTERM says of the next try.
 
     Returns:
       0 for success, `INTERRUPTED`, or `MISTAKE`. Other exceptions are bugs and are not caught.
     """
     code = 0
     try:
-        with _exit_on_termination():
+        with _exit_on_termination(interrupted):
             try:
                 work()
             except SystemExit as leaving:  # argparse has printed its help
@@ -302,7 +302,7 @@ def reader_left(stream: TextIO) -> bool:
 
 
 @contextlib.contextmanager
-def _exit_on_termination() -> Iterator[None]:
+def _exit_on_termination(interrupted: str) -> Iterator[None]:
     """SIGTERM ends the process at once, as a requeue expects, except where a training loop saves first.
 
     Nothing is lost, as after a kill. An exception instead could be raised where Python ignores it.
@@ -312,7 +312,7 @@ def _exit_on_termination() -> Iterator[None]:
         return
 
     def leave(number: int, frame: FrameType | None) -> None:
-        os.write(2, b"terminated; run the same command again\n")
+        os.write(2, f"terminated; {interrupted}\n".encode())
         os._exit(INTERRUPTED)
 
     before = signal.signal(signal.SIGTERM, leave)

@@ -75,7 +75,7 @@ def _num_classes(config: ConfigDict) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code as jaxuda.main does."""
-    return guarded(lambda: convert(argv), interrupted="nothing was left behind")
+    return guarded(lambda: convert(argv), interrupted="run the same command again")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code, as jaxuda.main does."""
-    return guarded(lambda: run(argv), interrupted="nothing was left behind")
+    return guarded(lambda: run(argv), interrupted="run the same command again")
 
 
 if __name__ == "__main__":
