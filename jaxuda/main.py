@@ -99,6 +99,8 @@ def run_mode(argv: list[str]) -> None:
         return
     args = parse(argv)
     join_processes(args)
+    if args.seeds and args.mode != "run":
+        raise UserError(f"--seeds belongs to --mode run; --mode {args.mode} uses the stage that --checkpoint names")
     from jaxuda.pipeline import use
 
     overrides = config_flags.get_override_values(args["config"])

@@ -72,6 +72,7 @@ def complaint(capsys):
         (["stray"], "not understood: stray (flags start with --)"),
         ([MINENT], "--config is given 2 times: a run has one recipe (jaxuda.table runs several)"),
         (["--seeds=0,x"], "--seeds 0,x: must be whole numbers with commas between them"),
+        (["--mode=eval", "--checkpoint=x", "--seeds=0"], "--seeds belongs to --mode run; --mode eval uses the stage"),
         (["--config.pipeline=('adapt', 'seed')"], "config.pipeline names 'seed', but config.seed is no stage"),
     ],
 )
@@ -147,6 +148,7 @@ def test_of_a_flag_given_twice_the_last_one_holds(complaint) -> None:
         (["--mode=predict", "--checkpoint=nowhere", "--images=*.nothing"], "matches no file"),
         (["--mode=eval", "--checkpoint=nowhere"], "is not the folder of a training stage"),
         (["--config.source.path="], "--config.source.path=DIR"),
+        (["--config.evaluation.split=vall"], "folder has no split 'vall'; it has train, val"),
         (
             ["--config.class_weights=(1.0, 2.0)"],
             "number for each of the 3 classes, in their order (ground",

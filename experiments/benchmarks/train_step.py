@@ -93,7 +93,7 @@ def make_batch(options: argparse.Namespace) -> dict:
 
 def torch_weights(variables: dict, model) -> dict[str, np.ndarray]:
     """A torch state dict."""
-    layout = model.torch_layouts()["two_level" if model.aux else "one_level"]
+    layout = model.torch_layouts()["two_level" if getattr(model, "aux", False) else "one_level"]
     flat = flax.traverse_util.flatten_dict(jax.device_get(variables))
     return {layout.name(path): np.array(torch_checkpoint.to_torch(x)) for path, x in flat.items()}
 

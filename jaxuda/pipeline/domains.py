@@ -63,7 +63,7 @@ def _open_validation(config: ConfigDict, space: LabelSpace | None) -> tuple[data
             found.append(open_records(config, "target", config.evaluation.split))
         except UserError:
             # A folder without a validation split can still be adapted to; there is nothing to score then.
-            if config.target.name != "folder":
+            if config.target.name != "folder" or config.evaluation.split != "val":
                 raise
     for name, split in _also(config):
         found.append(data.load(name, split, label_space=space, data_dir=config.data_dir or None))
