@@ -91,9 +91,8 @@ def make_batch(options: argparse.Namespace) -> dict:
     return {"source": {"image": images(options.source), "label": label}, "target": {"image": images(options.target)}}
 
 
-def torch_weights(variables: dict, model) -> dict[str, np.ndarray]:
+def torch_weights(variables: dict, layout: torch_checkpoint.Layout) -> dict[str, np.ndarray]:
     """A torch state dict."""
-    layout = model.torch_layouts()["two_level" if getattr(model, "aux", False) else "one_level"]
     flat = flax.traverse_util.flatten_dict(jax.device_get(variables))
     return {layout.name(path): np.array(torch_checkpoint.to_torch(x)) for path, x in flat.items()}
 
@@ -136,8 +135,10 @@ class Ours:
         """Torch state dicts of the network and the discriminators."""
         discriminators = self.state.params.get("discriminator", {})
         fields = {"params": self.state.params["model"], "batch_stats": self.state.batch_stats}
-        return torch_weights(fields, self.model), {
-            level: torch_weights({"params": params}, FCDiscriminator()) for level, params in discriminators.items()
+        network = self.model.torch_layouts()["two_level" if self.model.aux else "one_level"]
+        (layout,) = FCDiscriminator().torch_layouts().values()
+        return torch_weights(fields, network), {
+            level: torch_weights({"params": params}, layout) for level, params in discriminators.items()
         }
 
     def operations(self) -> float:
