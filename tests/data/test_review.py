@@ -92,7 +92,9 @@ def test_ids_that_are_off_by_one(town, capsys):
     )
     # An id beyond those of the classes is an error; the message gives a likely cause.
     change_labels(town, lambda label: label + 1)
-    assert "does not define: 3 (classes.json names 0-2; do the labels count from 1?; ids of no class" in told(capsys, town, 2)
+    assert "does not define: 3 (classes.json names 0-2; do the labels count from 1?; ids of no class" in told(
+        capsys, town, 2
+    )
 
 
 def test_classes_that_are_off_by_one(town, capsys):

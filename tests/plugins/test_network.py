@@ -4,23 +4,20 @@ import json
 import re
 import sys
 import types
-from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from golden_weights import random_variables
-from methods.test_contract import CLASSES, METHODS, assert_close, make_batch, stage_config
+from methods.test_contract import METHODS, assert_close, begin, make_batch, stage_config
 from ml_collections import ConfigDict
 from plugins.network_recipe import NETWORK
 
 import jaxuda
 from configs import common
-from jaxuda import convert, methods, parallel
+from jaxuda import convert, parallel
 from jaxuda.artifacts.arrays import read_arrays, write_arrays
 from jaxuda.cli import INTERRUPTED, MISTAKE, parse
 from jaxuda.errors import UserError
@@ -28,11 +25,8 @@ from jaxuda.inference.restore import restore
 from jaxuda.interop import load_torch
 from jaxuda.main import main
 from jaxuda.models import abstract_variables, make_model
-from jaxuda.optimizers import make_optimizer
 from jaxuda.pipeline import domains, recipe, stages
 from jaxuda.training import checkpoints, loop, weights
-from jaxuda.training.start import method_start, new_state
-from jaxuda.training.step import make_step, to_float
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "--config=tests/plugins/network_recipe.py"
@@ -61,23 +55,17 @@ def work(words: list[str], tmp_path_factory) -> Path:
 
 
 def start(method: str, dtype: str = "float32") -> tuple:
-    """The state before the first step, the method's constants and its step, on the network here."""
+    """See `begin`; on the network here."""
     config = stage_config(method)
     config.model = ConfigDict({**NETWORK, "depth": method == "dada", "dtype": dtype})
     if "discriminator_width" in config:
         config.discriminator_width = 4
-    model, module = make_model(config.model, CLASSES), methods.load(method)
-    tx, batch = make_optimizer(config, model), to_float(make_batch(), "imagenet")
-    variables = jax.tree.map(lambda x: jnp.asarray(x, dtype), random_variables(model, jnp.zeros((1, 32, 48, 3))))
-    begin = partial(method_start, module, model=model, batch=batch, config=config, artifacts={}, converted={})
-    given = jax.jit(lambda key, variables: begin(key, variables=variables))(jax.random.key(1), variables)
-    given = given._replace(params=jax.tree.map(lambda x: jnp.asarray(x, dtype), given.params))
-    return jax.device_get((new_state(variables, given, tx), given.constants)), make_step(module, model, tx, config)
+    return begin(config)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_on_it(method: str) -> None:
-    (state, constants), step = start(method)
+    state, constants, step = start(method)
     compiled = jax.jit(step).lower(state, constants, 0, make_batch()).compile({"xla_backend_optimization_level": 0})
     after, metrics = compiled(state, constants, 0, make_batch())
     assert all(np.isfinite(value) for value in metrics.values()), metrics
@@ -89,7 +77,7 @@ def test_every_method_learns_on_it(method: str) -> None:
 def test_devices_and_parts_draw_the_same() -> None:
     """With dropout and drop path, 2 and 8 devices give the same parameters as one; the draws depend on the seed."""
     with jax.enable_x64(True):
-        (state, constants), step = start("minent", "float64")
+        state, constants, step = start("minent", "float64")
         ends = []
         for devices, seed in ((1, 0), (2, 0), (8, 0), (1, 1)):
             chosen = jax.local_devices()[:devices]
