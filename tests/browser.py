@@ -16,6 +16,42 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 PATIENCE = 240  # seconds; machines that run tests can be busy
 
 
+# [contrast (WCAG 2), text] of all visible text. Its background: a heat map's square, or the nearest opaque element.
+CONTRASTS = """(() => {
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const rgba = (colour) => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const luminance = (colour) => {
+    const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = rgba(colour).map((v) => linear(v / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (element) => {
+    if (element.matches(".cell")) return getComputedStyle(element.previousElementSibling).fill;
+    for (let at = element; at; at = at.parentElement) {
+      const colour = getComputedStyle(at).backgroundColor;
+      if (rgba(colour)[3] === 255) return colour;
+    }
+    return getComputedStyle(document.documentElement).getPropertyValue("--paper");
+  };
+  const found = [];
+  const walker = document.createTreeWalker(document.documentElement, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const text = walker.currentNode.data.trim();
+    const element = walker.currentNode.parentElement;
+    if (!text || !element.checkVisibility({ visibilityProperty: true })) continue;
+    const style = getComputedStyle(element);
+    const pair = [luminance(element.matches("text") ? style.fill : style.color), luminance(behind(element))];
+    found.push([(Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05), text]);
+  }
+  return found;
+})()"""
+
+
 class Browser:
     """One page. `problems`: errors and warnings of its console, and requests that it made.
 
@@ -104,8 +140,8 @@ class Browser:
             self._read()
 
     def value(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """The value of a JavaScript expression; of a promise, once it is fulfilled."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
@@ -126,4 +162,9 @@ class Browser:
     def screenshot(self, path: Path, whole: bool = True) -> None:
         """The page as a PNG file."""
         found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(found["data"]))
+
+    def pdf(self, path: Path) -> None:
+        """Prints the page on A4 as people do: without "background graphics"."""
+        found = self.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69, printBackground=False)
         path.write_bytes(base64.b64decode(found["data"]))

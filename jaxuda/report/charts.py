@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
@@ -15,9 +16,11 @@ from jaxuda.report.markup import Markup, join, tag
 
 COLOURS = 6  # number of colours in chart.css; further series repeat them with dashes
 WIDTH, HEIGHT = 640, 280
+NARROW = 340  # the width of a chart on a phone
 LEFT, RIGHT, TOP, BOTTOM = 52, 18, 24, 40
+_LINE = 16  # height of a line of a title
 FEW = 12  # a curve with at most this many points also shows them as dots
-_LETTER = 6.2  # rough width of a letter, in the units of the drawing
+_LETTER, _TITLE_LETTER = 6.2, 7.5  # rough widths of letters, in the units of the drawing
 
 
 class Series(NamedTuple):
@@ -45,6 +48,12 @@ def standalone(chart: Markup) -> bytes:
     head, rest = chart.split(">", 1)
     paper = tag("rect", class_="paper", width="100%", height="100%")
     return f'{head} xmlns="http://www.w3.org/2000/svg">{style()}{paper}{rest}'.encode()
+
+
+def fitted(draw: Callable[[int], Markup]) -> Markup:
+    """A chart at two widths; page.css shows the one that fits, since a chart that shrinks has text nobody can read."""
+    drawn = [tag("div", draw(width), class_=name) for name, width in (("wide", WIDTH), ("narrow", NARROW))]
+    return tag("div", drawn, class_="fitted")
 
 
 def stacked(line_charts: Sequence[Markup]) -> Markup:
@@ -93,7 +102,9 @@ def look(colour: int) -> str:
     return f"line c{colour % COLOURS}" + (" dashed" if colour >= COLOURS else "")
 
 
-def line_chart(series: Sequence[Series], title: str, x_label: str, marks: Sequence[Mark] = ()) -> Markup:
+def line_chart(
+    series: Sequence[Series], title: str, x_label: str, marks: Sequence[Mark] = (), width: int = WIDTH
+) -> Markup:
     """Curves over steps, with a vertical line and a name where each stage begins.
 
     Args:
@@ -101,36 +112,41 @@ def line_chart(series: Sequence[Series], title: str, x_label: str, marks: Sequen
       title: of the chart; screen readers get it with the first and last values.
       x_label: below the x axis.
       marks: in order.
+      width: of the drawing; its height is always `HEIGHT`.
     """
     points = [point for s in series for point in s.values]
-    frame = _Frame(max([x for x, _ in points] + [mark.x for mark in marks] + [1]), *_limits([y for _, y in points]))
-    body = [_axes(frame, title, x_label)]
+    lines = textwrap.wrap(title, int((width - LEFT) / _TITLE_LETTER))
+    right = max([x for x, _ in points] + [mark.x for mark in marks] + [1])
+    frame = _Frame(width, TOP + _LINE * (len(lines) - 1), right, *_limits([y for _, y in points]))
+    body = [_axes(frame, lines, x_label)]
     for mark, following in itertools.pairwise([*marks, Mark(frame.right, "")]):
         x = frame.across(mark.x)
-        body.append(tag("line", class_="mark", x1=_n(x), x2=_n(x), y1=TOP, y2=HEIGHT - BOTTOM))
+        body.append(tag("line", class_="mark", x1=_n(x), x2=_n(x), y1=frame.top, y2=HEIGHT - BOTTOM))
         if len(mark.name) * _LETTER < frame.across(following.x) - x:
-            body.append(tag("text", mark.name, class_="name", x=_n(x + 3), y=TOP + 10))
+            body.append(tag("text", mark.name, class_="name", x=_n(x + 3), y=frame.top + 10))
     for s in series:
         places = [(_n(frame.across(x)), _n(frame.down(y))) for x, y in s.values]
         body.append(tag("polyline", class_=look(s.colour), points=" ".join(map(",".join, places))))
         if len(places) <= FEW:
             body += [tag("circle", class_=f"dot c{s.colour % COLOURS}", cx=x, cy=y, r=3) for x, y in places]
     spoken = "; ".join(f"{s.name}: {_ends(s.values)}" for s in series if s.values)
-    return _svg(body, f"{title}. {spoken}", WIDTH, HEIGHT)
+    return _svg(body, f"{title}. {spoken}", width, HEIGHT)
 
 
 class _Frame(NamedTuple):
-    """The axes of a line chart: x from 0 to `right`, y from `low` to `high`."""
+    """The axes of a line chart, `width` wide and below `top`: x from 0 to `right`, y from `low` to `high`."""
 
+    width: int
+    top: int
     right: float
     low: float
     high: float
 
     def across(self, x: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * x / self.right
+        return LEFT + (self.width - LEFT - RIGHT) * x / self.right
 
     def down(self, y: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - self.low) / (self.high - self.low)
+        return HEIGHT - BOTTOM - (HEIGHT - self.top - BOTTOM) * (y - self.low) / (self.high - self.low)
 
 
 def _ends(points: Sequence[tuple[float, float]]) -> str:
@@ -138,15 +154,16 @@ def _ends(points: Sequence[tuple[float, float]]) -> str:
     return f"{first[1]:.3g}" if len(points) == 1 else f"from {first[1]:.3g} to {last[1]:.3g}"
 
 
-def _axes(frame: _Frame, title: str, x_label: str) -> Markup:
-    pieces = [tag("text", title, class_="title", x=LEFT, y=14)]
+def _axes(frame: _Frame, title: Sequence[str], x_label: str) -> Markup:
+    pieces = [tag("text", line, class_="title", x=LEFT, y=14 + _LINE * index) for index, line in enumerate(title)]
+    end = frame.width - RIGHT
     for y in ticks(frame.low, frame.high):
         height = _n(frame.down(y))
-        pieces.append(tag("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=height, y2=height))
+        pieces.append(tag("line", class_="grid", x1=LEFT, x2=end, y1=height, y2=height))
         pieces.append(tag("text", f"{y:g}", class_="tick end", x=LEFT - 6, y=_n(frame.down(y) + 4)))
-    for x in ticks(0, frame.right, 8):
+    for x in ticks(0, frame.right, 8 * frame.width // WIDTH):
         pieces.append(tag("text", f"{x:g}", class_="tick middle", x=_n(frame.across(x)), y=HEIGHT - BOTTOM + 16))
-    pieces.append(tag("text", x_label, class_="tick middle", x=_n((LEFT + WIDTH - RIGHT) / 2), y=HEIGHT - 6))
+    pieces.append(tag("text", x_label, class_="tick middle", x=_n((LEFT + end) / 2), y=HEIGHT - 6))
     return join(pieces)
 
 
@@ -156,27 +173,31 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
     return low, (high + 0.05 * (high - low)) if high > low else low + 1
 
 
-def bar_chart(groups: Sequence[str], series: Sequence[Series], title: str, highest: float) -> Markup:
+def bar_chart(
+    groups: Sequence[str], series: Sequence[Series], title: str, highest: float, width: int = WIDTH
+) -> Markup:
     """Horizontal bars, one group of them per class.
 
     Args:
-      groups: the names of the groups.
+      groups: the names of the groups; long ones are shortened.
       series: `values` are one number per group, NaN where there is none.
       title: of the chart, also for screen readers.
       highest: the end of the axis.
+      width: of the drawing.
     """
     thick, gap = 9, 8
-    left = 16 + _LETTER * max(map(len, groups))
+    names = [_shortened(name, int(0.4 * width / _LETTER)) for name in groups]
+    left = 16 + _LETTER * max(map(len, names))
     height = TOP + len(groups) * (len(series) * thick + gap) + 24
 
     def across(x: float) -> float:
-        return left + (WIDTH - left - 40) * x / highest
+        return left + (width - left - 40) * x / highest
 
     body = [tag("text", title, class_="title", x=4, y=14)]
     for x in ticks(0, highest):
         body.append(tag("line", class_="grid", x1=_n(across(x)), x2=_n(across(x)), y1=TOP, y2=height - 22))
         body.append(tag("text", f"{x:g}", class_="tick middle", x=_n(across(x)), y=height - 8))
-    for index, group in enumerate(groups):
+    for index, group in enumerate(names):
         top = TOP + 4 + index * (len(series) * thick + gap)
         body.append(tag("text", group, class_="tick end", x=_n(left - 6), y=_n(top + len(series) * thick / 2 + 4)))
         for place, s in enumerate(series):
@@ -184,7 +205,13 @@ def bar_chart(groups: Sequence[str], series: Sequence[Series], title: str, highe
             if math.isfinite(value):
                 box = {"x": _n(left), "y": top + place * thick, "height": thick - 1}
                 body.append(tag("rect", class_=f"bar c{s.colour % COLOURS}", width=_n(across(value) - left), **box))
-    return _svg(body, f"{title}; the numbers are in the table of results", WIDTH, height)
+    return _svg(body, f"{title}; the numbers are in the table of results", width, height)
+
+
+def _shortened(name: str, letters: int) -> str:
+    """Without its middle, since long names of classes often begin alike ("construction--flat--...")."""
+    start = letters // 3
+    return name if len(name) <= letters else f"{name[:start]}…{name[len(name) - (letters - start - 1) :]}"
 
 
 def heat_map(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, title: str, limits: tuple) -> Markup:
@@ -209,14 +236,20 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, ti
         for j in range(len(columns)):
             if not np.isfinite(values[i, j]):
                 continue
-            red, green, blue = colours[i, j]
             place = {"x": _n(left + j * size), "y": _n(top + i * size)}
-            body.append(tag("rect", **place, width=size - 1, height=size - 1, fill=f"rgb({red},{green},{blue})"))
-            ink = "#000" if shades[i, j] > 128 else "#fff"
+            body.append(tag("rect", **place, width=size - 1, height=size - 1, fill=_rgb(colours[i, j])))
             where = {"x": _n(left + (j + 0.48) * size), "y": _n(top + (i + 0.64) * size)}
-            body.append(tag("text", f"{values[i, j]:.2f}".replace("0.", "."), class_="cell", fill=ink, **where))
+            text, black_or_white = f"{values[i, j]:.2f}".replace("0.", "."), f"fill:{ink(colours[i, j])}"
+            body.append(tag("text", text, class_="cell", style=black_or_white, **where))
     width = max(left + len(columns) * size + 12, 12 + 7.5 * len(title))
     return _svg(body, title, width, top + len(rows) * size + 12)
+
+
+def ink(colour: Sequence[int]) -> str:
+    """Black or white, whichever is easier to read on an RGB colour; the contrast is at least 4.5 (WCAG 2)."""
+    red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in np.divide(colour, 255))
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    return "#000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#fff"
 
 
 class Cloud(NamedTuple):

@@ -171,7 +171,8 @@ def _adapted_curves(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
             series.append(charts.Series(name, index, points))
     if not series:
         return None
-    chart = charts.line_chart(series, "mIoU in % while adapting", "steps of the adapted stages, one after the other")
+    title, x_label = "mIoU in % while adapting", "steps of the adapted stages, one after the other"
+    chart = charts.fitted(lambda width: charts.line_chart(series, title, x_label, width=width))
     return tag("figure", chart, tag("figcaption", charts.legend(series)))
 
 

@@ -18,7 +18,7 @@ from jaxuda.errors import UserError
 from jaxuda.inference.restore import restore
 from jaxuda.models.layers import normalise, resize_labels
 from jaxuda.report import charts
-from jaxuda.report.gallery import Gallery, Picture, make_gallery, open_target
+from jaxuda.report.gallery import Gallery, Picture, make_gallery, open_domain
 from jaxuda.report.page import stage_chart
 from jaxuda.report.runs import Run, StageRun, open_split
 from jaxuda.sweeps.scores import input_transform
@@ -79,7 +79,7 @@ def _heading(name: str, width: int) -> np.ndarray:
 def features(request: Request) -> bytes:
     """The features of both domains for each stage, projected together."""
     run = request.run
-    target, space = open_target(run)
+    target, space = open_domain(run, "target")
     source = open_split(run.config, "source")
     rows = []
     for stage in request.stages:

@@ -55,7 +55,9 @@ class Gallery(NamedTuple):
 
 
 def make_gallery(run: Run, count: int, stages: Sequence[StageRun] | None = None) -> Gallery:
-    """Images spread evenly over the target's validation split, or over its training images if it has none.
+    """Images spread evenly over the validation split, or over the training images if there is none.
+
+    They are those of the target; of the source where the run has no target.
 
     Args:
       run: the work folder.
@@ -65,7 +67,8 @@ def make_gallery(run: Run, count: int, stages: Sequence[StageRun] | None = None)
     Raises:
       UserError: the data are missing, no stage has a checkpoint, or a checkpoint is corrupt.
     """
-    records, space = open_target(run)
+    has_target = run.config.get("target", {}).get("name") or not run.config.get("source", {}).get("name")
+    records, space = open_domain(run, "target" if has_target else "source")
     chosen = [stage for stage in (run.trainings if stages is None else stages) if _newest(run.folder / stage.name)]
     if not chosen:
         raise UserError(f"no stage in {run.folder} has a checkpoint yet")
@@ -90,13 +93,13 @@ def make_gallery(run: Run, count: int, stages: Sequence[StageRun] | None = None)
     return Gallery(records.name, records.fingerprint, space, pictures)
 
 
-def open_target(run: Run) -> tuple[data.Records, LabelSpace]:
-    """The images that are shown, and the classes of the run; raises UserError if the data are missing."""
+def open_domain(run: Run, domain: str) -> tuple[data.Records, LabelSpace]:
+    """The images of the "source" or the "target", and the classes of the run; raises UserError if they are missing."""
     space = label_space(run.config) or open_split(run.config, "source").label_space
     try:
-        return open_split(run.config, "target", run.config.get("evaluation", {}).get("split")), space
+        return open_split(run.config, domain, run.config.get("evaluation", {}).get("split")), space
     except UserError:
-        return open_split(run.config, "target"), space
+        return open_split(run.config, domain), space
 
 
 def _shrink(image: np.ndarray) -> np.ndarray:

@@ -1,4 +1,12 @@
 "use strict";
+// A table that is wider than the screen says that it scrolls.
+const sized = new ResizeObserver((entries) => {
+  for (const { target } of entries) {
+    target.parentNode.classList.toggle("overflows", target.scrollWidth > target.clientWidth);
+  }
+});
+document.querySelectorAll(".scroll").forEach((box) => sized.observe(box));
+
 // The gallery: one slider goes through the layers of all its images; between two layers, the next is wiped in.
 document.documentElement.classList.add("js");
 for (const gallery of document.querySelectorAll(".gallery")) {

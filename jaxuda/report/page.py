@@ -95,14 +95,18 @@ def colours(stages: Sequence[StageRun]) -> dict[str, int]:
 
 def stage_curves(run: Run, metric: str, title: str, scale: float = 1) -> Markup | None:
     """A metric over the training steps of all stages, one after the other; None if it was never logged."""
-    chart = stage_chart(run, metric, title, scale)
-    return chart and tag("figure", chart, tag("figcaption", charts.legend(_stage_series(run, metric, scale)[0])))
+    series, _ = _stage_series(run, metric, scale)
+    if not series:
+        return None
+    chart = charts.fitted(lambda width: stage_chart(run, metric, title, scale, width))
+    return tag("figure", chart, tag("figcaption", charts.legend(series)))
 
 
-def stage_chart(run: Run, metric: str, title: str, scale: float = 1) -> Markup | None:
-    """The chart of `stage_curves` alone."""
+def stage_chart(run: Run, metric: str, title: str, scale: float = 1, width: int = charts.WIDTH) -> Markup | None:
+    """The chart of `stage_curves` alone, at one width."""
     series, marks = _stage_series(run, metric, scale)
-    return charts.line_chart(series, title, "training step, one stage after the other", marks) if series else None
+    x_label = "training step, one stage after the other"
+    return charts.line_chart(series, title, x_label, marks, width) if series else None
 
 
 def _stage_series(run: Run, metric: str, scale: float) -> tuple[list[charts.Series], list[charts.Mark]]:
@@ -155,7 +159,8 @@ def iou_bars(classes: Sequence[str], stages: Mapping[str, tuple[int, StageRun]])
         for name, (number, stage) in stages.items()
     ]
     highest = max([value for s in series for value in s.values if value == value], default=1)
-    chart = charts.bar_chart(classes, series, "IoU in % per class, last checkpoint", max(highest, 1))
+    title = "IoU in % per class, last checkpoint"
+    chart = charts.fitted(lambda width: charts.bar_chart(classes, series, title, max(highest, 1), width))
     order = "Bars of a class from top to bottom:"
     return tag("figure", tag("figcaption", order, charts.legend(series)), chart)
 
@@ -226,7 +231,7 @@ def _most(ids: np.ndarray, space: LabelSpace) -> str:
 
 
 def slider(gallery: Gallery, pictures: Sequence[Mapping[str, Markup]]) -> Markup:
-    """All pictures with one slider over their layers; without scripts the layers are shown side by side."""
+    """All pictures with one slider over their layers; on paper and without scripts the layers are side by side."""
     names = list(pictures[0])
     control = tag(
         "input",
@@ -242,7 +247,7 @@ def slider(gallery: Gallery, pictures: Sequence[Mapping[str, Markup]]) -> Markup
     frames = [
         tag(
             "figure",
-            tag("div", list(layers.values()), class_="frame"),
+            tag("div", [tag("div", i, tag("small", n), class_="layer") for n, i in layers.items()], class_="frame"),
             tag("figcaption", picture.id),
         )
         for picture, layers in zip(gallery.pictures, pictures, strict=True)
@@ -251,12 +256,11 @@ def slider(gallery: Gallery, pictures: Sequence[Mapping[str, Markup]]) -> Markup
         tag("li", tag("span", class_="swatch", style=f"background:rgb({r},{g},{b})"), f" {name}")
         for name, (r, g, b) in zip(gallery.space.classes, gallery.space.palette.tolist(), strict=True)
     ]
-    how = "Drag the slider, or use the arrow keys (Page Up and Page Down for whole layers)."
-    if any(name.startswith("entropy") for name in names):
-        how += " Entropy: dark is sure, bright is not."
+    how = " Drag the slider, or use the arrow keys (Page Up and Page Down for whole layers)."
+    shades = " Entropy: dark is sure, bright is not." if any(name.startswith("entropy") for name in names) else None
     return tag(
         "div",
-        tag("p", f"{gallery.name}: {', '.join(names)}. {how}", class_="faint"),
+        tag("p", f"{gallery.name}: {', '.join(names)}.", tag("span", how, class_="how"), shades, class_="faint"),
         tag("ul", swatches, class_="palette", aria_label="colours of the classes"),
         tag(
             "div",

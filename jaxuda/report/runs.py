@@ -191,13 +191,14 @@ def open_split(config: Mapping[str, Any], domain: str, split: str | None = None)
 
 
 def label_space(config: Mapping[str, Any]) -> LabelSpace | None:
-    """The classes and colours of a run, from its config or its source; None if both are missing."""
-    try:
+    """The classes and colours of a run, from its config, its source or its target; None if all are missing."""
+    with contextlib.suppress(UserError):
         if config.get("label_space"):
             return data.labels.label_space(config["label_space"])
         return open_split(config, "source").label_space
-    except UserError:
-        return None
+    with contextlib.suppress(UserError):  # a run without a source has the classes of its target
+        return open_split(config, "target").label_space
+    return None
 
 
 def _read_stage(
@@ -266,7 +267,8 @@ def _notes(saved: Mapping[str, Any], stages: list[StageRun]) -> list[str]:
         notes.append(f"This run is not complete ({'; '.join(parts)}). The same command continues it.")
     trained = [stage for stage in stages if stage.role != SWEEP and stage.status == "done"]
     if trained and not any(stage.scored for stage in stages):
-        notes.append("There were no labelled validation images, so there are no scores; see the label-free figures.")
+        free = "; see the label-free figures" if any(stage.last for stage in stages) else ""
+        notes.append(f"There were no labelled validation images, so there are no scores{free}.")
     adopted = [stage.title for stage in trained if not stage.rows]
     if adopted:
         notes.append(f"Taken over from another work folder, where their losses were logged: {', '.join(adopted)}.")

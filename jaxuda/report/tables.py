@@ -45,15 +45,20 @@ def table(
     def row(cells: Sequence[Any]) -> Markup:
         return tag("tr", tag("th", cells[0], scope="row"), [tag("td", cell) for cell in cells[1:]])
 
-    body = tag(
-        "table",
-        tag("caption", caption),
+    parts = [
         tag("thead", tag("tr", [tag("th", cell, scope="col") for cell in head])),
         tag("tbody", map(row, rows)),
         tag("tfoot", map(row, foot)) if foot else None,
-        class_=kind or None,
-    )
-    return tag("div", body, class_="scroll", tabindex=0, role="group", aria_label=caption)
+    ]
+    return _scrolled(caption, parts, kind)
+
+
+def _scrolled(caption: str, parts: Sequence[Markup | None], kind: str, style: str | None = None) -> Markup:
+    """A table in a box that scrolls; its caption stays outside. page.js shows the hint if the table is too wide."""
+    hint = tag("span", " (scroll sideways \N{RIGHTWARDS ARROW})", class_="hint", aria_hidden="true")
+    body = tag("table", parts, class_=kind or None, style=style, aria_label=caption)
+    box = tag("div", body, class_="scroll", tabindex=0, role="group", aria_label=caption)
+    return tag("div", tag("p", caption, hint, class_="caption"), box)
 
 
 def results(run: Run) -> Markup:
@@ -123,8 +128,7 @@ def confusion(run: Run, stage: StageRun) -> Markup:
         rows.append(tag("tr", tag("th", name, scope="row"), cells))
     head = tag("tr", tag("td"), [tag("th", name, scope="col") for name in run.classes])
     caption = f"{stage.title}: rows are the true class, columns the predicted one, in % of the row's pixels"
-    body = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", rows), class_="confusion")
-    return tag("div", body, class_="scroll", tabindex=0, role="group", aria_label=caption)
+    return _scrolled(caption, [tag("thead", head), tag("tbody", rows)], "confusion", f"--columns:{len(rows)}")
 
 
 def stages(run: Run) -> Markup:
@@ -147,8 +151,9 @@ def data(run: Run) -> Markup:
         place = run.config.get(domain, {})
         rows.append([domain, place.get("name") or NONE, place.get("split", NONE), place.get("path") or NONE])
     place = run.config.get("target", {})
-    split = run.config.get("evaluation", {}).get("split", NONE)
-    rows.append(["evaluation", place.get("name") or NONE, split, place.get("path") or NONE])
+    if place.get("name"):
+        split = run.config.get("evaluation", {}).get("split", NONE)
+        rows.append(["evaluation", place["name"], split, place.get("path") or NONE])
     for entry in run.config.get("evaluation", {}).get("also", ()):
         name, _, split = entry.rpartition(":")
         rows.append(["evaluation", name, split, NONE])

@@ -3,29 +3,16 @@
 import html.parser
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn_run import CLASSES, EVIL, STAGES, TRAINED, draw_run, hostile_gallery
 
 from jaxuda import report
-from jaxuda.data.labels import make_label_space
 from jaxuda.errors import UserError
-from jaxuda.metrics import iou, mean_iou, pixel_accuracy
 from jaxuda.report.__main__ import main
-from jaxuda.report.gallery import Gallery, Picture
 from jaxuda.report.page import run_page
 from jaxuda.report.runs import read_run
-
-CLASSES = ["road", "a&b", "<script>alert(1)</script>"]
-EVIL = "\"><img src=x onerror=alert(1)><script>alert(2)</script>'"
-TRAINED = {"init": "scratch", "labels": "", "steps": 20}
-STAGES = {
-    "source_only": {"train": "source_only", "domains": ["source"], **TRAINED},
-    "rank": {"sweep": "entropy_rank", "domains": ["source", "target"], "init": "source_only"},
-    "adapt": {"train": "minent", "domains": ["source", "target"], **TRAINED, "init": "source_only:best"},
-    "oracle": {"train": "source_only", "domains": ["target"], **TRAINED},
-}
 
 
 class Parsed(html.parser.HTMLParser):
@@ -40,7 +27,7 @@ class Parsed(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
         if tag == "table":
-            self._rows, self._caption = [], ""
+            self._rows, self._caption = [], dict(attrs)["aria-label"]
         elif tag == "tr":
             self._rows.append([])
         elif tag in ("td", "th"):
@@ -60,67 +47,6 @@ class Parsed(html.parser.HTMLParser):
             self.text += data
         if {"td", "th"} & set(self._open):
             self._rows[-1][-1] += data
-        elif "caption" in self._open:
-            self._caption += data
-
-
-def evaluation(step: int, seed: int) -> dict:
-    confusion = np.random.default_rng([seed, step]).integers(0, 1000, (3, 3))
-    confusion[2] = confusion[:, 2] = 0
-    scores = {"miou": mean_iou(confusion), "pixel_accuracy": pixel_accuracy(confusion)}
-    values = [None if np.isnan(v) else float(v) for v in iou(confusion)]
-    figures = {"entropy": 0.25, "diversity": 0.5, "snd": 4.0}
-    return {"step": step, **scores, **figures, "iou": values, "confusion": confusion.tolist()}
-
-
-def draw_run(folder: Path, *, done: int = 4, seed: int = 0, labelled: bool = True, stages=STAGES, **config) -> Path:
-    """A work folder in which the first `done` stages are done and the next one is half done."""
-    folder.mkdir(parents=True)
-    domain = {"name": "folder", "path": EVIL, "split": "train"}
-    settings = {"name": "minent", "benchmark": "tiny", "seed": seed, "label_space": "", "pipeline": list(stages)}
-    settings |= {"source": domain, "target": domain, "evaluation": {"split": "val"}, **stages, **config}
-    saved = {"config": settings, "versions": {"jax": "1.2.3"}, "git": "abc"}
-    (folder / "config.json").write_text(json.dumps(saved))
-    rows, reported = [], {}
-    for index, (name, own) in enumerate(stages.items()):
-        if index > done:
-            break
-        (folder / name).mkdir()
-        status = "done" if index < done else "started"
-        record = {"status": status, "fingerprint": name, "identity": own}
-        (folder / name / "stage.json").write_text(json.dumps(record))
-        reported[name] = {}
-        if "sweep" in own:
-            continue
-        steps = (10, 20) if status == "done" else (10,)
-        rows += [{"stage": name, "step": s, "time": 0.0, "loss": 1 / s, "ce": 1.0, "images_per_s": 1} for s in steps]
-        found = [evaluation(s, seed + index) for s in steps]
-        if not labelled:
-            found = [{k: row[k] for k in ("step", "entropy", "diversity", "snd")} for row in found]
-        (folder / name / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-        if status == "done":
-            reported[name] = {"step": 20, "last": found[-1]}
-            if labelled:
-                best = max(found, key=lambda row: row["miou"])
-                mean = float(np.mean([row["miou"] for row in found]))
-                reported[name]["mean_of_last"] = {"count": 2, "miou": mean}
-                reported[name]["best_on_val_using_target_labels"] = {"step": best["step"], "miou": best["miou"]}
-            (folder / name / "results.json").write_text(json.dumps(reported[name]))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": "ada')
-    if done == len(stages):
-        validation = "folder val" if labelled else None
-        results = {"config": "minent", "benchmark": "tiny", "seed": seed, "validation": validation}
-        (folder / "results.json").write_text(json.dumps({**results, "classes": CLASSES, "stages": reported}))
-    return folder
-
-
-def hostile_gallery() -> Gallery:
-    space = make_label_space("mine", {name: (80 * index, 10, 20) for index, name in enumerate(CLASSES)})
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 255, (20, 30, 3)).astype(np.uint8)
-    ids = rng.integers(0, 3, (20, 30)).astype(np.uint8)
-    picture = Picture(EVIL, image, ids, {"source_only": ids, "adapt": ids}, {"adapt": 80 * ids})
-    return Gallery("folder val", "0", space, [picture, picture])
 
 
 def assert_harmless(page: str) -> Parsed:
@@ -190,8 +116,18 @@ def test_runs_without_labels_show_label_free_figures(tmp_path) -> None:
     stages = {name: own for name, own in STAGES.items() if name != "oracle"}
     folder = draw_run(tmp_path / "run", done=3, labelled=False, stages=stages)
     parsed = assert_harmless(report.write([folder]).read_text())
-    assert "no labelled validation images" in parsed.text
+    assert "no labelled validation images, so there are no scores; see the label-free figures." in parsed.text
     assert parsed.tables["Label-free figures, last checkpoint"][1][1:] == ["0.250", "0.250"]
+
+
+def test_runs_without_a_target_show_no_figures(tmp_path) -> None:
+    stages, none = {"source_only": STAGES["source_only"]}, {"name": "", "path": "", "split": "train"}
+    folder = draw_run(tmp_path / "run", done=1, stages=stages, labelled=False, target=none)
+    for name in ("source_only/evaluations.jsonl", "source_only/results.json", "results.json"):
+        (folder / name).unlink()
+    parsed = assert_harmless(report.write([folder]).read_text())
+    assert "no labelled validation images, so there are no scores." in parsed.text
+    assert [row[0] for row in parsed.tables["Data"]] == ["domain", "source", "target"]
 
 
 def test_missing_parts_are_survived(tmp_path) -> None:

@@ -142,6 +142,26 @@ def test_gallery_of_a_run_that_has_only_begun(copied: Path) -> None:
     assert "has a checkpoint yet" in report.write([copied]).read_text()
 
 
+@pytest.mark.parametrize(("absent", "shown"), [("target", "source"), ("source", "target")])
+def test_gallery_of_a_run_with_one_domain(copied: Path, tmp_path, capsys, absent: str, shown: str) -> None:
+    saved = json.loads((copied / "config.json").read_text())
+    saved["config"][absent]["name"] = ""
+    (copied / "config.json").write_text(json.dumps(saved))
+    gallery = make_gallery(read_run(copied), 2)
+    assert gallery.name == f"folder {shown} val" and gallery.space.classes == tiny.CLASSES
+    labels = copied.parent / saved["config"][shown]["path"] / "labels" / "val"
+    for picture in gallery.pictures:
+        np.testing.assert_array_equal(
+            picture.truth, cv2.imread(str(labels / f"{picture.id}.png"), cv2.IMREAD_UNCHANGED)
+        )
+        assert set(picture.labels) == {"source_only", "adapt", "oracle"}
+    assert "There are no pictures" not in report.write([copied]).read_text()
+    # Features are of both domains.
+    out = str(tmp_path / "features.svg")
+    assert pictures.main(["features", "--workdir", str(copied), "--out", out]) == 2
+    assert f"there is no {absent}" in capsys.readouterr().err
+
+
 def test_sheets_and_features(copied: Path, tmp_path, capsys) -> None:
     words = ["--workdir", str(copied), "--count", "2"]
     for kind, columns in (("predictions", 4), ("entropy", 3)):
