@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import splits
 
-from jaxuda.data import encoding
+from jaxuda.data import encoding, names
 from jaxuda.data.example import serialise
 from jaxuda.data.threads import map_ahead
 from jaxuda.data.transforms import resize_nearest
@@ -65,31 +65,72 @@ def listed(folder: Path, endings: Sequence[str], complaints: Complaints) -> dict
 
     A folder that is missing or has no such file is a complaint; then the result is None.
     """
-    found = {}
+    found, rest = {}, []
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        for ending in endings:
-            if file.name.lower().endswith(ending.lower()) and not file.name.startswith("."):
-                found[file.name[: -len(ending)]] = file
+        if file.name.startswith("."):
+            continue
+        ending = next((ending for ending in endings if file.name.lower().endswith(ending.lower())), None)
+        if ending is None:
+            rest.append(file.name)
+            continue
+        name = names.plain(file.name[: -len(ending)])
+        if name in found:
+            complaints.add(f"{file}: has the same name as {found[name].name}")
+        found[name] = file
     if not found:
         wanted = " or ".join(f"*{ending}" for ending in endings)
-        complaints.add(f"{folder}: {f'holds no files {wanted}' if folder.is_dir() else 'there is no such folder'}")
+        others = f" (but {len(rest)} others, such as {rest[0]})" if rest else ""
+        problem = f"holds no files {wanted}{others}" if folder.is_dir() else "there is no such folder"
+        complaints.add(f"{folder}: {problem}")
     return found or None
 
 
 def paired(images: dict[str, Path] | None, complaints: Complaints, **others: dict[str, Path] | None) -> list[Item]:
     """Items of the images by name, each with its `label=` and `depth=`; a file without a partner is a complaint.
 
-    If one listing is None there are no items: this is a complaint already.
+    Files that other tools derived from a partner ("00001_labelTrainIds.png" beside "00001.png") are ignored. If one
+    listing is None there are no items: this is a complaint already.
     """
     if images is None or None in others.values():
         return []
     for kind, files in others.items():
-        for name in sorted(images.keys() - files.keys()):
-            complaints.add(f"{images[name]}: has no {kind}")
-        for name in sorted(files.keys() - images.keys()):
-            complaints.add(f"{files[name]}: has no image")
+        complete = images.keys() & files.keys()
+        used = {name: file for name, file in files.items() if name in complete or not names.is_derived(name, complete)}
+        complain_of_unpaired(images, used, kind, complaints)
     label, depth = others.get("label", {}), others.get("depth", {})
     return [Item(name, images[name], label.get(name), depth.get(name)) for name in sorted(images)]
+
+
+def complain_of_unpaired(
+    images: dict[str, Path], files: dict[str, Path], kind: str, complaints: Complaints, but: str = ""
+) -> None:
+    """Complains of each image without a file of its name, and the reverse; once if the names differ altogether.
+
+    Args:
+      images, files: name -> file.
+      kind: what the files are, such as "label".
+      complaints: they are added here.
+      but: why an image needs such a file.
+    """
+    alone, orphans = images.keys() - files.keys(), files.keys() - images.keys()
+    alike = names.pairings(alone, orphans)
+    for pairing in alike:
+        image, other = next(iter(pairing.partners.items()))
+        complaints.add(
+            f"{images[image]}: has no {kind} of the same name, and so {len(pairing.partners)} images: is it "
+            f"{files[other]}? Give both the same name"
+        )
+    if not alike and len(alone) == len(images) > 1 and len(orphans) == len(files) > 1:
+        complaints.add(
+            f"{images[min(images)]}: none of the {len(images)} images has a {kind} of the same name; those are named "
+            f"like {files[min(files)]}"
+        )
+        return
+    known = {name for pairing in alike for pair in pairing.partners.items() for name in pair}
+    for name in sorted(alone - known):
+        complaints.add(f"{images[name]}: has no {kind}{but}")
+    for name in sorted(orphans - known):
+        complaints.add(f"{files[name]}: has no image")
 
 
 class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
