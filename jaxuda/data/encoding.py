@@ -21,6 +21,7 @@ _PNG_LEVEL = 3
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
 _BITS_PER_SAMPLE = 258  # the tag of TIFF
 _LEAST_OF_16 = 2**14  # a photo of 16 bits has brighter pixels
+_TOO_HIGH = "ids must be 0..255 (if it shows single objects, their instances, take the file that shows the classes)"
 _COLOUR_OF_ANY_DEPTH = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
 
 
@@ -162,10 +163,35 @@ def check_image(data: bytes) -> tuple[int, int]:
         width, height = image.size
         png.check_size(width, height)
         with _unreadable():
-            sideways = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            sideways = _orientation(image) in (5, 6, 7, 8)
             image.draft(None, (max(1, width // 8), max(1, height // 8)))
             image.load()
     return (width, height) if sideways else (height, width)
+
+
+def turned_in_place(data: bytes) -> bool:
+    """Whether the EXIF tag of a JPEG or PNG turns or mirrors it, but to the same size.
+
+    Then the size of a label does not show whether the label was turned too. The bytes are as `check_image` accepts
+    them.
+    """
+    if png.is_png(data):
+        if not png.has(data, b"eXIf"):
+            return False
+        upright, stored = (
+            _decode(data, cv2.IMREAD_COLOR),
+            _decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION),
+        )
+        return upright.shape == stored.shape and bool((upright != stored).any())
+    with _opened(data) as image:
+        return _orientation(image) in ((2, 3, 4, 5, 6, 7, 8) if image.width == image.height else (2, 3, 4))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF tag; Pillow's getexif() also returns that of XMP, which OpenCV and most programs ignore."""
+    exif = Image.Exif()
+    exif.load(image.info.get("exif") or b"")
+    return exif.get(_ORIENTATION, 1)
 
 
 def read_image_file(data: bytes, bits: int = 16) -> np.ndarray:
@@ -260,7 +286,7 @@ def read_first_channel(data: bytes) -> np.ndarray:
     """
     first = _decode(data, cv2.IMREAD_UNCHANGED)[..., 2]
     if first.max(initial=0) > 255:
-        raise ValueError(f"holds the id {first.max()}; ids must be 0..255")
+        raise ValueError(f"holds the id {first.max()}; {_TOO_HIGH}")
     return first.astype(np.uint8)
 
 
@@ -288,7 +314,7 @@ def read_label_file(data: bytes) -> np.ndarray:
     if mode == "L" and bits in (2, 4):
         label = label // (255 // (2**bits - 1))
     if label.max(initial=0) > 255:
-        raise ValueError(f"holds the id {label.max()}; ids must be 0..255")
+        raise ValueError(f"holds the id {label.max()}; {_TOO_HIGH}")
     return label.astype(np.uint8)
 
 

@@ -105,8 +105,3 @@ def _affixes(name: str, before: bool) -> Iterator[tuple[str, str]]:
 def is_derived(name: str, known: Collection[str]) -> bool:
     """Whether a name is one of the known ones with an ending, as "00001_labelTrainIds" of "00001"."""
     return any(core in known for affix, core in _affixes(name, before=False) if affix)
-
-
-def pattern(affix: str, before: bool, suffix: str) -> str:
-    """The names of files with an affix, for messages, such as "*_gtFine_labelIds.png"."""
-    return f"{affix}*{suffix}" if before else f"*{affix}{suffix}"

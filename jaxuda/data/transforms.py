@@ -25,7 +25,7 @@ _PADDING = {"image": 0, "label": IGNORE, "depth": 0}
 
 @dataclass(frozen=True)
 class TransformSpec:
-    """Fields of a transform, applied in this order; None and 0 mean "off". Sizes are (width, height).
+    """Fields of a transform, applied in this order; None, () and 0 mean "off". Sizes are (width, height).
 
     At most one of `resize`, `fit`, `short_side` and `scale` may be set.
     """
@@ -89,7 +89,9 @@ def build_transform(spec: Mapping[str, Any] | None) -> Transform:
     Raises:
       UserError: a field is unknown, or its value is invalid.
     """
-    spec = {key: tuple(v) if isinstance(v, list) else v for key, v in dict(spec or {}).items() if v is not None}
+    spec = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in dict(spec or {}).items() if v not in (None, (), [])
+    }
     known = [field.name for field in fields(TransformSpec)]
     unknown = sorted(set(spec) - set(known))
     if unknown:
@@ -98,8 +100,11 @@ def build_transform(spec: Mapping[str, Any] | None) -> Transform:
         problem = _problem(key, value)
         if problem:
             raise UserError(f"transform field {key}={value!r}: {problem}")
-    if sum(key in spec for key in ("resize", "fit", "short_side", "scale")) > 1:
-        raise UserError("a transform takes one of resize, fit, short_side and scale, not several")
+    if len(several := [key for key in ("resize", "fit", "short_side", "scale") if key in spec]) > 1:
+        raise UserError(
+            f"a transform takes one of resize, fit, short_side and scale, not several: unset {several[0]} "
+            f"({several[0]}=None) or {several[1]}"
+        )
     if "base" in spec and "scale" not in spec:
         raise UserError("transform field base is the size that scale refers to, but scale is not set")
     return TransformSpec(**spec)
@@ -113,7 +118,7 @@ def _problem(key: str, value: Any) -> str:
         return "" if _numbers((value,)) and 0 <= value <= 1 else "must be a probability"
     length = 4 if key == "jitter" else 2
     if not isinstance(value, tuple) or len(value) != length or not _numbers(value):
-        return f"must be {length} numbers"
+        return f"must be {length} numbers, or None"
     if key in ("resize", "fit", "base", "crop", "short_side") and not all(isinstance(v, int) and v > 0 for v in value):
         return "must be positive integers"
     if key in ("short_side", "scale", "blur") and not 0 < value[0] <= value[1]:
