@@ -90,7 +90,7 @@ def complain_of_unpaired(
     alone, orphans = images.keys() - files.keys(), files.keys() - images.keys()
     alike = names.pairings(alone, orphans)
     for pairing in alike:
-        image, other = next(iter(pairing.partners.items()))
+        image, other = min(pairing.partners.items())
         complaints.add(
             f"{images[image]}: has no {kind} of the same name, and so {len(pairing.partners)} images: is it "
             f"{files[other]}? Give both the same name"

@@ -80,7 +80,7 @@ def _meant(pairing: Pairing) -> bool:
 def _by_affix(names: Collection[str], before: bool) -> dict[str, dict[str, str]]:
     """Affix -> name without it -> name, for the most common affixes."""
     cut = defaultdict(dict)
-    for name in names:
+    for name in sorted(names):
         for affix, core in _affixes(name, before):
             cut[affix][core] = name
     common = Counter({affix: len(cores) for affix, cores in cut.items()}).most_common(_MOST_AFFIXES)

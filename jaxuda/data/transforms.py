@@ -25,7 +25,7 @@ _PADDING = {"image": 0, "label": IGNORE, "depth": 0}
 
 @dataclass(frozen=True)
 class TransformSpec:
-    """Fields of a transform, applied in this order; None, () and 0 mean "off". Sizes are (width, height).
+    """Fields of a transform, applied in this order; None and 0 mean "off". Sizes are (width, height).
 
     At most one of `resize`, `fit`, `short_side` and `scale` may be set.
     """
@@ -89,9 +89,7 @@ def build_transform(spec: Mapping[str, Any] | None) -> Transform:
     Raises:
       UserError: a field is unknown, or its value is invalid.
     """
-    spec = {
-        key: tuple(v) if isinstance(v, list) else v for key, v in dict(spec or {}).items() if v not in (None, (), [])
-    }
+    spec = {key: tuple(v) if isinstance(v, list) else v for key, v in dict(spec or {}).items() if v is not None}
     known = [field.name for field in fields(TransformSpec)]
     unknown = sorted(set(spec) - set(known))
     if unknown:

@@ -75,6 +75,26 @@ def test_exif_orientation_is_applied(orientation):
     assert encoding.check_image(data) == upright.shape[:2]
 
 
+def test_only_exif_turns_an_image():
+    """Pillow also heeds XMP, which OpenCV and most viewers do not; both checks must agree with what is read."""
+    tiff = b'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"'
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description ' + tiff + b"/></x:xmpmeta>"
+    data = _bytes(Image.new("RGB", (32, 16)), "JPEG", xmp=xmp)
+    assert Image.open(io.BytesIO(data)).getexif()[0x0112] == 6
+    assert encoding.check_image(data) == encoding.decode_image(data).shape[:2] == (16, 32)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("size", [(16, 16), (32, 16)])
+def test_images_that_are_turned_to_the_same_size(format, size):
+    picture, exif = Image.fromarray(RNG.integers(0, 256, (*size[::-1], 3), np.uint8)), Image.Exif()
+    for tag in range(1, 9):
+        exif[0x0112] = tag
+        same = tag in (2, 3, 4) or (tag > 4 and size == (16, 16))
+        assert encoding.turned_in_place(_bytes(picture, format, exif=exif)) == same, tag
+    assert not encoding.turned_in_place(_bytes(picture, format))
+
+
 def test_check_image_sees_what_opencv_hides():
     whole = _bytes(Image.fromarray(RNG.integers(0, 256, (40, 40, 3), np.uint8)), "JPEG")
     assert encoding.check_image(whole) == (40, 40)
