@@ -21,7 +21,7 @@ from jaxuda.data.datasets.mapillary import CATEGORIES
 from jaxuda.data.labels import label_space, lookup_table
 from jaxuda.interop import save_torch
 from jaxuda.main import main
-from jaxuda.metrics import iou
+from jaxuda.metrics import confusion_matrix, iou
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.prepare import prepare
 
@@ -124,6 +124,9 @@ def test_cityscapes_at_its_published_size(tmp_path: Path, capsys, monkeypatch) -
         key = {"light": "traffic light", "sign": "traffic sign", "mIoU (19)": "mean"}.get(name, name)
         assert float(score) == pytest.approx(theirs[key], abs=0.051), name
     assert theirs["mean"] > 0
+    pairs = [(truth, tmp_path / "predictions" / "ids" / f"{name}.png") for name, truth in truths.items()]
+    exact = iou(sum(confusion_matrix(truth, np.asarray(Image.open(file)), 19) for truth, file in pairs))
+    assert 100 * np.nanmean(exact) == pytest.approx(theirs["mean"], rel=1e-6)
 
     for name in truths:
         ids, raw, colour = (

@@ -56,6 +56,19 @@ def rewrite(file: Path, ids: list[int]) -> None:
     layouts.grey(file, layouts.ids(tuple(ids), Image.open(file).size))
 
 
+@pytest.mark.parametrize("dataset", ["cityscapes", "crosscity", "mapillary", "camvid"])
+def test_bad_files_of_every_split_are_named_at_once(tmp_path, capsys, dataset):
+    root = draw(dataset, tmp_path / "source")
+    images = {"cityscapes": "leftImg8bit/*/*/*", "crosscity": "Rome/Images/*/*", "mapillary": "*/images/*"}
+    bad = sorted(root.glob(images.get(dataset, "*/00[01][16]*.jpg")))
+    bad = [file for file in bad if "0001TP" not in file.name]  # not of the config "day"
+    for file in bad:
+        file.write_bytes(b"no image")
+    message = refused(dataset, root, capsys)
+    assert message.count("cannot be read as an image") == len(bad) and all(str(file) in message for file in bad)
+    assert len({file.relative_to(root).parts[:-1] for file in bad}) > 1
+
+
 # --- labels of another kind
 
 
