@@ -6,8 +6,9 @@ and `pipeline`, the tuple of stage names to run in order. Any field can be set o
 """
 
 from functools import partial
+from typing import Any
 
-from ml_collections import ConfigDict, FieldReference, config_dict
+from ml_collections import ConfigDict, FieldReference
 
 CITIES = ("rio", "rome", "taipei", "tokyo")
 # The benchmarks of papers: to Cityscapes, from Cityscapes to each city of Cross-City, and from SYNTHIA to Mapillary.
@@ -18,7 +19,12 @@ BENCHMARKS = ("streets", "camvid", "folder", *PUBLISHED)
 
 def unset() -> FieldReference:
     """None, for a field that takes any value on the command line; a plain None could not be set there."""
-    return config_dict.placeholder(object)
+    return optional(None)
+
+
+def optional(value: Any) -> FieldReference:
+    """A value that --config.FIELD=None unsets."""
+    return FieldReference(value, field_type=object)
 
 
 def domain(name: str, **transforms) -> ConfigDict:
@@ -29,9 +35,11 @@ def domain(name: str, **transforms) -> ConfigDict:
     """
     config = ConfigDict({"name": name, "path": "", "split": "train", "interpolation": "bicubic"})
     for field in ("resize", "short_side", "scale", "base", "crop", "flip", "jitter", "grey", "blur"):
-        config[field] = transforms.pop(field, unset())
-    for field in {"fit", "parts"} & transforms.keys():
-        config[field] = transforms.pop(field)  # set only when used: every field enters the stage's fingerprint
+        config[field] = optional(transforms.pop(field, None))
+    if "fit" in transforms:
+        config.fit = optional(transforms.pop("fit"))
+    if "parts" in transforms:
+        config.parts = transforms.pop("parts")  # set only when used: every field enters the stage's fingerprint
     assert not transforms, f"unknown transforms: {', '.join(transforms)}"
     return config
 

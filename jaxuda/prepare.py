@@ -22,11 +22,12 @@ def prepare(
     manual_dir: str | os.PathLike | None = None,
     path: str = "",
     data_dir: str | os.PathLike | None = None,
+    image_bits: int | None = None,
 ) -> list[Path]:
     """Prepares a dataset unless it is prepared already; see `jaxuda.data.preparing.prepare`."""
     from jaxuda.data import preparing  # here: --help must not wait for JAX
 
-    return preparing.prepare(name, manual_dir=manual_dir, path=path, data_dir=data_dir)
+    return preparing.prepare(name, manual_dir=manual_dir, path=path, data_dir=data_dir, image_bits=image_bits)
 
 
 def run(argv: list[str] | None) -> None:
@@ -37,6 +38,8 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--path", default="", help="your own folder, for the dataset 'folder'")
     where = "the folder of prepared data (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)"
     parser.add_argument("--data_dir", help=where)
+    bits = "the bits, 8 to 16, that your images of 16 bits use, such as 12: 2**BITS - 1 becomes white"
+    parser.add_argument("--image_bits", type=int, metavar="BITS", help=bits)
     prepare(**vars(parser.parse_args(argv)))
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from ml_collections import FrozenConfigDict
 
 from jaxuda.cli import MISTAKE, parse
+from jaxuda.data import domain_transform
 from jaxuda.data.records import Domains
 from jaxuda.errors import UserError
 from jaxuda.main import main
@@ -77,6 +79,18 @@ def test_any_setting_is_refused_or_makes_a_plan(name: str, data) -> None:
         assert isinstance(recipe[0].config, FrozenConfigDict)
 
 
+@pytest.mark.parametrize("field", ["resize", "flip"])
+def test_transforms_of_a_benchmark_can_be_unset(field: str) -> None:
+    config = parse(["x", "--config=configs/minent.py:camvid", f"--config.source.{field}=None"]).config
+    assert config.source[field] is None and config.target[field] is not None
+    record = {"image": np.zeros((9, 14, 3), np.uint8)}
+    shape = domain_transform(config.source.to_dict())(record, np.random.default_rng(0))["image"].shape
+    assert shape == ((9, 14, 3) if field == "resize" else (180, 240, 3))
+    words = ["--config.target.fit=None", "--config.target.scale=(0.5, 0.5)"]
+    config = parse(["x", "--config=configs/dada.py:mapillary", *words]).config
+    assert domain_transform(config.target.to_dict())(record, np.random.default_rng(0))["image"].shape == (4, 7, 3)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -84,6 +98,8 @@ def test_any_setting_is_refused_or_makes_a_plan(name: str, data) -> None:
         (["--config.adapt.lr=nan"], "config.adapt.lr=nan is not finite"),
         (["--config.evaluation.size=(0, 5)"], "must be (width, height)"),
         (["--config.source.resize=(48,)"], "config.source: transform field resize=(48,): must be 2 numbers"),
+        (["--config.source.scale=(0.5, 2.0)"], "not several: unset resize (resize=None) or scale"),
+        (["--config.source.resize=none"], "resize='none': must be 2 numbers, or None"),
         (["--config.pipeline=()"], "must name stages"),
         (["--config.model.width=100000"], "must be at most 4096"),
         (["--config.adapt.batch=0", "--config.adapt.steps=-3"], "config.adapt.steps=-3 must be at least 1"),

@@ -7,6 +7,7 @@ from the files of `--mode predict` and the published label files.
 import re
 from pathlib import Path
 
+import cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as scripts
 import layouts
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ from PIL import Image
 
 from jaxuda import convert
 from jaxuda.cli import MISTAKE
+from jaxuda.data.datasets.cityscapes import CLASSES
 from jaxuda.data.datasets.mapillary import CATEGORIES
 from jaxuda.data.labels import label_space, lookup_table
 from jaxuda.interop import save_torch
 from jaxuda.main import main
-from jaxuda.metrics import iou
+from jaxuda.metrics import confusion_matrix, iou
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.prepare import prepare
 
@@ -79,19 +81,52 @@ def cityscapes_truths(source: Path, space: str) -> dict[str, np.ndarray]:
     return {f.name.replace("gtFine_labelIds.png", "leftImg8bit"): table[np.asarray(Image.open(f))] for f in files}
 
 
-def test_cityscapes_at_its_published_size(tmp_path: Path, capsys) -> None:
-    """19 classes, input of 1024x512, scores at 2048x1024; and the files for the test server."""
+def by_the_scripts(source: Path, predictions: Path, monkeypatch) -> dict[str, float]:
+    """The scores of the Cityscapes scripts for written predictions: class -> IoU in percent, and "mean".
+
+    They find the prediction of each label by its name. They call numpy.in1d, which numpy 2.4 removed; this is what it
+    was: numpy.isin, flattened.
+    """
+    if not hasattr(np, "in1d"):
+        monkeypatch.setattr(np, "in1d", lambda *args, **more: np.isin(*args, **more).ravel(), raising=False)
+    args = scripts.args
+    for name, value in {"predictionPath": str(predictions), "predictionWalk": None, "quiet": True}.items():
+        monkeypatch.setattr(args, name, value)
+    monkeypatch.setattr(args, "JSONOutput", False)
+    labels = sorted(map(str, (source / "gtFine" / "val").rglob("*_gtFine_labelIds.png")))
+    found = scripts.evaluateImgLists([scripts.getPrediction(args, label) for label in labels], labels, args)
+    scores = found["classScores"] | {"mean": found["averageScoreClasses"]}
+    return {name: 100 * score for name, score in scores.items()}
+
+
+def test_cityscapes_at_its_published_size(tmp_path: Path, capsys, monkeypatch) -> None:
+    """19 classes, input of 1024x512, scores at 2048x1024, as the Cityscapes scripts give; files for the test server."""
     source = layouts.cityscapes(tmp_path / "source")
     name = "frankfurt/frankfurt_000000_000019"  # the only one of that size
     layouts.image(source / "leftImg8bit" / "val" / f"{name}_leftImg8bit.png", FULL)
     label = np.kron(layouts.ids(range(34), (32, 16)), np.ones((64, 64), np.uint8))
     layouts.grey(source / "gtFine" / "val" / f"{name}_gtFine_labelIds.png", label)
+    instances = np.where(label == 26, 26001, label).astype(np.uint16)
+    Image.fromarray(instances).save(source / "gtFine" / "val" / f"{name}_gtFine_instanceIds.png")
     prepare("cityscapes", manual_dir=source, data_dir=tmp_path)  # but not GTA5, which is not needed
     words = command("gta5", tmp_path, converted("gta5", 19, tmp_path / "network"))
     truths = cityscapes_truths(source, "cityscapes19")
     assert (1024, 2048) in [truth.shape for truth in truths.values()]
     text = compare(words, source / "leftImg8bit" / "val", truths, "cityscapes19", tmp_path, capsys)
     assert "mIoU (19)" in text and "on cityscapes val\n" in text
+
+    theirs = by_the_scripts(source, tmp_path / "predictions" / "cityscapes_ids", monkeypatch)
+    ours = {
+        name: re.findall(rf"^{re.escape(name)} +(\S+)$", text, re.MULTILINE)
+        for name in [*CLASSES.values(), "mIoU (19)"]
+    }
+    for name, (score,) in ours.items():
+        key = {"light": "traffic light", "sign": "traffic sign", "mIoU (19)": "mean"}.get(name, name)
+        assert float(score) == pytest.approx(theirs[key], abs=0.051), name
+    assert theirs["mean"] > 0
+    pairs = [(truth, tmp_path / "predictions" / "ids" / f"{name}.png") for name, truth in truths.items()]
+    exact = iou(sum(confusion_matrix(truth, np.asarray(Image.open(file)), 19) for truth, file in pairs))
+    assert 100 * np.nanmean(exact) == pytest.approx(theirs["mean"], rel=1e-6)
 
     for name in truths:
         ids, raw, colour = (

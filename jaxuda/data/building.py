@@ -1,63 +1,38 @@
-"""Shared by the builders of datasets that come as files: listing, checking, storing and counting them.
+"""Shared by the builders of datasets that come as files: listing, storing, and the contract of a builder.
 
 Files are stored unchanged wherever possible, and read once: the counts that `prepare` reports and that training needs
-are collected on the way.
+are collected on the way (`checking`).
 """
 
 import abc
-import hashlib
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import splits
 
-from jaxuda.data import encoding
+from jaxuda.data import encoding, names
+from jaxuda.data.checking import Complaints, Examples, Findings, Item
 from jaxuda.data.example import serialise
-from jaxuda.data.threads import map_ahead
-from jaxuda.data.transforms import resize_nearest
-from jaxuda.errors import UserError
 
-_MOST_COMPLAINTS = 1000  # more wrong files than these mean a wrong folder
 _SHARD_BYTES = 2**30
 
 
-class Item(NamedTuple):
-    """One image of the user, its label and depth if it has them, and the id under which it is stored."""
+def find_folder(manual_dir: Path, name: str) -> Path:
+    """A folder of a dataset, directly in `manual_dir` or one deeper, as archives are often unpacked.
 
-    id: str
-    image: Path
-    label: Path | None
-    depth: Path | None = None
-
-    def files(self) -> list[Path]:
-        """Those files that exist."""
-        return [file for file in (self.image, self.label, self.depth) if file is not None]
-
-
-class Complaints:
-    """Collects what is wrong with files, so that one message reports all of them."""
-
-    def __init__(self, what: str):
-        self._what = what
-        self._texts = []
-
-    def add(self, text: str) -> None:
-        """Adds one complaint, which names its file; at the thousandth, all are raised as one `UserError`."""
-        self._texts.append(text)
-        if len(self._texts) == _MOST_COMPLAINTS:
-            self._texts.append("and perhaps more")
-            self.raise_any()
-
-    def raise_any(self) -> None:
-        """Raises a `UserError` if there are complaints."""
-        if self._texts:
-            raise UserError("\n  ".join([f"{self._what} cannot be used:", *self._texts]))
+    If there is no such folder, or there are several, this is `manual_dir / name`.
+    """
+    direct = manual_dir / name
+    if direct.is_dir():
+        return direct / name if (direct / name).is_dir() else direct
+    around = [folder for folder in manual_dir.iterdir() if folder.is_dir() and not folder.name.startswith((".", "__"))]
+    nested = [folder / name for folder in around if (folder / name).is_dir()]
+    return nested[0] if len(nested) == 1 else direct
 
 
 def listed(folder: Path, endings: Sequence[str], complaints: Complaints) -> dict[str, Path] | None:
@@ -65,31 +40,72 @@ def listed(folder: Path, endings: Sequence[str], complaints: Complaints) -> dict
 
     A folder that is missing or has no such file is a complaint; then the result is None.
     """
-    found = {}
+    found, rest = {}, []
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        for ending in endings:
-            if file.name.lower().endswith(ending.lower()) and not file.name.startswith("."):
-                found[file.name[: -len(ending)]] = file
+        if file.name.startswith("."):
+            continue
+        ending = next((ending for ending in endings if file.name.lower().endswith(ending.lower())), None)
+        if ending is None:
+            rest.append(file.name)
+            continue
+        name = names.plain(file.name[: -len(ending)])
+        if name in found:
+            complaints.add(f"{file}: has the same name as {found[name].name}")
+        found[name] = file
     if not found:
         wanted = " or ".join(f"*{ending}" for ending in endings)
-        complaints.add(f"{folder}: {f'holds no files {wanted}' if folder.is_dir() else 'there is no such folder'}")
+        others = f" (but {len(rest)} others, such as {rest[0]})" if rest else ""
+        problem = f"holds no files {wanted}{others}" if folder.is_dir() else "there is no such folder"
+        complaints.add(f"{folder}: {problem}")
     return found or None
 
 
 def paired(images: dict[str, Path] | None, complaints: Complaints, **others: dict[str, Path] | None) -> list[Item]:
     """Items of the images by name, each with its `label=` and `depth=`; a file without a partner is a complaint.
 
-    If one listing is None there are no items: this is a complaint already.
+    Files that other tools derived from a partner ("00001_labelTrainIds.png" beside "00001.png") are ignored. If one
+    listing is None there are no items: this is a complaint already.
     """
     if images is None or None in others.values():
         return []
     for kind, files in others.items():
-        for name in sorted(images.keys() - files.keys()):
-            complaints.add(f"{images[name]}: has no {kind}")
-        for name in sorted(files.keys() - images.keys()):
-            complaints.add(f"{files[name]}: has no image")
+        complete = images.keys() & files.keys()
+        used = {name: file for name, file in files.items() if name in complete or not names.is_derived(name, complete)}
+        complain_of_unpaired(images, used, kind, complaints)
     label, depth = others.get("label", {}), others.get("depth", {})
     return [Item(name, images[name], label.get(name), depth.get(name)) for name in sorted(images)]
+
+
+def complain_of_unpaired(
+    images: dict[str, Path], files: dict[str, Path], kind: str, complaints: Complaints, but: str = ""
+) -> None:
+    """Complains of each image without a file of its name, and the reverse; once if the names differ altogether.
+
+    Args:
+      images, files: name -> file.
+      kind: what the files are, such as "label".
+      complaints: they are added here.
+      but: why an image needs such a file.
+    """
+    alone, orphans = images.keys() - files.keys(), files.keys() - images.keys()
+    alike = names.pairings(alone, orphans)
+    for pairing in alike:
+        image, other = min(pairing.partners.items())
+        complaints.add(
+            f"{images[image]}: has no {kind} of the same name, and so {len(pairing.partners)} images: is it "
+            f"{files[other]}? Give both the same name"
+        )
+    if not alike and len(alone) == len(images) > 1 and len(orphans) == len(files) > 1:
+        complaints.add(
+            f"{images[min(images)]}: none of the {len(images)} images has a {kind} of the same name; those are named "
+            f"like {files[min(files)]}"
+        )
+        return
+    known = {name for pairing in alike for pair in pairing.partners.items() for name in pair}
+    for name in sorted(alone - known):
+        complaints.add(f"{images[name]}: has no {kind}{but}")
+    for name in sorted(orphans - known):
+        complaints.add(f"{files[name]}: has no image")
 
 
 class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -100,6 +116,10 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       SIZE: (width, height) of the published images, if all have the same; other sizes give a warning.
       HAS_DEPTH: whether every item has a depth file.
       RESIZE_LABELS: whether labels of another size than their image are resized instead of refused.
+      TRAIN_IDS: the number of train ids that copies made by other tools hold in place of the published ids, of which
+        the most common ones are higher; 0 if there are no such copies.
+      image_bits: the bits that images of 16 bits use, see `encoding.decode_image`; below 16 they are stored with 8.
+      findings: what was found in the files of all splits.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -109,6 +129,8 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     SIZE: ClassVar[tuple[int, int] | None] = None
     HAS_DEPTH: ClassVar[bool] = False
     RESIZE_LABELS: ClassVar[bool] = False
+    TRAIN_IDS: ClassVar[int] = 0
+    image_bits = 16
 
     @abc.abstractmethod
     def items(self, manual_dir: Path) -> dict[str, list[Item]]:
@@ -126,6 +148,11 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Advice about a label file with these ids, which `raw_ids` lacks; "" if there is none."""
         return ""
 
+    @classmethod
+    def has_config(cls, manual_dir: Path, config: str) -> bool:
+        """Whether a folder holds a config's files, for datasets whose configs come from their own folders."""
+        return True
+
     def has_labels(self) -> bool:
         """Whether any split has labels."""
         return True
@@ -139,20 +166,23 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         features = encoding.features(label=self.has_labels(), depth=self.HAS_DEPTH)
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, "Examples"]:
+    def _split_generators(self, dl_manager: Any) -> dict[str, Examples]:
         items = self.items(Path(dl_manager.manual_dir))
+        self.findings = Findings(self.image_bits)
         return {split: self._generate_examples(files) for split, files in items.items()}
 
-    def _generate_examples(self, items: list[Item]) -> "Examples":
-        return Examples(items, self)
+    def _generate_examples(self, items: list[Item]) -> Examples:
+        return Examples(items, self, self.findings)
 
     def _generate_splits(self, dl_manager: Any, download_config: Any) -> list[splits.SplitInfo]:
         # Writes directly into the shards. tfds itself writes everything twice, and sorts a whole dataset of fixed
         # order in memory.
         del download_config
-        return [self._write_split(*entry) for entry in self._split_generators(dl_manager).items()]
+        infos = [self._write_split(*entry) for entry in self._split_generators(dl_manager).items()]
+        self.findings.complaints.raise_any()
+        return infos
 
-    def _write_split(self, split: str, examples: "Examples") -> splits.SplitInfo:
+    def _write_split(self, split: str, examples: Examples) -> splits.SplitInfo:
         template = self._get_filename_template(split_name=split)
         count = min(len(examples), max(1, -(-examples.file_bytes // _SHARD_BYTES)))
         edges = [len(examples) * index // count for index in range(count + 1)]
@@ -167,123 +197,5 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 writer.write(data)
                 size += len(data)
             writer.close()
-        next(rows, None)  # raises the complaints of the last files
+        next(rows, None)  # reads the last files, if they are bad
         return splits.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template)
-
-
-class Tally:
-    """The entries of a split in `prepared.json` (see `prepared.SUMMARY`), collected while its records are written."""
-
-    def __init__(self):
-        self._digest, self._ids, self._pixels = hashlib.sha256(), [], []
-
-    def add(self, record: Mapping[str, Any], pixels: np.ndarray | None) -> None:
-        """Counts one encoded record, with "id" as text; `pixels` (256,): the number of pixels of each raw id."""
-        self._ids.append(record["id"])
-        for key in sorted(record):
-            value = record[key].encode() if key == "id" else record[key]
-            self._digest.update(f"{key} {len(value)}\0".encode())
-            self._digest.update(value)
-        self._pixels.append(np.zeros(256, np.int32) if pixels is None else pixels.astype(np.int32))
-
-    def pixels(self) -> np.ndarray:
-        """The number of pixels of each raw id in each image, (n, 256) int32."""
-        return np.array(self._pixels, np.int32).reshape(-1, 256)
-
-    def summary(self) -> dict[str, Any]:
-        """The entries as plain values; raises a `UserError` if ids repeat."""
-        repeated = sorted(name for name, count in Counter(self._ids).items() if count > 1)
-        if repeated:
-            raise UserError(f"ids are not unique: {', '.join(repeated)}")
-        total = self.pixels().sum(0, dtype=np.int64)
-        pixels = {int(raw): int(total[raw]) for raw in np.flatnonzero(total)}
-        return {
-            "labelled": bool(pixels),
-            "sha256": self._digest.hexdigest(),
-            "ids": self._ids,
-            "pixels": pixels,
-        }
-
-
-class _Encoded(NamedTuple):
-    """A record to store, the pixels of each raw id if it has a label, (width, height), and a remark or ""."""
-
-    record: dict[str, Any]
-    pixels: np.ndarray | None
-    size: tuple[int, int]
-    remark: str
-
-
-class Examples:
-    """Iterates over (key, encoded record) of a split, checked and encoded in threads; knows its length.
-
-    Raises a `UserError` that names all bad files at the end, or at the thousandth.
-
-    Attributes:
-      file_bytes: size of all files together.
-      tally: what was counted so far.
-      remarks: what was corrected or is unusual, a line each.
-    """
-
-    def __init__(self, items: list[Item], builder: FilesBuilder):
-        self._items, self._builder = items, builder
-        self._known = np.zeros(256, bool)
-        self._known[list(builder.raw_ids())] = True
-        self.file_bytes = sum(file.stat().st_size for item in items for file in item.files())
-        self.tally, self.remarks = Tally(), []
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        complaints, other_size = Complaints("the dataset"), []
-        for key, result in enumerate(map_ahead(self._encode, self._items)):
-            if isinstance(result, str):
-                complaints.add(result)
-                continue
-            if result.remark:
-                self.remarks.append(result.remark)
-            if self._builder.SIZE not in (None, result.size):
-                other_size.append(self._items[key].image)
-            self.tally.add(result.record, result.pixels)
-            yield key, result.record
-        complaints.raise_any()
-        if other_size:
-            width, height = self._builder.SIZE
-            self.remarks.append(
-                f"{len(other_size)} images are not {width}x{height} as published, such as {other_size[0]}"
-            )
-
-    def _encode(self, item: Item) -> _Encoded | str:
-        """The encoded record of an item, or what is wrong with one of its files."""
-        file, pixels, remark = item.image, None, ""
-        try:
-            image = file.read_bytes()
-            height, width = encoding.check_image(image)
-            record = {"image": image, "id": item.id}
-            if item.label is not None:
-                file = item.label
-                stored, label = self._builder.store_label(file.read_bytes())
-                if label.shape != (height, width):
-                    differs = f"{file}: is {label.shape[1]}x{label.shape[0]}, but its image {item.image.name} is "
-                    differs += f"{width}x{height}"
-                    if not self._builder.RESIZE_LABELS:
-                        return f"{differs} (upright, as its EXIF tag says)"
-                    remark, label = f"{differs}; it was resized to this", resize_nearest(label, (width, height))
-                    stored = encoding.encode_label(label)
-                pixels = encoding.count_ids(label)
-                unknown = np.flatnonzero((pixels > 0) & ~self._known)
-                if len(unknown):
-                    advice = self._builder.advice(unknown.tolist())
-                    return f"{file}: has ids that the dataset does not define: {', '.join(map(str, unknown))}{advice}"
-                record["label"] = stored
-            elif self._builder.has_labels():
-                record["label"] = b""
-            if item.depth is not None:
-                file = item.depth
-                record["depth"], shape = encoding.store_depth(file.read_bytes())
-                if shape != (height, width):
-                    return f"{file}: is {shape[1]}x{shape[0]}, but its image {item.image.name} is {width}x{height}"
-        except (OSError, ValueError) as error:
-            return f"{file}: {error}"
-        return _Encoded(record, pixels, (width, height), remark)

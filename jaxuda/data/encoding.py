@@ -7,18 +7,22 @@ grey PNG. Neither this file nor the builders import TensorFlow: tfds only gets b
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
+from PIL import Image, ImageOps
 
 from jaxuda.data import png
 
 # Fast, and the files are still small: labels compress well at any level.
 _PNG_LEVEL = 3
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap width and height
+_BITS_PER_SAMPLE = 258  # the tag of TIFF
+_LEAST_OF_16 = 2**14  # a photo of 16 bits has brighter pixels
+_TOO_HIGH = "ids must be 0..255 (if it shows single objects, their instances, take the file that shows the classes)"
+_COLOUR_OF_ANY_DEPTH = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
 
 
 def features(*, depth: bool = False, label: bool = True) -> tfds.features.FeaturesDict:
@@ -41,13 +45,62 @@ def encode_image(image: np.ndarray) -> bytes:
     return _png(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
 
 
-def decode_image(data: bytes) -> np.ndarray:
+def decode_image(data: bytes, bits: int = 16) -> np.ndarray:
     """Decodes JPEG or PNG bytes of any kind to (H, W, 3) uint8 RGB, turned upright by its EXIF tag.
+
+    Args:
+      data: the content of a file.
+      bits: the bits that 16-bit values use, 8 to 16: 2**bits - 1 becomes 255, and so does anything above.
 
     Raises:
       ValueError: the bytes are not an image.
     """
-    return np.ascontiguousarray(_decode(data, cv2.IMREAD_COLOR)[..., ::-1])
+    array = _decode(data, _COLOUR_OF_ANY_DEPTH)
+    if array.dtype == np.uint16:
+        array = np.minimum(array >> (bits - 8), 255).astype(np.uint8)
+    return np.ascontiguousarray(array[..., ::-1])
+
+
+def value_range(data: bytes) -> tuple[int, int] | None:
+    """The lowest and the highest value in a 16-bit PNG or TIFF image, without its alpha; None for other images.
+
+    Raises:
+      ValueError: the bytes are not an image.
+    """
+    if not _has_16_bits(data):
+        return None
+    array = _decode(data, _COLOUR_OF_ANY_DEPTH)
+    return int(array.min()), int(array.max())
+
+
+def dark_warning(ranges: Mapping[str, tuple[int, int]]) -> str:
+    """A warning about 16-bit images that hold values of fewer bits, such as a camera's 12: they would be nearly black.
+
+    Args:
+      ranges: `value_range` of each image that has one, by the name of its file.
+
+    Returns:
+      The number of these images, the values that they use, and what to do; "" if there are none.
+    """
+    dark = {name: found for name, found in ranges.items() if found[1] < _LEAST_OF_16}
+    if not dark:
+        return ""
+    lowest, highest = min(low for low, _ in dark.values()), max(high for _, high in dark.values())
+    bits = next(bits for bits in (8, 10, 12, 14) if highest < 2**bits)
+    return (
+        f"{len(dark)} of the {len(ranges)} images of 16 bits use only the values {lowest} to {highest} of 65535, such "
+        f"as {next(iter(dark))}: they are nearly black. If these are values of {bits} bits, add --image_bits {bits}, "
+        f"which makes {2**bits - 1} white"
+    )
+
+
+def _has_16_bits(data: bytes) -> bool:
+    if png.is_png(data):
+        return png.header(data).bits == 16
+    if not data.startswith((b"II*\0", b"MM\0*")):
+        return False
+    with _opened(data) as image:
+        return image.format == "TIFF" and 16 in image.tag_v2.get(_BITS_PER_SAMPLE, ())
 
 
 def encode_label(label: np.ndarray) -> bytes:
@@ -110,16 +163,69 @@ def check_image(data: bytes) -> tuple[int, int]:
         width, height = image.size
         png.check_size(width, height)
         with _unreadable():
-            sideways = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            sideways = _orientation(image) in (5, 6, 7, 8)
             image.draft(None, (max(1, width // 8), max(1, height // 8)))
             image.load()
     return (width, height) if sideways else (height, width)
 
 
-def read_image_file(data: bytes) -> np.ndarray:
-    """Checks a user's file, then decodes it as `decode_image` does; raises ValueError as `check_image` does."""
-    check_image(data)
-    return decode_image(data)
+def turned_in_place(data: bytes) -> bool:
+    """Whether the EXIF tag of a JPEG or PNG turns or mirrors it, but to the same size.
+
+    Then the size of a label does not show whether the label was turned too. The bytes are as `check_image` accepts
+    them.
+    """
+    if png.is_png(data):
+        if not png.has(data, b"eXIf"):
+            return False
+        upright, stored = (
+            _decode(data, cv2.IMREAD_COLOR),
+            _decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION),
+        )
+        return upright.shape == stored.shape and bool((upright != stored).any())
+    with _opened(data) as image:
+        return _orientation(image) in ((2, 3, 4, 5, 6, 7, 8) if image.width == image.height else (2, 3, 4))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF tag; Pillow's getexif() also returns that of XMP, which OpenCV and most programs ignore."""
+    exif = Image.Exif()
+    exif.load(image.info.get("exif") or b"")
+    return exif.get(_ORIENTATION, 1)
+
+
+def read_image_file(data: bytes, bits: int = 16) -> np.ndarray:
+    """Checks and decodes a user's JPEG, PNG, WebP, TIFF or BMP file, as `decode_image` does.
+
+    Args:
+      data, bits: as for `decode_image`.
+
+    Returns:
+      (H, W, 3) uint8 RGB, upright.
+
+    Raises:
+      ValueError: what is wrong with the file.
+    """
+    if png.is_png(data):
+        check_image(data)
+        return decode_image(data, bits)
+    kinds = "JPEG, PNG, WebP, TIFF or BMP"
+    with _opened(data, kinds) as image:
+        if image.format in ("JPEG", "MPO"):
+            check_image(data)
+            return decode_image(data)
+        if image.format not in ("WEBP", "TIFF", "BMP"):
+            raise ValueError(f"is {image.format}, not {kinds}")
+        png.check_size(*image.size)
+        # A reader of the first one alone would drop the others without a word.
+        if (count := getattr(image, "n_frames", 1)) > 1:
+            raise ValueError(f"holds {count} images: save each as a file of its own")
+        if image.mode in ("F", "I"):
+            raise ValueError("holds values of 32 bits: save it with 8 or 16")
+        if _has_16_bits(data):
+            return decode_image(data, bits)  # Pillow keeps the upper 8 bits of colours, and the lower 8 of grey
+        with _unreadable():
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def store_label(data: bytes) -> tuple[bytes, np.ndarray]:
@@ -180,7 +286,7 @@ def read_first_channel(data: bytes) -> np.ndarray:
     """
     first = _decode(data, cv2.IMREAD_UNCHANGED)[..., 2]
     if first.max(initial=0) > 255:
-        raise ValueError(f"holds the id {first.max()}; ids must be 0..255")
+        raise ValueError(f"holds the id {first.max()}; {_TOO_HIGH}")
     return first.astype(np.uint8)
 
 
@@ -208,28 +314,31 @@ def read_label_file(data: bytes) -> np.ndarray:
     if mode == "L" and bits in (2, 4):
         label = label // (255 // (2**bits - 1))
     if label.max(initial=0) > 255:
-        raise ValueError(f"holds the id {label.max()}; ids must be 0..255")
+        raise ValueError(f"holds the id {label.max()}; {_TOO_HIGH}")
     return label.astype(np.uint8)
 
 
-def _opened(data: bytes) -> Image.Image:
-    with _unreadable(), warnings.catch_warnings():
+def _opened(data: bytes, kinds: str = "JPEG or PNG") -> Image.Image:
+    with _unreadable(kinds), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # sizes are checked here
         return Image.open(io.BytesIO(data))
 
 
 @contextlib.contextmanager
-def _unreadable() -> Iterator[None]:
-    """Turns any exception into a ValueError: a corrupt file can make Pillow's parsers raise anything."""
+def _unreadable(kinds: str = "") -> Iterator[None]:
+    """Turns any exception into a ValueError: a corrupt file can make Pillow's parsers raise anything.
+
+    `kinds`: the formats that are read, for the message about a file of another one.
+    """
     try:
         yield
     except Exception as error:
-        raise ValueError(f"cannot be read as an image ({_text(error)})") from error
+        raise ValueError(f"cannot be read as an image ({_text(error, kinds)})") from error
 
 
-def _text(error: Exception) -> str:
+def _text(error: Exception, kinds: str) -> str:
     """Pillow's message without the address of its in-memory file."""
-    return "not a JPEG or PNG" if "identify image file" in str(error) else str(error).rstrip(".")
+    return f"not a {kinds}" if "identify image file" in str(error) else str(error).rstrip(".")
 
 
 def _expect(array: np.ndarray, name: str, dtype: type, ndim: int) -> None:

@@ -21,7 +21,7 @@ from jaxuda.errors import UserError
 
 # Written last when a dataset is prepared. {"splits": {split: {"ids": [...], "sha256": hex, "labelled": bool,
 # "pixels": {raw id: count}}}}; for "folder" also "classes", the content of its classes.json, and "warnings", those of
-# `review`.
+# `review`. "image_bits" if images of 16 bits were stored with 8.
 SUMMARY = "prepared.json"
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from jaxuda import files
 from jaxuda.data import prepared, records, review
+from jaxuda.data.building import FilesBuilder
 from jaxuda.data.datasets import config_names
 from jaxuda.data.labels import IGNORE, dataset
 from jaxuda.errors import UserError
@@ -36,6 +37,7 @@ def prepare(
     manual_dir: str | os.PathLike | None = None,
     path: str = "",
     data_dir: str | os.PathLike | None = None,
+    image_bits: int | None = None,
 ) -> list[Path]:
     """Prepares a dataset unless it is prepared already.
 
@@ -44,6 +46,8 @@ def prepare(
       manual_dir: the user's folder of the dataset's published files, if it has any.
       path: the user's own folder, for "folder".
       data_dir: the folder of prepared datasets; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      image_bits: the bits, 8 to 16, that images of 16 bits use; with fewer than 16 they are stored with 8 bits. A
+        dataset that was prepared with other bits is prepared again. Default: as it was prepared, or 16.
 
     Returns:
       The folders of the prepared datasets, one for each config.
@@ -52,25 +56,44 @@ def prepare(
       UserError: files are missing or wrong, the disk is too full, or the name is unknown. Nothing is left
         behind.
     """
+    if image_bits is not None and not 8 <= image_bits <= 16:
+        raise UserError(f"--image_bits {image_bits}: must be 8 to 16")
     top, _, config = name.partition("/")
     names = [name]
     if top != "folder" and not config:
-        names = [f"{top}/{known}" for known in config_names(top)] or [top]
-    return [_prepare_config(name, manual_dir, path, data_dir) for name in names]
+        names = _all_configs(top, manual_dir) or [top]
+    return [_prepare_config(name, manual_dir, path, data_dir, image_bits) for name in names]
+
+
+def _all_configs(top: str, manual_dir: str | os.PathLike | None) -> list[str]:
+    """The configs of a dataset; of those from their own folders only what is there, if anything is."""
+    configs, about = config_names(top), dataset(top)
+    if about.apart and manual_dir and Path(manual_dir).expanduser().is_dir():
+        there = [config for config in configs if about.builder.has_config(Path(manual_dir).expanduser(), config)]
+        for config in configs if there else ():
+            if config not in there:
+                print(f"{top}/{config}: is not in {manual_dir}; nothing is prepared for it")
+        configs = there or configs
+    return [f"{top}/{config}" for config in configs]
 
 
 def _prepare_config(
-    name: str, manual_dir: str | os.PathLike | None, path: str, data_dir: str | os.PathLike | None
+    name: str,
+    manual_dir: str | os.PathLike | None,
+    path: str,
+    data_dir: str | os.PathLike | None,
+    image_bits: int | None,
 ) -> Path:
     final = prepared.prepared_folder(name, data_dir, path)
     top = prepared.root(data_dir) / name.partition("/")[0]  # the folder of all configs of the dataset
     with _writable(top), _locked(top):
-        if (summary := prepared.read_summary(final)) is not None:
+        summary = prepared.read_summary(final)
+        if summary is not None and image_bits in (None, summary.get("image_bits", 16)):
             print(f"{name}: already prepared in {final}")
             if name == "folder":
                 _show_folder(summary, final, data_dir, path)
             return final
-        if final.exists():
+        if final.exists() and summary is None:
             raise UserError(f"{final} exists but was not made by jaxuda.prepare; move it away and try again")
         # Only a killed run can have left these, since we hold the lock.
         for leftover in top.glob(".preparing-*"):
@@ -78,9 +101,11 @@ def _prepare_config(
         staging = top / f".preparing-{final.parent.name}"
         try:
             with _quiet_tfds():
-                built, summary = _build(name, manual_dir, path, staging)
+                built, summary = _build(name, manual_dir, path, staging, image_bits or 16)
             final.parent.mkdir(parents=True, exist_ok=True)
             files.write_bytes(built / prepared.SUMMARY, json.dumps(summary).encode())
+            if final.exists():
+                final.rename(staging / "replaced")  # never half of it: a killed run leaves all or nothing there
             built.rename(final)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -92,13 +117,16 @@ def _prepare_config(
     return final
 
 
-def _build(name: str, manual_dir: str | os.PathLike | None, path: str, staging: Path) -> tuple[Path, dict[str, Any]]:
+def _build(
+    name: str, manual_dir: str | os.PathLike | None, path: str, staging: Path, image_bits: int
+) -> tuple[Path, dict[str, Any]]:
     """Builds one config below `staging`, and makes its summary."""
     top, _, config = name.partition("/")
     cls = dataset(top).builder
     if top == "folder":
         config, manual_dir = cls.config_of(path), path
     builder = cls(data_dir=staging, config=config or None)
+    builder.image_bits = image_bits
     needed = _SPARE_BYTES
     if cls.MANUAL_DOWNLOAD_INSTRUCTIONS:
         items = builder.items(_existing_dir(manual_dir, name, cls.MANUAL_DOWNLOAD_INSTRUCTIONS))
@@ -117,11 +145,16 @@ def _build(name: str, manual_dir: str | os.PathLike | None, path: str, staging: 
             prepared.write_pixel_counts(built, split, splits[split]["sha256"], examples.tally.pixels())
         for remark in examples.remarks:
             print(f"warning: {name} {split}: {remark}")
-    summary = {"splits": splits}
-    if top == "folder":
+    summary = {"splits": splits} | ({"image_bits": image_bits} if image_bits < 16 else {})
+    warnings = builder.findings.warnings() if isinstance(builder, FilesBuilder) else []
+    if top != "folder":
+        for text in warnings:
+            print(f"warning: {name}: {text}")
+    else:
         classes = builder.builder_config.classes
         summary |= {"classes": classes} if classes else {}
-        summary["warnings"] = review.warnings(items, splits, classes)
+        counts = {split: generators[split].tally.pixels() for split in splits if splits[split]["labelled"]}
+        summary["warnings"] = warnings + review.warnings(items, counts, classes)
     return built, summary
 
 

@@ -6,6 +6,7 @@ Nothing here is an error: a folder that gets this far can be trained on.
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -13,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from jaxuda.data import encoding
-from jaxuda.data.building import Item
+from jaxuda.data.checking import Item
 from jaxuda.data.labels import IGNORE, colourise
+from jaxuda.data.names import plain
 from jaxuda.data.records import Records
 
 PREVIEW = "preview.png"
@@ -27,18 +29,20 @@ _LINE = 20  # height of a line of text there, in pixels
 
 
 def warnings(
-    items: Mapping[str, Sequence[Item]], splits: Mapping[str, Mapping[str, Any]], classes: Mapping[str, Any] | None
+    items: Mapping[str, Sequence[Item]], counts: Mapping[str, np.ndarray], classes: Mapping[str, Any] | None
 ) -> list[str]:
     """Common mistakes that these data show, one sentence each.
 
     Args:
       items: the files of each split.
-      splits: the entries of `prepared.json` for each split.
+      counts: labelled split -> the pixels of each raw id in each label, (n, 256).
       classes: as returned by `folder.read_classes`; None without labels.
     """
-    found = _duplicates(items)
-    pixels = {split: _pixels(content) for split, content in splits.items() if content["labelled"]}
+    found = _other_names(items) + _duplicates(items)
+    pixels = {split: count.sum(0, dtype=np.int64) for split, count in counts.items()}
     if classes and pixels:
+        labels = [item.label for split in counts for item in items[split]]
+        found += _masks(labels, np.concatenate(list(counts.values())), classes)
         found += _ids(sum(pixels.values()), classes) + _classes(pixels, classes) + _palettes(items, classes)
     return found
 
@@ -135,14 +139,6 @@ def _write(sheet: np.ndarray, text: str, place: tuple[int, int]) -> None:
     cv2.putText(sheet, plain, place, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (20, 20, 20), 1, cv2.LINE_AA)
 
 
-def _pixels(content: Mapping[str, Any]) -> np.ndarray:
-    """The pixels of each raw id, (256,)."""
-    pixels = np.zeros(256, np.int64)
-    for raw, count in content["pixels"].items():
-        pixels[int(raw)] = count
-    return pixels
-
-
 def _of_classes(pixels: np.ndarray, classes: Mapping[str, Any]) -> np.ndarray:
     """The pixels of each class, (C,), from those of each raw id."""
     return np.array([pixels[entry["ids"]].sum() for entry in classes["classes"]])
@@ -164,12 +160,6 @@ def _ids(pixels: np.ndarray, classes: Mapping[str, Any]) -> list[str]:
             f"no pixel has the id {high} ({names[high]}), the highest in classes.json, but "
             f"{pixels[low - 1] / total:.0%} have {low - 1}, which is ignored: do the labels count from {low - 1}?"
         )
-    present = [entry["name"] for entry in classes["classes"] if pixels[entry["ids"]].any()]
-    if len(classes["classes"]) > 1 and len(present) == 1 and pixels[IGNORE]:
-        found.append(
-            f"the labels only hold {present[0]} and 255, and 255 always means 'ignored': if they are masks of 0 and "
-            "255, save the 255 as the id of its class"
-        )
     if others > _MOSTLY * total:
         found.append(f'{others / total:.0%} of the pixels belong to no class (255, or "ignore" in classes.json)')
     if not others:
@@ -178,6 +168,41 @@ def _ids(pixels: np.ndarray, classes: Mapping[str, Any]) -> list[str]:
             "no class) use 255, which training and scores ignore"
         )
     return found
+
+
+def _masks(labels: Sequence[Path], counts: np.ndarray, classes: Mapping[str, Any]) -> list[str]:
+    """Warnings of masks of 0 and 255, also if other labels are of 0 and 1; counts (n, 256), of each label.
+
+    A label that shows one id and 255 may be a mask of that kind. It is none where there are several classes and other
+    labels show 255 beside more of them, as where 255 marks borders.
+    """
+    shown = np.count_nonzero(counts[:, :IGNORE], axis=1)
+    holds_255 = counts[:, IGNORE] > 0
+    masks = np.flatnonzero(holds_255 & (shown == 1))
+    if (
+        len(classes["classes"]) < 2
+        or not len(masks)
+        or (len(classes["classes"]) > 2 and (holds_255 & (shown > 1)).any())
+    ):
+        return []
+    names = {raw: entry["name"] for entry in classes["classes"] for raw in entry["ids"]}
+    raw = int(counts[masks[0], :IGNORE].argmax())
+    alone = np.count_nonzero(counts[:, :IGNORE].any(0)) == 1
+    which = "the labels" if alone else f"{len(masks)} of {len(labels)} labels, such as {labels[masks[0]]},"
+    return [
+        f"{which} only hold {names.get(raw, raw)} and 255, and 255 always means 'ignored': if they are masks of 0 and "
+        "255, save the 255 as the id of its class"
+    ]
+
+
+def _other_names(items: Mapping[str, Sequence[Item]]) -> list[str]:
+    """A warning that images and labels of different names were taken for pairs."""
+    pairs = [(item.image, item.label) for found in items.values() for item in found if item.label is not None]
+    others = [(image, label) for image, label in pairs if plain(image.stem) != plain(label.stem)]
+    if not others:
+        return []
+    image, label = others[0]
+    return [f"{len(others)} labels are named otherwise than their images, such as {image} and {label}: is this a pair?"]
 
 
 def _classes(pixels: Mapping[str, np.ndarray], classes: Mapping[str, Any]) -> list[str]:

@@ -98,8 +98,11 @@ def build_transform(spec: Mapping[str, Any] | None) -> Transform:
         problem = _problem(key, value)
         if problem:
             raise UserError(f"transform field {key}={value!r}: {problem}")
-    if sum(key in spec for key in ("resize", "fit", "short_side", "scale")) > 1:
-        raise UserError("a transform takes one of resize, fit, short_side and scale, not several")
+    if len(several := [key for key in ("resize", "fit", "short_side", "scale") if key in spec]) > 1:
+        raise UserError(
+            f"a transform takes one of resize, fit, short_side and scale, not several: unset {several[0]} "
+            f"({several[0]}=None) or {several[1]}"
+        )
     if "base" in spec and "scale" not in spec:
         raise UserError("transform field base is the size that scale refers to, but scale is not set")
     return TransformSpec(**spec)
@@ -113,7 +116,7 @@ def _problem(key: str, value: Any) -> str:
         return "" if _numbers((value,)) and 0 <= value <= 1 else "must be a probability"
     length = 4 if key == "jitter" else 2
     if not isinstance(value, tuple) or len(value) != length or not _numbers(value):
-        return f"must be {length} numbers"
+        return f"must be {length} numbers, or None"
     if key in ("resize", "fit", "base", "crop", "short_side") and not all(isinstance(v, int) and v > 0 for v in value):
         return "must be positive integers"
     if key in ("short_side", "scale", "blur") and not 0 < value[0] <= value[1]:

@@ -2,6 +2,7 @@ import io
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -74,6 +75,26 @@ def test_exif_orientation_is_applied(orientation):
     assert encoding.check_image(data) == upright.shape[:2]
 
 
+def test_only_exif_turns_an_image():
+    """Pillow also heeds XMP, which OpenCV and most viewers do not; both checks must agree with what is read."""
+    tiff = b'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"'
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description ' + tiff + b"/></x:xmpmeta>"
+    data = _bytes(Image.new("RGB", (32, 16)), "JPEG", xmp=xmp)
+    assert Image.open(io.BytesIO(data)).getexif()[0x0112] == 6
+    assert encoding.check_image(data) == encoding.decode_image(data).shape[:2] == (16, 32)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("size", [(16, 16), (32, 16)])
+def test_images_that_are_turned_to_the_same_size(format, size):
+    picture, exif = Image.fromarray(RNG.integers(0, 256, (*size[::-1], 3), np.uint8)), Image.Exif()
+    for tag in range(1, 9):
+        exif[0x0112] = tag
+        same = tag in (2, 3, 4) or (tag > 4 and size == (16, 16))
+        assert encoding.turned_in_place(_bytes(picture, format, exif=exif)) == same, tag
+    assert not encoding.turned_in_place(_bytes(picture, format))
+
+
 def test_check_image_sees_what_opencv_hides():
     whole = _bytes(Image.fromarray(RNG.integers(0, 256, (40, 40, 3), np.uint8)), "JPEG")
     assert encoding.check_image(whole) == (40, 40)
@@ -83,6 +104,65 @@ def test_check_image_sees_what_opencv_hides():
         encoding.check_image(b"hello")
     with pytest.raises(ValueError, match="is BMP, not JPEG or PNG"):
         encoding.check_image(_bytes(Image.new("RGB", (4, 4)), "BMP"))
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF", "BMP"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1"])
+def test_photos_of_every_format_are_read(format, mode):
+    picture = Image.fromarray(RNG.integers(0, 256, (6, 8, 3), np.uint8)).convert(mode)
+    read = encoding.read_image_file(_bytes(picture, format, **({"lossless": True} if format == "WEBP" else {})))
+    np.testing.assert_array_equal(read, np.asarray(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize("format", ["WEBP", "TIFF"])
+def test_photos_of_other_formats_are_turned_upright(format):
+    image, exif = RNG.integers(0, 256, (6, 8, 3), np.uint8), Image.Exif()
+    exif[0x0112] = 6
+    data = _bytes(Image.fromarray(image), format, exif=exif, **({"lossless": True} if format == "WEBP" else {}))
+    np.testing.assert_array_equal(encoding.read_image_file(data), np.rot90(image, -1))
+
+
+def test_files_that_would_be_read_wrongly_are_refused():
+    picture = Image.fromarray(RNG.integers(0, 256, (6, 8), np.uint8))
+    bad = {
+        "holds 2 images": _bytes(picture, "TIFF", save_all=True, append_images=[picture]),
+        "values of 32 bits": _bytes(picture.convert("F"), "TIFF"),
+        "is GIF, not JPEG, PNG, WebP, TIFF or BMP": _bytes(picture, "GIF"),
+        "not a JPEG, PNG, WebP, TIFF or BMP": b"hello",
+        "truncated": _bytes(picture, "BMP")[:-5],
+        "cannot be read": _bytes(picture, "WEBP")[:-5],
+    }
+    for message, data in bad.items():
+        with pytest.raises(ValueError, match=message):
+            encoding.read_image_file(data)
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images_of_16_bits_that_hold_fewer_are_seen_and_can_be_stretched(ending, channels):
+    image = RNG.integers(0, 256, (6, 8, channels), np.uint8)
+    image[0, 0], image[0, 1] = 0, 255
+    colour = np.repeat(image, 3, 2) if channels == 1 else image[..., 2::-1]  # OpenCV writes BGR
+    for bits in (8, 12, 16):
+        deep = image.astype(np.uint16) << (bits - 8)
+        if channels == 4:
+            deep[..., 3] = 65535  # an opaque image
+        data = cv2.imencode(ending, deep)[1].tobytes()
+        assert encoding.value_range(data) == (0, 255 << (bits - 8))
+        np.testing.assert_array_equal(encoding.read_image_file(data, bits), colour)
+        np.testing.assert_array_equal(encoding.read_image_file(data), colour >> (16 - bits))
+    assert encoding.value_range(_bytes(Image.fromarray(colour))) is None
+    # Values above the range that the user names do not wrap.
+    assert encoding.read_image_file(data, 12).max() == 255 and encoding.read_image_file(data, 12)[0, 1].min() == 255
+
+
+def test_the_warning_about_dark_images_names_their_range_and_what_to_do():
+    ranges = {"a.png": (0, 65000), "b.png": (3, 4080), "c.tif": (7, 200)}
+    text = encoding.dark_warning(ranges)
+    assert text.startswith("2 of the 3 images of 16 bits use only the values 3 to 4080 of 65535, such as b.png")
+    assert "add --image_bits 12, which makes 4095 white" in text
+    assert "--image_bits 8, which makes 255 white" in encoding.dark_warning({"c.tif": (7, 200)})
+    assert encoding.dark_warning({"a.png": (0, 65000)}) == "" == encoding.dark_warning({})
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (4200, 4100)])

@@ -2,7 +2,9 @@
 
 import json
 import os
+import unicodedata
 
+import cv2
 import numpy as np
 import pytest
 import towns
@@ -169,6 +171,150 @@ def test_empty_and_missing_folders(tmp_path, capsys):
     root = towns.folder(tmp_path / "plain", classes=None)
     assert "classes.json: is missing" in towns.fails_on(capsys, root, tmp_path)
     assert "needs the path of the user's folder" in towns.fails(capsys, "folder", "--data_dir", tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "expected"),
+    [
+        (["training", "validation"], ["training", "validation"], ["train", "val"]),
+        (["Train", "Val"], ["train", "VAL"], ["train", "val"]),
+        (["train", "valid", "test"], ["train", "valid"], ["train", "val", "test"]),
+        (["Testing"], [], ["test"]),
+    ],
+)
+def test_other_names_of_splits(tmp_path, images, labels, expected):
+    root = tmp_path / "town"
+    for kind, names in (("images", images), ("labels", labels)):
+        for number, name in enumerate(names):
+            write = towns.image if kind == "images" else towns.label
+            write(root / kind / name / f"{number}.png")
+    if labels:
+        (root / "classes.json").write_text(json.dumps(towns.CLASSES))
+    prepare("folder", path=str(root), data_dir=tmp_path)
+    for number, split in enumerate(expected):
+        data = load("folder", split, path=str(root), data_dir=tmp_path)
+        assert (data.ids(), data.labelled) == ([str(number)], number < len(labels))
+    with pytest.raises(UserError, match="has no split"):
+        load("folder", "other", path=str(root), data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (
+            ["train2017", "val2017"],
+            "images/train2017: is this a split? Splits are folders train, val, test directly in",
+        ),
+        (["rome/train", "rome/val"], "images/rome/val: is this a split?"),
+        (["trainA", "trainB"], "images/trainB: is this a split?"),
+        (["train", "Training"], "images/train: is the split train, and so is Training; keep one of them"),
+        (["train", "dev"], "images/dev: lies beside the splits train"),
+    ],
+)
+def test_folders_that_only_look_like_splits_are_refused(tmp_path, capsys, folders, message):
+    root = tmp_path / "town"
+    for folder in folders:
+        towns.image(root / "images" / folder / "0.png")
+    assert message in towns.fails_on(capsys, root, tmp_path)
+
+
+def test_splits_above_images_are_explained(tmp_path, capsys):
+    towns.image(tmp_path / "town" / "train" / "images" / "0.png")
+    message = towns.fails_on(capsys, tmp_path / "town", tmp_path)
+    assert f"move {tmp_path}/town/train/images to {tmp_path}/town/images/train" in message
+
+
+@pytest.mark.parametrize(
+    ("image", "label"),
+    [("{}_leftImg8bit.png", "{}_gtFine_labelIds.png"), ("{}.jpg", "{}.jpg.png"), ("img{}.jpg", "mask{}.png")],
+)
+def test_names_that_differ_are_paired(tmp_path, capsys, image, label):
+    root, expected = tmp_path / "town", {}
+    for number in range(3):
+        towns.image(root / "images" / "train" / "rome" / image.format(number), seed=number)
+        towns.label(root / "labels" / "train" / "rome" / label.format(number), ids=[(0, 2, 4)[number]])
+        expected["rome__" + image.format(number).rpartition(".")[0]] = number
+    (root / "classes.json").write_text(json.dumps(towns.CLASSES))
+    prepare("folder", path=str(root), data_dir=tmp_path)
+    output = capsys.readouterr().out
+    assert output.count("3 labels are named otherwise than their images, such as ") == 1
+    data = load("folder", "train", path=str(root), data_dir=tmp_path)
+    assert {data[i]["id"]: int(data[i]["label"].max()) for i in range(3)} == expected
+
+
+def test_names_that_cannot_be_paired_are_explained_once(tmp_path, capsys):
+    root = tmp_path / "town"
+    for number in range(3):
+        towns.image(root / "images" / "train" / f"{number}_rgb.png")
+        for kind in ("color", "labelIds"):
+            towns.label(root / "labels" / "train" / f"{number}_{kind}.png")
+    (root / "classes.json").write_text(json.dumps(towns.CLASSES))
+    message = towns.fails_on(capsys, root, tmp_path)
+    assert message.count("\n") == 3  # one for each way
+    assert "0_rgb.png: has no label of the same name, and so 3 images: is it " in message
+    for file in (root / "labels" / "train").iterdir():
+        file.unlink()
+    for number in range(4):
+        towns.label(root / "labels" / "train" / f"oslo_{number}.png")
+        towns.image(root / "images" / "train" / f"rome_{number}.png")
+        (root / "images" / "train" / f"{number}_rgb.png").unlink(missing_ok=True)
+    message = towns.fails_on(capsys, root, tmp_path)
+    assert message.count("\n") == 2 and "rome_0.png: none of the 4 images has a label of the same name" in message
+
+
+def test_names_in_two_forms_of_unicode(tmp_path):
+    """macOS writes é as two characters."""
+    root = towns.folder(tmp_path / "town", splits=("train",))
+    for kind, form in (("images", "NFD"), ("labels", "NFC")):
+        file = root / kind / "train" / "0.png"
+        file.rename(file.with_name(unicodedata.normalize(form, "café.png")))
+    classes = json.loads(json.dumps(towns.CLASSES))
+    classes["classes"][0]["name"] = unicodedata.normalize("NFD", "allée")
+    (root / "classes.json").write_text(json.dumps(classes))
+    prepare("folder", path=str(root), data_dir=tmp_path)
+    data = load("folder", "train", path=str(root), data_dir=tmp_path)
+    assert unicodedata.normalize("NFC", "café") in data.ids()
+    assert data.label_space.classes[0] == unicodedata.normalize("NFC", "allée")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+def test_classes_json_as_windows_saves_it(tmp_path, encoding):
+    root = towns.folder(tmp_path / "town", splits=("train",), classes=None)
+    text = json.dumps({"name": "Straße", "classes": towns.CLASSES["classes"]}, ensure_ascii=False)
+    (root / "classes.json").write_bytes(text.encode(encoding))
+    config = Folder.config_of(str(root))
+    assert config.classes["name"] == "Straße" and [c["ids"] for c in config.classes["classes"]] == [[0, 7], [2], [4]]
+    (root / "classes.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"classes.json: is not a text in UTF-8"):
+        Folder.config_of(str(root))
+
+
+def test_images_of_16_bits(tmp_path, capsys):
+    root = towns.folder(tmp_path / "town")
+    plain = {file: cv2.imread(str(file)) for file in sorted((root / "images").rglob("*.png"))}
+    for file, array in plain.items():
+        cv2.imwrite(str(file), array.astype(np.uint16) * 16)
+    train = [array[..., ::-1] for file, array in plain.items() if file.parent.name == "train"]
+
+    def images():
+        data = load("folder", "train", path=str(root), data_dir=tmp_path)
+        return [data[i]["image"] for i in range(len(data))], data.fingerprint
+
+    prepare("folder", path=str(root), data_dir=tmp_path)
+    output = capsys.readouterr().out
+    assert "6 of the 6 images of 16 bits use only the values" in output and "add --image_bits 12" in output
+    dark, before = images()
+    np.testing.assert_array_equal(dark, [array >> 4 for array in train])
+    prepare("folder", path=str(root), data_dir=tmp_path, image_bits=12)
+    assert "images of 16 bits" not in capsys.readouterr().out
+    bright, after = images()
+    np.testing.assert_array_equal(bright, train)
+    assert before != after
+    prepare("folder", path=str(root), data_dir=tmp_path)  # does not undo it
+    assert "already prepared" in capsys.readouterr().out and images()[1] == after
+    prepare("folder", path=str(root), data_dir=tmp_path, image_bits=10)
+    assert f"values above 1023, up to {16 * int(max(map(np.max, plain.values())))}" in capsys.readouterr().out
+    assert "must be 8 to 16" in towns.fails(capsys, "folder", "--path", root, "--image_bits", 7)
 
 
 def _class(**changes):

@@ -138,6 +138,62 @@ def test_masks_of_0_and_255(town, capsys):
     assert "classes.json names classes that no label shows: box, sky" in text
 
 
+def draw_masks(folder: Path, classes: int, border: bool) -> None:
+    """Two of three masks hold 0 and 1, the others 0 and 255; with a border, all have one of 255."""
+    change_classes(folder, lambda content: content.update(classes=content["classes"][:classes]))
+    for split in ("train", "val"):
+        for number, file in enumerate(sorted((folder / "labels" / split).iterdir())):
+            thing = (np.asarray(Image.open(file)) == 1) * (255 if number % 3 == 1 else 1)
+            if border:
+                thing[0] = 255
+            Image.fromarray(thing.astype(np.uint8)).save(file)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_masks_of_both_kinds(town, capsys, classes):
+    draw_masks(town, classes, border=False)
+    (text,) = [text for text in warned(capsys, town) if "masks of 0 and 255" in text]
+    assert f"4 of 12 labels, such as {town}/labels/train/1.png, only hold ground and 255" in text
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_borders_of_255_are_no_masks(town, capsys, classes):
+    """Unless there are two classes: a label of one of them and 255 is then suspicious."""
+    draw_masks(town, classes, border=True)
+    assert any("masks of 0 and 255" in text for text in warned(capsys, town)) == (classes == 2)
+
+
+@pytest.mark.parametrize(("tag", "square"), [(2, False), (3, False), (4, False), (6, True), (8, True)])
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_images_that_exif_turns(tmp_path, capsys, tag, square, suffix):
+    town = tiny.draw_folder(tmp_path / "town", "town", 0)
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    for number, file in enumerate(sorted((town / "images").rglob("*.png"))):
+        picture = Image.open(file).copy()
+        label = town / "labels" / file.relative_to(town / "images")
+        if square:
+            picture = picture.crop((0, 0, 32, 32))
+            Image.open(label).crop((0, 0, 32, 32)).save(label)
+        file.unlink()
+        picture.save(file.with_suffix(suffix), **({"exif": exif} if number % 4 else {}))
+    (text,) = warned(capsys, town)
+    assert "warning: 9 images are turned or mirrored by their EXIF tag, such as " in text
+    assert f"{town}/images/train/1{suffix}" in text
+    assert "already prepared" in (again := told(capsys, town)) and "9 images are turned" in again
+
+
+def test_images_that_exif_turns_to_another_size_need_no_warning(tmp_path, capsys):
+    town, exif = tiny.draw_folder(tmp_path / "town", "town", 0), Image.Exif()
+    exif[0x0112] = 6
+    for file in (town / "images").rglob("*.png"):
+        Image.fromarray(np.rot90(np.asarray(Image.open(file)))).save(file, exif=exif)
+    assert warned(capsys, town) == []
+    label = town / "labels" / "train" / "0.png"
+    Image.fromarray(np.rot90(np.asarray(Image.open(label)))).save(label)
+    assert f"{label}: is 32x48, but its image 0.png is 48x32 (upright: if its EXIF tag turns" in told(capsys, town, 2)
+
+
 def test_255(town, capsys):
     assert "255 is unused" in told(capsys, town)
     change_labels(town, lambda label: np.where(label == 2, 255, label))

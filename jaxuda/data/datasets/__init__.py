@@ -5,7 +5,7 @@ of the ids in its label files. `config.source.name` and `python -m jaxuda.prepar
 dotted path of a module of the user; "/CONFIG" behind it names one of its builder's configs.
 
 Builders of files derive from `jaxuda.data.building.FilesBuilder`: they list the files, and it checks, counts and
-stores them. Others (such as `streets`) yield encoded records and keep a `building.Tally` of them.
+stores them. Others (such as `streets`) yield encoded records and keep a `jaxuda.data.checking.Tally` of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Dataset(NamedTuple):
     space: name of the label space in which it is read by default.
     spaces: the label spaces that it defines.
     tables: name of a label space -> raw id -> class name, if these do not follow from `classes`.
-    apart: whether each config comes from its own folder, and is therefore prepared by itself.
+    apart: whether each config comes from its own folder, which `FilesBuilder.has_config` looks for, and is therefore
+      prepared by itself.
     """
 
     builder: type[tfds.core.GeneratorBasedBuilder]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from jaxuda.data.building import Complaints, FilesBuilder, Item, listed, paired
+from jaxuda.data.building import Complaints, FilesBuilder, Item, find_folder, listed, paired
 from jaxuda.data.datasets import Dataset
 from jaxuda.data.labels import make_label_space
 
@@ -77,8 +77,8 @@ class Camvid(FilesBuilder, skip_registration=True):
 
 def _frames(manual_dir: Path, folder: str, complaints: Complaints) -> list[Item]:
     """All frames of one of the published folders, sorted by name."""
-    images = listed(manual_dir / folder, (".jpg", ".png"), complaints)
-    labels = listed(manual_dir / f"{folder}annot", (".png",), complaints)
+    images = listed(find_folder(manual_dir, folder), (".jpg", ".png"), complaints)
+    labels = listed(find_folder(manual_dir, f"{folder}annot"), (".png",), complaints)
     for name, file in (images or {}).items():
         if name.partition("_")[0] not in _SEQUENCES:
             complaints.add(f"{file}: its name starts with none of {', '.join(_SEQUENCES)}")

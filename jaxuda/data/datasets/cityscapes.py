@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxuda.data.building import Complaints, FilesBuilder, Item, listed, paired
+from jaxuda.data.building import Complaints, FilesBuilder, Item, find_folder, listed, paired
 from jaxuda.data.datasets import Dataset
 from jaxuda.data.labels import LabelSpace, make_label_space
 
@@ -67,6 +67,7 @@ class Cityscapes(FilesBuilder, skip_registration=True):
     MANUAL_DOWNLOAD_INSTRUCTIONS = "the folder with leftImg8bit and gtFine of https://www.cityscapes-dataset.com"
     PUBLISHED = {"": {"train": 2975, "val": 500, "test": 1525}}  # noqa: RUF012
     SIZE = (2048, 1024)
+    TRAIN_IDS = 19
 
     def raw_ids(self) -> range:
         """All ids in label files."""
@@ -76,17 +77,18 @@ class Cityscapes(FilesBuilder, skip_registration=True):
         """Lists images and labels city by city."""
         complaints = Complaints(f"the Cityscapes folder {manual_dir}")
         result = {split: _split(manual_dir, split, complaints) for split in ("train", "val")}
-        if (manual_dir / "leftImg8bit" / "test").is_dir():
+        if (find_folder(manual_dir, "leftImg8bit") / "test").is_dir():
             result["test"] = _split(manual_dir, "test", complaints)
         complaints.raise_any()
         return result
 
 
 def _split(root: Path, split: str, complaints: Complaints) -> list[Item]:
-    images = _of_all_cities(root / "leftImg8bit" / split, "_leftImg8bit.png", complaints)
+    images = _of_all_cities(find_folder(root, "leftImg8bit") / split, "_leftImg8bit.png", complaints)
     if split == "test":
         return paired(images, complaints)
-    return paired(images, complaints, label=_of_all_cities(root / "gtFine" / split, "_gtFine_labelIds.png", complaints))
+    labels = _of_all_cities(find_folder(root, "gtFine") / split, "_gtFine_labelIds.png", complaints)
+    return paired(images, complaints, label=labels)
 
 
 def _of_all_cities(folder: Path, ending: str, complaints: Complaints) -> dict[str, Path] | None:

@@ -6,7 +6,8 @@ CITY/Images/Train/*     3,200 images without labels, JPEG or PNG
 CITY/Images/Test/*      100 images
 CITY/Labels/Test/*_eval.png
 
-with the ids of Cityscapes. Each city is a config; `prepare` reads only the folder of that city.
+with the ids of Cityscapes. Each city is a config; `prepare` reads only the folder of that city, which may be the manual
+folder itself.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import ClassVar
 
 import tensorflow_datasets as tfds
 
-from jaxuda.data.building import Complaints, FilesBuilder, Item, listed, paired
+from jaxuda.data.building import Complaints, FilesBuilder, Item, find_folder, listed, paired
 from jaxuda.data.datasets import Dataset
 from jaxuda.data.datasets.cityscapes import CLASSES
 from jaxuda.data.datasets.synthia import COMMON
@@ -34,14 +35,20 @@ class Crosscity(FilesBuilder, skip_registration=True):
         "the folder with Rio, Rome, Taipei and Tokyo of https://yihsinchen.github.io/segmentation_adaptation"
     )
     PUBLISHED = {city: {"train": 3200, "test": 100} for city in CITIES}  # noqa: RUF012
+    TRAIN_IDS = 19
 
     def raw_ids(self) -> list[int]:
         """Those of Cityscapes, and 255 for void."""
         return [*range(34), 255]
 
+    @classmethod
+    def has_config(cls, manual_dir: Path, config: str) -> bool:
+        """Whether the folder of a city is there."""
+        return _city(manual_dir, config).is_dir()
+
     def items(self, manual_dir: Path) -> dict[str, list[Item]]:
         """Lists the images of this config's city."""
-        root = manual_dir / self.config_name().capitalize()
+        root = _city(manual_dir, self.config_name())
         complaints = Complaints(f"the Cross-City folder {root}")
         train = listed(root / "Images" / "Train", _IMAGES, complaints)
         test = listed(root / "Images" / "Test", _IMAGES, complaints)
@@ -49,6 +56,12 @@ class Crosscity(FilesBuilder, skip_registration=True):
         result = {"train": paired(train, complaints), "test": paired(test, complaints, label=labels)}
         complaints.raise_any()
         return result
+
+
+def _city(manual_dir: Path, city: str) -> Path:
+    if manual_dir.name.lower() == city and (manual_dir / "Images").is_dir():
+        return manual_dir
+    return find_folder(manual_dir, city.capitalize())
 
 
 DATASET = Dataset(

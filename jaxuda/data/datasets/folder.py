@@ -1,8 +1,10 @@
 """The user's own data: a folder with images/, labels/ and classes.json.
 
-images/ and labels/ hold files of the same relative names: JPEG or PNG images, and grey or palette PNG labels.
-If images/ has sub-folders train and val, these are the splits; otherwise all files are split "train". A split
-without labels has no folder in labels/; a folder without any labels needs no classes.json. Otherwise this is
+images/ and labels/ hold files of the same relative names: JPEG or PNG images, and grey or palette PNG labels. Names
+may also differ by one ending or beginning, as in x_leftImg8bit.png and x_gtFine_labelIds.png.
+If images/ has sub-folders train, val or test (or `_SPLITS`' other names for these), they are the splits; otherwise all
+files are split "train". A split without labels has no folder in labels/; a folder without any labels needs no
+classes.json. Otherwise this is
 
     {"name": "mine", "ignore": [9],
      "classes": [{"name": "road", "ids": [0, 7], "color": [128, 64, 128]}, ...]}
@@ -25,13 +27,15 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from jaxuda.data.building import Complaints, FilesBuilder, Item
+from jaxuda.data import names
+from jaxuda.data.building import Complaints, FilesBuilder, Item, complain_of_unpaired
 from jaxuda.data.datasets import Dataset
 from jaxuda.data.labels import IGNORE
 from jaxuda.errors import UserError
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-_SPLITS = ("train", "val")
+# Split -> names of its folder, in any case.
+_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 _MOST_BYTES = 2**20  # of classes.json
 
 
@@ -41,6 +45,7 @@ class FolderConfig(tfds.core.BuilderConfig):
 
     path: str
     classes: dict[str, Any] | None  # see `read_classes`
+    splits: dict[str, dict[str, str]]  # "images" or "labels" -> split -> name of its folder there
 
 
 class Folder(FilesBuilder, skip_registration=True):
@@ -53,16 +58,21 @@ class Folder(FilesBuilder, skip_registration=True):
         """Reads classes.json and the listing of a folder.
 
         Raises:
-          UserError: there is no such folder, or classes.json is wrong or missing.
+          UserError: there is no such folder, folders seem to be splits but are not named like these, or classes.json
+            is wrong or missing.
         """
         root = Path(path).expanduser().resolve()
         if not (root / "images").is_dir():
-            raise UserError(f"{path}: a dataset folder needs a folder 'images'; it is missing")
+            nested = next(root.glob("*/images"), None) if root.is_dir() else None
+            hint = f"; move {nested} to {root / 'images' / nested.parent.name}" if nested else ""
+            raise UserError(f"{path}: a dataset folder needs a folder 'images'; it is missing{hint}")
+        splits = _split_folders(root)
         classes = read_classes(root / "classes.json")
         if classes is None and (root / "labels").exists():
             raise UserError(f"{root / 'classes.json'}: is missing; it gives the meaning of the labels")
         name = re.sub(r"[^a-z0-9]+", "_", (classes["name"] if classes else root.name).lower()).strip("_")[:64]
-        return FolderConfig(name=f"{name or 'folder'}_{_listing_hash(root)}", path=str(root), classes=classes)
+        name = f"{name or 'folder'}_{_listing_hash(root, splits)}"
+        return FolderConfig(name=name, path=str(root), classes=classes, splits=splits)
 
     def has_labels(self) -> bool:
         """Whether any split has labels."""
@@ -94,15 +104,42 @@ class Folder(FilesBuilder, skip_registration=True):
         """Lists images and labels by split; the error names every file that does not belong there."""
         root = Path(self.builder_config.path)
         complaints = Complaints(f"the folder {root}")
-        splits = [split for split in _SPLITS if (root / "images" / split).is_dir()]
-        if splits:
-            for kind in ("images", "labels"):
+        images, labels = self.builder_config.splits["images"], self.builder_config.splits["labels"]
+        if not images:
+            images, labels = {"train": ""}, {"train": ""}
+        else:
+            for kind, folders in (("images", images), ("labels", labels)):
                 for entry in sorted((root / kind).glob("*")):
-                    if entry.name not in splits and not entry.name.startswith("."):
-                        complaints.add(f"{entry}: lies beside the splits {' and '.join(splits)}")
-        result = {s: _pair(root, s, complaints) for s in splits} or {"train": _pair(root, "", complaints)}
+                    if entry.name not in [folders.get(split) for split in images] and not entry.name.startswith("."):
+                        complaints.add(f"{entry}: lies beside the splits {' and '.join(images.values())}")
+        result = {}
+        for split, folder in images.items():
+            place = root / "labels" / labels.get(split, split)
+            result[split] = _pair(root, root / "images" / folder, place, complaints)
         complaints.raise_any()
         return result
+
+
+def _split_folders(root: Path) -> dict[str, dict[str, str]]:
+    """The folders of the splits, as in `FolderConfig`; raises UserError for folders that only look like splits."""
+    complaints = Complaints(f"the folder {root}")
+    found: dict[str, dict[str, str]] = {}
+    for kind in ("images", "labels"):
+        found[kind] = {}
+        for split, synonyms in _SPLITS.items():
+            fitting = sorted(e.name for e in (root / kind).glob("*") if e.name.lower() in synonyms and e.is_dir())
+            for other in fitting[1:]:
+                complaints.add(f"{root / kind / other}: is the split {split}, and so is {fitting[0]}; keep one of them")
+            found[kind] |= {split: fitting[0]} if fitting else {}
+    if not found["images"]:
+        for folder in sorted(path for kind in ("images", "labels") for path in _folders(root / kind)):
+            if names.looks_like_split(folder.name):
+                complaints.add(
+                    f"{folder}: is this a split? Splits are folders {', '.join(_SPLITS)} directly in images (and in "
+                    "labels); if it is not one, give it another name"
+                )
+    complaints.raise_any()
+    return found
 
 
 def _ranges(ids: Sequence[int]) -> str:
@@ -134,18 +171,18 @@ def _about_colours(data: bytes, classes: dict[str, Any] | None) -> str:
     return ""
 
 
-def _pair(root: Path, split: str, complaints: Complaints) -> list[Item]:
+def _pair(root: Path, image_folder: Path, label_folder: Path, complaints: Complaints) -> list[Item]:
     """The images of a split with their labels, sorted by name."""
-    images = _files(root, root / "images" / split, _IMAGE_SUFFIXES, complaints)
+    images = _files(root, image_folder, _IMAGE_SUFFIXES, complaints)
     labels = None
-    if (root / "labels" / split).is_dir():
-        labels = _files(root, root / "labels" / split, (".png",), complaints)
-        for name in sorted(labels.keys() - images.keys()):
-            complaints.add(f"{labels[name]}: has no image")
-        for name in sorted(images.keys() - labels.keys()):
-            complaints.add(f"{images[name]}: has no label, though {root / 'labels' / split} exists")
+    if label_folder.is_dir():
+        labels = _files(root, label_folder, (".png",), complaints)
+        ways = names.pairings(images.keys() - labels.keys(), labels.keys() - images.keys())
+        if len(ways) == 1:
+            labels |= {image: labels.pop(label) for image, label in ways[0].partners.items()}
+        complain_of_unpaired(images, labels, "label", complaints, f", though {label_folder} exists")
     if not images:
-        complaints.add(f"{root / 'images' / split}: holds no images")
+        complaints.add(f"{image_folder}: holds no images")
     ids = {}
     for name in sorted(images):
         # Files that are written later are named after an id, so it must be one plain file name.
@@ -159,10 +196,10 @@ def _pair(root: Path, split: str, complaints: Complaints) -> list[Item]:
 
 
 def _files(root: Path, folder: Path, suffixes: tuple[str, ...], complaints: Complaints) -> dict[str, Path]:
-    """Relative name without suffix -> file, for all files below a folder."""
+    """Relative name without suffix, in NFC -> file, for all files below a folder."""
     result = {}
     for file in _walk(folder):
-        name = file.relative_to(folder).with_suffix("").as_posix()
+        name = names.plain(file.relative_to(folder).with_suffix("").as_posix())
         shown = ascii(str(file))[1:-1]  # the name may hold control characters for a terminal
         if not name.isprintable() or "\\" in name:
             complaints.add(f"{shown}: its name has characters that not every system allows in file names")
@@ -184,16 +221,28 @@ def _walk(folder: Path) -> list[Path]:
     if folder.is_symlink():
         return [folder / entry for entry in sorted(os.listdir(folder)) if not entry.startswith(".")]
     files = []
-    for top, folders, names in os.walk(folder):
+    for top, folders, plain_files in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(top, name))]
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(top, name) for name in names + links if not name.startswith(".")]
+        files += [Path(top, name) for name in plain_files + links if not name.startswith(".")]
     return sorted(files)
 
 
-def _listing_hash(root: Path) -> str:
+def _folders(folder: Path) -> list[Path]:
+    """All folders below a folder, but no hidden ones."""
+    found = []
+    for top, folders, _ in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(top, name) for name in folders]
+    return found
+
+
+def _listing_hash(root: Path, splits: dict[str, dict[str, str]]) -> str:
     """16 hex digits that change with classes.json and with any file's name, size or time."""
     digest = hashlib.sha256()
+    if {folder for part in splits.values() for folder in part.values()} - {"train", "val"}:
+        # Earlier releases took these for folders of the split train: what they prepared is another dataset.
+        digest.update(json.dumps(splits).encode())
     classes = root / "classes.json"
     digest.update(classes.read_bytes() if classes.exists() else b"")
     for kind in ("images", "labels"):
@@ -219,7 +268,9 @@ def read_classes(file: Path) -> dict[str, Any] | None:
     try:
         if file.stat().st_size > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES} bytes")
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_bytes())  # finds out itself whether it is UTF-8 or UTF-16, and about a BOM
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is not a text in UTF-8; save it as this") from error
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict) or not _is_text(content.get("name")):
@@ -238,7 +289,7 @@ def read_classes(file: Path) -> dict[str, Any] | None:
     ids = [raw for entry in classes for raw in entry["ids"]] + [raw for raw in ignore if raw != IGNORE]
     _complain_of_repeats(ids, "id", complaints)
     complaints.raise_any()
-    return {"name": content["name"], "classes": classes, "ignore": ignore}
+    return {"name": names.plain(content["name"]), "classes": classes, "ignore": ignore}
 
 
 def _read_class(index: int, entry: Any, complaints: Complaints) -> dict[str, Any]:
@@ -253,7 +304,7 @@ def _read_class(index: int, entry: Any, complaints: Complaints) -> dict[str, Any
     color = entry.get("color")
     if not _is_bytes(color) or len(color) != 3:
         complaints.add(f'{where}: "color" must be three numbers 0..255')
-    return {"name": entry["name"], "ids": ids, "color": color}
+    return {"name": names.plain(entry["name"]), "ids": ids, "color": color}
 
 
 def _is_text(value: Any) -> bool:

@@ -7,7 +7,7 @@ in size from their image and are resized to it.
 
 from pathlib import Path
 
-from jaxuda.data.building import Complaints, FilesBuilder, Item, listed, paired
+from jaxuda.data.building import Complaints, FilesBuilder, Item, find_folder, listed, paired
 from jaxuda.data.datasets import Dataset
 from jaxuda.data.datasets.cityscapes import CATEGORIES, CLASSES
 
@@ -20,6 +20,7 @@ class Gta5(FilesBuilder, skip_registration=True):
     )
     PUBLISHED = {"": {"train": 24_966}}  # noqa: RUF012
     RESIZE_LABELS = True
+    TRAIN_IDS = 19
 
     def raw_ids(self) -> range:
         """The 34 ids of Cityscapes, and licence plates."""
@@ -28,8 +29,8 @@ class Gta5(FilesBuilder, skip_registration=True):
     def items(self, manual_dir: Path) -> dict[str, list[Item]]:
         """Lists all frames, as training images."""
         complaints = Complaints(f"the GTA5 folder {manual_dir}")
-        images = listed(manual_dir / "images", (".png",), complaints)
-        items = paired(images, complaints, label=listed(manual_dir / "labels", (".png",), complaints))
+        images = listed(find_folder(manual_dir, "images"), (".png",), complaints)
+        items = paired(images, complaints, label=listed(find_folder(manual_dir, "labels"), (".png",), complaints))
         complaints.raise_any()
         return {"train": items}
 

@@ -1,14 +1,15 @@
 """Mapillary Vistas v1.2: streets from all over the world (Neuhold et al., ICCV 2017), images of any size.
 
-The manual folder holds {training,validation}/images/*.jpg and {training,validation}/labels/*.png, palette PNGs
-whose index is the id: the place of the category in config_v1.2.json. By default it is read in 7 super-classes.
+The manual folder holds {training,validation}/images/*.jpg and {training,validation}/labels/*.png (v1.2/labels in the
+package that also has v2.0), palette PNGs whose index is the id: the place of the category in config_v1.2.json. By
+default it is read in 7 super-classes.
 Published: 18,000 training and 2,000 validation images.
 """
 
 import json
 from pathlib import Path
 
-from jaxuda.data.building import Complaints, FilesBuilder, Item, listed, paired
+from jaxuda.data.building import Complaints, FilesBuilder, Item, find_folder, listed, paired
 from jaxuda.data.datasets import Dataset
 
 _SPLITS = {"train": "training", "val": "validation"}
@@ -42,6 +43,7 @@ class Mapillary(FilesBuilder, skip_registration=True):
         "the folder with training and validation of Mapillary Vistas v1.2, https://www.mapillary.com/dataset/vistas"
     )
     PUBLISHED = {"": {"train": 18_000, "val": 2_000}}  # noqa: RUF012
+    TRAIN_IDS = 19
 
     def raw_ids(self) -> range:
         """All categories, unlabelled ones included."""
@@ -50,11 +52,16 @@ class Mapillary(FilesBuilder, skip_registration=True):
     def items(self, manual_dir: Path) -> dict[str, list[Item]]:
         """Lists both splits; if config_v1.2.json is beside them, its categories must be ours."""
         complaints = Complaints(f"the Mapillary folder {manual_dir}")
-        _check_categories(manual_dir / _CONFIG, complaints)
+        root = find_folder(manual_dir, _SPLITS["train"]).parent
+        _check_categories(root / _CONFIG, complaints)
         result = {}
         for split, folder in _SPLITS.items():
-            images = listed(manual_dir / folder / "images", (".jpg",), complaints)
-            labels = listed(manual_dir / folder / "labels", (".png",), complaints)
+            images = listed(root / folder / "images", (".jpg",), complaints)
+            versioned, plain = root / folder / "v1.2" / "labels", root / folder / "labels"
+            if (root / folder / "v2.0").is_dir() and not versioned.is_dir() and not plain.is_dir():
+                complaints.add(f"{root / folder / 'v2.0'}: are labels of v2.0; only v1.2 can be used")
+                continue
+            labels = listed(versioned if versioned.is_dir() else plain, (".png",), complaints)
             result[split] = paired(images, complaints, label=labels)
         complaints.raise_any()
         return result
@@ -64,7 +71,7 @@ def _check_categories(file: Path, complaints: Complaints) -> None:
     if not file.exists():
         return
     try:
-        names = [entry["readable"].lower() for entry in json.loads(file.read_text())["labels"]]
+        names = [entry["readable"].lower() for entry in json.loads(file.read_bytes())["labels"]]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         complaints.add(f"{file}: cannot be read ({error!r})")
         return

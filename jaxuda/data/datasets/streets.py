@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxuda.data import encoding
-from jaxuda.data.building import Tally
+from jaxuda.data.checking import Tally
 from jaxuda.data.datasets import Dataset
 from jaxuda.data.datasets.cityscapes import COLOURS
 from jaxuda.data.datasets.scenes.look import finish
@@ -74,7 +74,7 @@ class Streets(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class Scenes:
-    """Iterates over (key, encoded record) of a split, as `building.Examples` does; knows its length."""
+    """Iterates over (key, encoded record) of a split, as `checking.Examples` does; knows its length."""
 
     def __init__(self, domain: str, split: str, count: int):
         self._domain, self._split, self._count = domain, split, count

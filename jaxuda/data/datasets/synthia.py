@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxuda.data import encoding, png
-from jaxuda.data.building import Complaints, FilesBuilder, Item, listed, paired
+from jaxuda.data.building import Complaints, FilesBuilder, Item, find_folder, listed, paired
 from jaxuda.data.datasets import Dataset
 from jaxuda.data.datasets.cityscapes import COLOURS
 from jaxuda.data.labels import make_label_space
@@ -43,6 +43,7 @@ class Synthia(FilesBuilder, skip_registration=True):
     PUBLISHED = {"": {"train": 9_400}}  # noqa: RUF012
     SIZE = (1280, 760)
     HAS_DEPTH = True
+    TRAIN_IDS = 19
 
     def raw_ids(self) -> range:
         """Void and 22 classes."""
@@ -58,8 +59,8 @@ class Synthia(FilesBuilder, skip_registration=True):
 
     def items(self, manual_dir: Path) -> dict[str, list[Item]]:
         """Lists all images, as training images."""
-        root = manual_dir / "RAND_CITYSCAPES"
-        root = root if root.is_dir() else manual_dir
+        root = find_folder(manual_dir, "RAND_CITYSCAPES")
+        root = root if root.is_dir() else find_folder(manual_dir, "RGB").parent
         complaints = Complaints(f"the SYNTHIA folder {root}")
         parsed, nested = root / "parsed_LABELS", root / "Depth" / "Depth"
         items = paired(
