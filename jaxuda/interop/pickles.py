@@ -1,115 +1,40 @@
 """Reads the pickles in torch files without running anything that they ask for.
 
 A pickle is a program: Python's own reader imports and calls whatever it names. This reader is a small machine for the
-operations that plain data and tensors need. The few names that it accepts stand for functions of this file, which only
-record the properties of a tensor; a file with any other name or operation is refused. Python's `pickletools` splits
-the bytes into operations; it runs nothing either.
+operations that plain data and tensors need. The names that it accepts are those of `pickle_names`: they stand for
+functions of ours, which only record the properties of a tensor. A file with any other name or operation is refused.
+Python's `pickletools` splits the bytes into operations; it runs nothing either.
 """
 
 from __future__ import annotations
 
 import pickletools
 import struct
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
 
 from jaxuda.errors import UserError
+from jaxuda.interop.pickle_names import NAMES, TYPES, Call, Opaque, Storage, Type, Unread, of_type, opaque, set_item
 
 # A checkpoint of ResNet-101 with its optimizer's state has about 60,000 operations.
 _MAX_OPERATIONS = 2_000_000
 _MAX_BITS = 128
-
-
-class Storage(NamedTuple):
-    """A run of numbers in the file. `count` is its length; `start` and `length` are the part of it that is used."""
-
-    key: str
-    dtype: np.dtype
-    count: int
-    start: int
-    length: int
-
-
-class Tensor(NamedTuple):
-    """The place of a tensor's numbers in its storage; offset and strides count elements. Nothing is checked yet."""
-
-    storage: Storage
-    offset: Any
-    shape: Any
-    strides: Any
-
-
-class _Call:
-    """A name that a pickle may call; `build` makes its value, which does nothing."""
-
-    def __init__(self, build: Any):
-        self.build = build
-
-
-class _Opaque:
-    """A value that weights do not need (a NumPy scalar, a device): its content is dropped."""
-
-
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
-    if not isinstance(storage, Storage):
-        raise ValueError("a tensor without numbers")
-    return Tensor(storage, offset, shape, strides)
-
-
-def _ordered_dict(items: Any = ()) -> dict:
-    made: dict = {}
-    for key, value in items:
-        _set_item(made, key, value)
-    return made
-
-
-def _parameter(tensor: Any, *_: Any) -> Any:
-    return tensor
-
-
-def _opaque(*_: Any) -> _Opaque:
-    return _Opaque()
-
-
-STORAGES = {
-    "FloatStorage": np.float32,
-    "DoubleStorage": np.float64,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-}
-_NAMES: dict[str, Any] = {
-    "collections OrderedDict": _Call(_ordered_dict),
-    "torch._utils _rebuild_tensor": _Call(_tensor),
-    "torch._utils _rebuild_tensor_v2": _Call(_tensor),
-    "torch._utils _rebuild_parameter": _Call(_parameter),
-    "torch Size": _Call(_opaque),
-    "torch device": _Call(_opaque),
-    # Scores that training loops save beside the weights.
-    "numpy dtype": _Call(_opaque),
-    "numpy.core.multiarray scalar": _Call(_opaque),
-    "numpy._core.multiarray scalar": _Call(_opaque),
-    "_codecs encode": _Call(_opaque),
-    **{f"torch {name}": np.dtype(dtype) for name, dtype in STORAGES.items()},
-    **{f"torch.cuda {name}": np.dtype(dtype) for name, dtype in STORAGES.items()},
-}
 # Operations that put their own argument on the stack.
 _PLAIN = {
     *("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT"),
     *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "STRING", "BINSTRING", "SHORT_BINSTRING"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 }
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
 def load(data: BinaryIO, where: str) -> Any:
+    """The value of a pickle; see `load_with_storages`."""
+    return load_with_storages(data, where)[0]
+
+
+def load_with_storages(data: BinaryIO, where: str) -> tuple[Any, list[Storage]]:
     """The value of the pickle that begins at the position of `data`; afterwards the position is its end.
 
     Args:
@@ -117,8 +42,9 @@ def load(data: BinaryIO, where: str) -> Any:
       where: names the file in messages.
 
     Returns:
-      None, bool, int, float, str, bytes, list, tuple, dict (with str or int keys), `Tensor`, `Storage` or `_Opaque`.
-      Its parts may be shared and, in a hostile file, it may contain itself.
+      The value: None, bool, int, float, str, bytes, list, tuple, dict, `Tensor`, `Unread`, `Storage` or `Opaque`.
+      Its parts may be shared and, in a hostile file, it may contain itself. And all storages that it names, also those
+      of tensors that are not read.
 
     Raises:
       UserError: it names something that tensors do not need, or it is corrupt.
@@ -129,7 +55,7 @@ def load(data: BinaryIO, where: str) -> Any:
             if done > _MAX_OPERATIONS:
                 raise UserError(f"{where} is refused: its list of tensors is longer than any network's")
             if operation.name == "STOP":
-                return machine.stack.pop()
+                return machine.stack.pop(), machine.storages
             machine.step(operation.name, argument)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, struct.error) as error:
         raise UserError(f"{where} is corrupt: its list of tensors cannot be read") from error
@@ -141,6 +67,7 @@ class _Machine:
 
     def __init__(self, where: str):
         self.stack: list[Any] = []
+        self.storages: list[Storage] = []
         self._below: list[list[Any]] = []  # what lies under each mark
         self._memo: dict[int, Any] = {}
         self._where = where
@@ -199,64 +126,80 @@ class _Machine:
     def _tuple3(self, _: None) -> None:
         self.stack[-3:] = [(self.stack[-3], self.stack[-2], self.stack[-1])]
 
+    def _empty_set(self, _: None) -> None:
+        self.stack.append(Opaque())
+
+    def _frozenset(self, _: None) -> None:
+        self._pop_to_mark()
+        self.stack.append(Opaque())
+
+    def _additems(self, _: None) -> None:
+        self._pop_to_mark()
+
     def _append(self, _: None) -> None:
-        value = self.stack.pop()
-        _of_type(self.stack[-1], list).append(value)
+        self._extend([self.stack.pop()])
 
     def _appends(self, _: None) -> None:
-        items = self._pop_to_mark()
-        _of_type(self.stack[-1], list).extend(items)
+        self._extend(self._pop_to_mark())
+
+    def _extend(self, items: list[Any]) -> None:
+        if not isinstance(self.stack[-1], Opaque):
+            of_type(self.stack[-1], list).extend(items)
 
     def _setitem(self, _: None) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        _set_item(_of_type(self.stack[-1], dict), key, value)
+        self._update([key, value])
 
     def _setitems(self, _: None) -> None:
-        items = self._pop_to_mark()
+        self._update(self._pop_to_mark())
+
+    def _update(self, items: list[Any]) -> None:
+        if isinstance(self.stack[-1], Opaque):
+            return
+        target = of_type(self.stack[-1], dict)
         for key, value in zip(items[::2], items[1::2], strict=True):
-            _set_item(_of_type(self.stack[-1], dict), key, value)
+            set_item(target, key, value)
 
     def _global(self, name: str) -> None:
-        if name not in _NAMES:
+        if TYPES.fullmatch(name):
+            self.stack.append(Type(name.removeprefix("torch ")))
+            return
+        name = name.replace("__builtin__ ", "builtins ")  # as Python 2 called it
+        if name not in NAMES:
             raise self._refusal(f"asks for {shown(name.replace(' ', '.'))}")
-        self.stack.append(_NAMES[name])
+        self.stack.append(NAMES[name])
 
     def _stack_global(self, _: None) -> None:
         name, module = self.stack.pop(), self.stack.pop()
-        self._global(f"{_of_type(module, str)} {_of_type(name, str)}")
+        self._global(f"{of_type(module, str)} {of_type(name, str)}")
 
     def _reduce(self, _: None) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        if not isinstance(function, _Call):
+        if not isinstance(function, Call):
             raise self._refusal("calls something that is not a function")
-        self.stack.append(function.build(*_of_type(arguments, tuple)))
+        self.stack.append(function.build(*of_type(arguments, tuple)))
+
+    def _newobj(self, _: None) -> None:
+        self.stack.pop()
+        function = self.stack.pop()
+        if not isinstance(function, Call) or function.build is not opaque:
+            raise self._refusal("uses the pickle operation NEWOBJ")
+        self.stack.append(Opaque())
 
     def _build(self, _: None) -> None:
         self.stack.pop()  # attributes, such as the versions in a state_dict, are not needed
-        if not isinstance(self.stack[-1], dict | _Opaque):
+        if not isinstance(self.stack[-1], dict | Opaque | Unread):
             raise self._refusal("sets attributes")
 
     def _binpersid(self, _: None) -> None:
-        kind, dtype, key, _location, count, *view = _of_type(self.stack.pop(), tuple)
+        kind, dtype, key, _location, count, *view = of_type(self.stack.pop(), tuple)
         if kind not in ("storage", b"storage") or not isinstance(dtype, np.dtype):
             raise ValueError("a persistent id that is not a storage")
         # In files of torch 0.x it may be a part of another storage: (its own key, offset, length).
         _, start, length = (view and view[0]) or (None, 0, count)
-        numbers = (_of_type(number, int) for number in (count, start, length))
-        self.stack.append(Storage(str(_of_type(key, str)), dtype, *numbers))
-
-
-def _of_type(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"not a {kind.__name__}")
-    return value
-
-
-def _set_item(target: dict, key: Any, value: Any) -> None:
-    # Tensors have no other keys, and hashing nested tuples can take forever.
-    if type(key) not in (str, int):
-        raise TypeError("a key that is neither text nor a number")
-    target[key] = value
+        numbers = (of_type(number, int) for number in (count, start, length))
+        self.storages.append(Storage(str(of_type(key, str)), dtype, *numbers))
+        self.stack.append(self.storages[-1])
 
 
 def shown(name: str) -> str:
