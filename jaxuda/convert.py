@@ -28,6 +28,7 @@ def convert(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_dir", default="", help="the folder of datasets and weights (default: as in a config)")
     parser.add_argument("--config", help="the recipe whose network FILE is of; --config.FIELD=VALUE works too")
     parser.add_argument("--stage", default="", help="the stage of that recipe (default: the last one that adapts)")
+    parser.add_argument("--part", default="", help="which of several networks in FILE, such as student or teacher")
     parser.add_argument("--out", type=Path, help="where to write (default: DATA_DIR/weights/NAME_OF_FILE)")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write this torch file")
     parser.add_argument("--layout", default="", help="names of variables (default: those of the most similar network)")
@@ -38,11 +39,13 @@ def convert(argv: list[str] | None = None) -> None:
 
     if [bool(args.imagenet), bool(args.config and not args.export), bool(args.export)].count(True) != 1:
         raise UserError("give one of --imagenet NETWORK, --config FILE and --export FILE (see --help)")
+    if args.part and args.export:
+        raise UserError("--part says which network of a torch file to read: leave it out with --export")
     if overrides and not args.config:
         raise UserError(f"not understood: {' '.join(overrides)}")
     config = parse(["jaxuda.convert", f"--config={args.config}", *overrides]).config if args.config else None
     if args.imagenet:
-        conversion.import_imagenet(args.file, args.imagenet, args.data_dir)
+        conversion.import_imagenet(args.file, args.imagenet, args.data_dir, part=args.part)
     elif args.export:
         if config:
             stages.import_named(config)
@@ -50,7 +53,7 @@ def convert(argv: list[str] | None = None) -> None:
     else:
         folder = args.out or weights.imagenet_folder(args.file.stem, args.data_dir or config.data_dir)
         stage = stages.resolve(_trained_stage(config, args.stage), config)
-        conversion.import_checkpoint(args.file, stage, _num_classes(config), folder)
+        conversion.import_checkpoint(args.file, stage, _num_classes(config), folder, part=args.part)
         where = f"--config configs/{config.name}.py:{config.benchmark} --checkpoint {folder}"
         print(f"score it:      python -m jaxuda.main {where} --mode eval")
         print(f"label images:  python -m jaxuda.main {where} --mode predict --images 'GLOB'")

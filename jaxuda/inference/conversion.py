@@ -19,11 +19,14 @@ from ml_collections import ConfigDict
 from jaxuda import files
 from jaxuda.errors import UserError
 from jaxuda.inference.restore import evaluated_network, stage_config
-from jaxuda.interop import read_tensors, save_torch
+from jaxuda.interop import save_torch
+from jaxuda.interop.parts import clean
+from jaxuda.interop.pickle_names import Unread
+from jaxuda.interop.tensor_files import read_entries
 from jaxuda.interop.torch_checkpoint import (
     Match,
+    State,
     as_variables,
-    clean,
     match_backbone,
     match_network,
     match_projection,
@@ -40,7 +43,7 @@ Say = Callable[[str], None]
 
 
 def import_imagenet(
-    path: Path, network: str, data_dir: str = "", model: nn.Module | None = None, say: Say = print
+    path: Path, network: str, data_dir: str = "", model: nn.Module | None = None, say: Say = print, part: str = ""
 ) -> Path:
     """Converts ImageNet weights, and writes them where `init="imagenet"` finds them.
 
@@ -50,22 +53,25 @@ def import_imagenet(
       data_dir: as in a config.
       model: the network, if it is a reduced one.
       say: called with lines of text: what the file holds, and what was used of it.
+      part: which of several networks in the file; see `parts.choose`.
 
     Returns:
       The folder written.
 
     Raises:
-      UserError: the file is refused or corrupt, is of another network, or the folder holds other weights.
+      UserError: the file is refused or corrupt, is of another network, or holds several and `part` is none of them; a
+        weight is not finite; or the folder holds other weights.
     """
     public = weights.published(network)
     fields = {"name": public.family, **public.fields}
     model = model or make_model(fields, 1)
     folder = weights.imagenet_folder(network, data_dir)
     source, state = _read(path, say)
-    if problem := load_family(fields).imagenet_problem(network, source["sha256"], source["names"]):
+    match = match_backbone(state, model, part, f"{path}: ")
+    if problem := load_family(fields).imagenet_problem(network, source["sha256"], source["names"], match.leaves):
         raise UserError(f"{path} {problem}")
-    match = match_backbone(state, model)
-    raise_problems(match._replace(unused=[]), model)
+    hint = f"{network} is {public.file} from {public.publisher}"
+    raise_problems(match._replace(unused=match.deeper), model, f"{path}: ", hint)
     _account(match, say)
     identity = {"imagenet": network, "model": dict(public.fields)}
     _write(folder, as_variables(match.leaves), identity, source, say)
@@ -73,7 +79,9 @@ def import_imagenet(
     return folder
 
 
-def import_checkpoint(path: Path, stage: ConfigDict, num_classes: int, folder: Path, say: Say = print) -> None:
+def import_checkpoint(
+    path: Path, stage: ConfigDict, num_classes: int, folder: Path, say: Say = print, part: str = ""
+) -> None:
     """Converts a published checkpoint of a whole network to a folder like that of a finished stage.
 
     Args:
@@ -82,18 +90,19 @@ def import_checkpoint(path: Path, stage: ConfigDict, num_classes: int, folder: P
       num_classes: the number of classes of its label space.
       folder: the folder to write.
       say: called with lines of text: what the file holds, and what was used of it.
+      part: as for `import_imagenet`.
 
     Raises:
-      UserError: the file is refused or corrupt, is of another network, or the folder holds other weights.
+      UserError: as for `import_imagenet`.
     """
     model = make_model(stage.model, num_classes)
     source, state = _read(path, say)
-    match, layout = match_network(state, model)
-    raise_problems(match._replace(unused=[]), model)
+    match, layout = match_network(state, model, part, f"{path}: ")
+    raise_problems(match._replace(unused=match.deeper), model, f"{path}: ")
     variables, projection = as_variables(match.leaves), {}
     if stage.get("projection", "none") == "mlp":
         channels = output_shapes(model, stage.evaluation.size[::-1]).features.shape[-1]
-        projection, taken = match_projection(state, channels)
+        projection, taken = match_projection(state, channels, match.prefix, f"{path}: ")
         match = match._replace(unused=[name for name in match.unused if name not in taken])
         say(f"{'with' if taken else 'without'} a projection head")
     _account(match, say, more=len(projection))
@@ -127,23 +136,25 @@ def export(folder: Path, path: Path, layout: str = "", say: Say = print) -> None
         say(f"its classes were reordered: to the order of '{layout}'")
     head = _projection(folder / "checkpoints", step, say) if config.get("projection", "none") != "none" else {}
     save_torch(variables, model, path, layout, head)
-    say(f"{path}: step {step} of {folder}, named as in the layout '{layout}'; torch.load(..., weights_only=True)")
+    load = "torch.load(FILE, weights_only=True)" if path.suffix == ".pth" else "safetensors.torch.load_file(FILE)"
+    say(f"{path}: step {step} of {folder}, named as in the layout '{layout}'; {load} reads it")
 
 
-def _read(path: Path, say: Say) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read(path: Path, say: Say) -> tuple[dict[str, Any], State]:
     """The file's name, checksum and entries; and its tensors, by name without prefixes (see `clean`)."""
-    tensors = read_tensors(path)
-    source = {"file": path.name, "sha256": files.sha256(path), "names": list(tensors)}
-    size = sum(array.nbytes for array in tensors.values()) / 2**20
-    say(f"{path}: {len(tensors)} tensors, {size:.1f} MiB, SHA-256 {source['sha256'][:16]}...")
-    return source, clean(tensors)
+    entries = read_entries(path)
+    source = {"file": path.name, "sha256": files.sha256(path), "names": list(entries)}
+    size = sum(entry.nbytes for entry in entries.values() if not isinstance(entry, Unread)) / 2**20
+    say(f"{path}: {len(entries)} tensors, {size:.1f} MiB, SHA-256 {source['sha256'][:16]}...")
+    return source, clean(entries)
 
 
 def _account(match: Match, say: Say, more: int = 0) -> None:
     """Reports which entries were used; `more`: the number of used entries outside of the network."""
-    say(f"taken:    {len(match.leaves) + more} tensors")
+    say(f"taken:    {len(match.leaves) + more} tensors" + (f", below {match.prefix!r}" if match.prefix else ""))
     if match.unused:
-        say(f"not used: {len(match.unused)}: {', '.join(match.unused)}")
+        last = [f"... and {len(match.unused) - 20} more"] if len(match.unused) > 20 else []
+        say(f"not used: {len(match.unused)}: {', '.join(match.unused[:20] + last)}")
     say("missing:  none")
 
 

@@ -154,7 +154,8 @@ _UNSIGNED = ("uint16", "uint32", "uint64")
 TYPES = re.compile(r"torch (bool|(bfloat|float|complex|q?u?int|bits)\d\w*)")
 # Values beside the weights: module -> names. Nothing is made of them.
 _VALUES = {
-    "builtins": "set frozenset complex slice range bytearray bytes int float str bool list dict tuple object Ellipsis",
+    "builtins": "set frozenset complex slice range bytearray bytes int float str bool list dict tuple object Ellipsis "
+    "long unicode xrange",
     "collections": "deque Counter",
     "argparse": "Namespace",
     "types": "SimpleNamespace",

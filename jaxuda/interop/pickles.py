@@ -75,9 +75,8 @@ class _Machine:
     def step(self, name: str, argument: Any) -> None:
         """One operation."""
         if name in _PLAIN:
-            if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
-                raise ValueError("a number that is too large for a size")
-            self.stack.append(argument)
+            too_large = isinstance(argument, int) and argument.bit_length() > _MAX_BITS  # for a size of a tensor
+            self.stack.append(Opaque() if too_large else argument)
         elif name in _CONSTANTS:
             self.stack.append(_CONSTANTS[name])
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):

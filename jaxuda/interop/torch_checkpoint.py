@@ -5,6 +5,7 @@ from it. The networks define their layouts (`torch_layouts`, see `jaxuda.models`
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,12 @@ import numpy as np
 
 from jaxuda import files
 from jaxuda.errors import UserError
+from jaxuda.interop.parts import choose, clean, common_start, is_beside, prefixes
+from jaxuda.interop.pickle_names import Unread
 from jaxuda.interop.pickles import shown
-from jaxuda.interop.tensor_files import pth_bytes, read_tensors, safetensors_bytes
+from jaxuda.interop.tensor_files import pth_bytes, read_entries, safetensors_bytes
+
+State = Mapping[str, np.ndarray | Unread]
 
 
 class Layout(NamedTuple):
@@ -38,7 +43,6 @@ class Layout(NamedTuple):
     reads_maps: bool = False
 
 
-_WRAPPERS = ("module", "Scale")
 # The torch names of the arrays of a layer.
 LEAVES = {
     "kernel": "weight",
@@ -62,15 +66,23 @@ class Match(NamedTuple):
     missing: torch names that the network needs and the file lacks.
     unused: names in the file that the network does not have, without counters of batches.
     misshapen: one line for each entry of another shape.
+    invalid: one line for each entry whose numbers are no weights.
+    deeper: those of `unused` that lie inside of the network's backbone: the file has another one.
+    prefix: the names of the network's entries begin with it.
+    kind: the file's backbone in words, if it is known and is not that of the network; else "".
     """
 
     leaves: dict[tuple[str, ...], np.ndarray]
     missing: list[str]
     unused: list[str]
     misshapen: list[str]
+    invalid: list[str]
+    deeper: list[str]
+    prefix: str
+    kind: str
 
 
-def load_torch(source: Mapping[str, Any] | str | os.PathLike, model: nn.Module) -> dict[str, Any]:
+def load_torch(source: Mapping[str, Any] | str | os.PathLike, model: nn.Module, part: str = "") -> dict[str, Any]:
     """Variables of `model` from a torch checkpoint.
 
     Args:
@@ -78,19 +90,23 @@ def load_torch(source: Mapping[str, Any] | str | os.PathLike, model: nn.Module) 
         name -> array, or, as in SDCA's files, part ("feature_extractor", "classifier") -> such a dict.
         Convolutions are (out, in, kh, kw). Names may begin with "module.", and may have another common prefix.
       model: a network or an `FCDiscriminator`. Classes stay in the order of the file (see `Layout.order`).
+      part: which of several networks in the source ("student"); see `parts.choose`.
 
     Returns:
       {"params", "batch_stats"} of float32 arrays (without "batch_stats" if the model has none).
 
     Raises:
-      UserError: the file cannot be read; or an entry is missing, unused or of another shape: the message lists
-        them. Only counters of batches (`num_batches_tracked`), which no computation needs, and the state of
-        optimizers are skipped.
+      UserError: the file cannot be read; it holds several such networks, and `part` is none of them; or an entry is
+        missing, unused, of another shape or not finite: the message lists them. Only what lies outside of the
+        network's prefix is skipped, with counters of batches (`num_batches_tracked`), which no computation needs, the
+        state of optimizers, and single numbers such as the epoch.
     """
-    state = clean(source if isinstance(source, Mapping) else read_tensors(source))
-    match, _ = match_network(state, model)
-    unused = [name for name in match.unused if not name.startswith("optim")]
-    raise_problems(match._replace(unused=unused), model)
+    where = "" if isinstance(source, Mapping) else f"{os.fspath(source)}: "
+    state = clean(source if isinstance(source, Mapping) else read_entries(source))
+    match, _ = match_network(state, model, part, where)
+    inside = [name for name in match.unused if name.startswith(match.prefix)]
+    unused = [name for name in inside if not is_beside(name.removeprefix(match.prefix), state.get(name))]
+    raise_problems(match._replace(unused=unused), model, where)
     return as_variables(match.leaves)
 
 
@@ -101,99 +117,182 @@ def torch_layouts(model: nn.Module) -> dict[str, Layout]:
     return {"paths": Layout(lambda path: ".".join((*path[1:-1], LEAVES.get(path[-1], path[-1]))), "")}
 
 
-def match_network(state: Mapping[str, np.ndarray], model: nn.Module) -> tuple[Match, str]:
+def match_network(state: State, model: nn.Module, part: str = "", where: str = "") -> tuple[Match, str]:
     """All of a network's variables, and the name of the layout that the file has.
 
+    Args:
+      state: as returned by `clean`.
+      model, part: as for `load_torch`.
+      where: begins messages.
+
     Raises:
-      UserError: the file has none of the network's layouts.
+      UserError: the file has none of the network's layouts, or it has several such networks and `part` is none of them.
     """
     layouts = torch_layouts(model)
-    layout, prefix = _find_layout(state, layouts, f"{type(model).__name__} that is known")
-    shapes = _shapes(model, layouts[layout], state)
-    match = _match(state, layouts[layout], prefix, shapes)
+    layout, prefix, shapes = _find(state, model, layouts, f"{type(model).__name__} that is known", part, where)
+    match = _match(state, model, layouts[layout], prefix, shapes)
     homeless = [".".join(path[1:]) for path in shapes if layouts[layout].name(path) is None]
     return match._replace(missing=[*match.missing, *homeless]), layout
 
 
-def match_backbone(state: Mapping[str, np.ndarray], model: nn.Module) -> Match:
+def match_backbone(state: State, model: nn.Module, part: str = "", where: str = "") -> Match:
     """The variables of a network's backbone alone, from an image classifier or any network for segmentation.
 
-    Layers that the files of image classifiers lack are left out.
+    Layers that the files of image classifiers lack are left out. Arguments are those of `match_network`.
 
     Raises:
-      UserError: it has no backbone of this kind.
+      UserError: it has no backbone of this kind, or several and `part` is none of them.
     """
     layouts = model.backbone_layouts()
-    layout, prefix = _find_layout(state, layouts, f"backbone of the kind {model.describe()}")
-    shapes = {path: shape for path, shape in _shapes(model, layouts[layout], state).items() if path[1] == "backbone"}
-    return _match(state, layouts[layout], prefix, shapes)
+    what = f"backbone of the kind {model.describe()}"
+    layout, prefix, shapes = _find(state, model, layouts, what, part, where, only="backbone")
+    return _match(state, model, layouts[layout], prefix, shapes)
 
 
-def _find_layout(state: Mapping[str, np.ndarray], layouts: Mapping[str, Layout], what: str) -> tuple[str, str]:
-    """The name of the first layout that fits a file, and the common prefix of its names ("" or one ending in a dot)."""
+def _find(
+    state: State, model: nn.Module, layouts: Mapping[str, Layout], what: str, part: str, where: str, only: str = ""
+) -> tuple[str, str, dict[tuple[str, ...], tuple]]:
+    """The first layout that fits a file, the prefix of its names, and path -> shape of the variables.
+
+    only: the one part of the variables that is wanted ("backbone"); "": all.
+    """
+    anchors, fitting, shapes = {}, {}, {}
     for name, layout in layouts.items():
-        found = [entry for entry in state if f".{entry}".endswith(f".{layout.anchor}")]
-        if found or not layout.anchor:
-            return name, min(found, key=len).removesuffix(layout.anchor) if layout.anchor else ""
-    anchors = ", ".join(layout.anchor for layout in layouts.values())
-    raise UserError(
-        f"the torch checkpoint has no {what} (looked for {anchors}); its first entries are "
-        f"{[shown(name) for name in list(state)[:3]]}"
-    )
+        anchors[name] = layout.anchor or next(filter(None, map(layout.name, _shapes(model))))
+        for prefix in prefixes(state, anchors[name]):
+            if prefix not in fitting:
+                channels = 3
+                if layout.reads_maps:
+                    channels = (*getattr(state[prefix + anchors[name]], "shape", ()), 3, 3)[1]
+                fitting[prefix] = name
+                shapes[prefix] = {
+                    path: shape for path, shape in _shapes(model, channels).items() if only in ("", path[1])
+                }
+    if not fitting:
+        if not all(layout.anchor for layout in layouts.values()):
+            return next(iter(layouts)), "", _shapes(model)
+        raise UserError(
+            f"{where}the torch checkpoint has no {what} (looked for {', '.join(anchors.values())}); its first entries "
+            f"are {[shown(name) for name in list(state)[:3]]}"
+        )
+    needed = {
+        prefix: {
+            torch_name: to_torch(np.empty(shape, bool)).shape
+            for path, shape in shapes[prefix].items()
+            if path[0] == "params" and (torch_name := layouts[name].name(path)) is not None
+        }
+        for prefix, name in fitting.items()
+    }
+    prefix = choose(state, needed, part, where)
+    return fitting[prefix], prefix, shapes[prefix]
 
 
-def _shapes(model: nn.Module, layout: Layout, state: Mapping[str, np.ndarray]) -> dict[tuple[str, ...], tuple]:
+def _shapes(model: nn.Module, channels: int = 3) -> dict[tuple[str, ...], tuple]:
     """Path -> shape of every variable, found without computing anything."""
-    channels = 3
-    if layout.reads_maps:
-        channels = next(array.shape[1] for name, array in state.items() if f".{name}".endswith(f".{layout.anchor}"))
     image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(variables).items()}
 
 
-def _match(state: Mapping[str, np.ndarray], layout: Layout, prefix: str, shapes: dict[tuple[str, ...], tuple]) -> Match:
+def _match(state: State, model: nn.Module, layout: Layout, prefix: str, shapes: dict[tuple[str, ...], tuple]) -> Match:
     names = {path: prefix + name for path in shapes if (name := layout.name(path)) is not None}
-    leaves, misshapen = {}, []
+    leaves, misshapen, invalid = {}, [], []
     for path, name in names.items():
         if name not in state:
+            continue
+        if isinstance(state[name], Unread):
+            invalid.append(f"{shown(name)} {state[name]}")
             continue
         array = from_torch(state[name])
         if array.shape != shapes[path]:
             expected = to_torch(np.empty(shapes[path], bool)).shape
             misshapen.append(f"shape of {name}: {state[name].shape} in the checkpoint, {expected} in the network")
+        elif problem := unusable(array, path[-1]):
+            invalid.append(f"{name} {problem}")
         leaves[path] = array
     known = set(names.values())
+    unused = [name for name in state if name not in known]
+    deeper = _inside([name for path, name in names.items() if path[1] == "backbone"], unused)
+    kind = ""
+    if hasattr(model, "other_backbone"):
+        arrays = {name: entry for name, entry in state.items() if isinstance(entry, np.ndarray)}
+        kind = model.other_backbone(
+            {name.removeprefix(prefix): array.shape for name, array in arrays.items() if name.startswith(prefix)}
+        )
     missing = [name for name in names.values() if name not in state]
-    return Match(leaves, missing, [shown(name) for name in state if name not in known], misshapen)
+    return Match(leaves, missing, list(map(shown, unused)), misshapen, invalid, list(map(shown, deeper)), prefix, kind)
 
 
-def match_projection(state: Mapping[str, np.ndarray], channels: int) -> tuple[dict[str, np.ndarray], list[str]]:
+def _inside(backbone: list[str], names: list[str]) -> list[str]:
+    """Those of `names` that lie in a module of the backbone, or beside its numbered layers."""
+    if not backbone:
+        return []
+    count = common_start([name.split(".")[:-1] for name in backbone])
+
+    def module(name: str) -> tuple[str, ...]:
+        """The first words of a name, down to the module that tells layers apart; a number counts as any number."""
+        *place, last = (*name.split("."), *[""] * count)[: count + 1]
+        return (*place, re.sub(r"^\d+$", "#", last))
+
+    known = {module(name) for name in backbone}
+    return [name for name in names if module(name) in known]
+
+
+def unusable(array: np.ndarray, leaf: str) -> str:
+    """Why an array cannot be weights or statistics, as the end of a sentence; "" if it can.
+
+    Args:
+      array: any numbers.
+      leaf: the name of the variable in our trees; "var" may not be negative.
+    """
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return f"has the type {array.dtype}, but weights are floating-point numbers: in torch, save tensor.float()"
+    with np.errstate(over="ignore"):
+        numbers = array.astype(np.float32)
+    if bad := array.size - np.count_nonzero(np.isfinite(numbers)):
+        return f"has {bad} of {array.size} numbers that are not finite (NaN or infinite)"
+    if leaf == "var" and (bad := np.count_nonzero(numbers < 0)):
+        return f"has {bad} of {array.size} numbers that are negative, but is a variance"
+    return ""
+
+
+def match_projection(
+    state: State, channels: int, prefix: str = "", where: str = ""
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """CFContra's projection head for features of that many channels, if the file has one.
+
+    Args:
+      state: as returned by `clean`.
+      channels: those of the features.
+      prefix: the prefix of the network that the head belongs to.
+      where: begins messages.
 
     Returns:
       Path of a parameter ("linear0.kernel", ...) -> array in our layout, and the names of its entries in the file; both
       are empty if the file has none.
 
     Raises:
-      UserError: an entry is missing or of another shape.
+      UserError: an entry is missing, of another shape or not finite.
     """
     last = _PROJECTION["linear0.kernel"]
-    found = [name for name in state if name == last or name.endswith(f".{last}")]
+    found = [name for name in prefixes(state, last) if name.startswith(prefix)]
     if not found:
         return {}, []
-    prefix, arrays, problems = min(found, key=len).removesuffix(last), {}, []
+    prefix, arrays, problems = min(found, key=len), {}, []
     for path, name in _PROJECTION.items():
         array, shape = state.get(prefix + name), (channels, channels, 1, 1) if path.endswith("kernel") else (channels,)
         if array is None:
             problems.append(f"missing: {prefix}{name}")
+        elif isinstance(array, Unread):
+            problems.append(f"{prefix}{name} {array}")
         elif array.size != np.prod(shape) or array.shape != shape[: array.ndim]:  # linear layers have two axes
             problems.append(f"shape of {prefix}{name}: {array.shape} in the checkpoint, {shape} in the network")
+        elif problem := unusable(array, "kernel"):
+            problems.append(f"{prefix}{name} {problem}")
         else:
             arrays[path] = from_torch(array.reshape(shape)).astype(np.float32)
     if problems:
-        listed = "\n  ".join(problems)
-        raise UserError(f"the projection head of the torch checkpoint does not fit:\n  {listed}")
+        raise UserError(f"{where}the projection head of the torch checkpoint does not fit:{_lines(problems)}")
     return arrays, [prefix + name for name in _PROJECTION.values()]
 
 
@@ -204,17 +303,30 @@ def projection_state(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] 
     return {_PROJECTION[path]: to_torch(np.asarray(array)) for path, array in arrays.items()}
 
 
-def raise_problems(match: Match, model: nn.Module) -> None:
-    """Raises a UserError if an entry is missing, unused or of another shape."""
+def raise_problems(match: Match, model: nn.Module, where: str = "", hint: str = "") -> None:
+    """Raises a UserError if an entry is missing, unused, of another shape, or no weights.
+
+    Args:
+      match, model: the file's entries and the network.
+      where: begins the message.
+      hint: what to compare the file with; "": the classes and the fields of config.model.
+    """
     problems = [f"missing: {name}" for name in match.missing]
     problems += [f"not part of the network: {name}" for name in match.unused]
     problems += match.misshapen
     if problems:
-        listed = "\n  ".join(problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else []))
+        fields = ", ".join(getattr(model, "SHAPE_FIELDS", ("width",)))
+        hint = hint or f"compare it with the classes and the fields of config.model ({fields})"
+        kind = f" (its backbone is {match.kind})" if match.kind else ""
         raise UserError(
-            f"the torch checkpoint does not fit {type(model).__name__}; compare it with the classes and the fields of "
-            f"config.model ({', '.join(getattr(model, 'SHAPE_FIELDS', ('width',)))}):\n  {listed}"
+            f"{where}the torch checkpoint does not fit {type(model).__name__}{kind}; {hint}:{_lines(problems)}"
         )
+    if match.invalid:
+        raise UserError(f"{where}the torch checkpoint cannot be used:{_lines(match.invalid)}")
+
+
+def _lines(problems: list[str]) -> str:
+    return "\n  " + "\n  ".join(problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else []))
 
 
 def as_variables(leaves: dict[tuple[str, ...], np.ndarray]) -> dict[str, Any]:
@@ -286,24 +398,3 @@ def from_torch(array: np.ndarray) -> np.ndarray:
 def to_torch(array: np.ndarray) -> np.ndarray:
     """(kh, kw, in, out) -> (out, in, kh, kw), (in, out) -> (out, in); vectors stay."""
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T if array.ndim == 2 else array
-
-
-def clean(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Arrays by flat name, without the prefixes of wrappers ("module." of data parallel training, "Scale." of
-    networks converted from Caffe), and without counters of batches."""
-    state = {}
-    for name, array in _flattened(tensors).items():
-        name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-        if not name.endswith("num_batches_tracked"):
-            state[name] = np.asarray(array)
-    return state
-
-
-def _flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{key}.{inner}": array for inner, array in _flattened(value).items()}
-        else:
-            flat[key] = value
-    return flat

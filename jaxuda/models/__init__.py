@@ -38,9 +38,14 @@ Optional, for published weights:
     backbone_layouts() -> {name: Layout}
         The same for params["backbone"] in the files of image classifiers. These files lack NEW_LAYERS, the layers of
         the backbone that start anew.
-    IMAGENET = {name: Pretrained}, imagenet_name(fields, preprocess) -> name, imagenet_problem(name, sha256, entries)
+    other_backbone(shapes) -> str
+        The backbone of a torch file in words, for messages, from torch name -> shape; "" if it is this network's or
+        not known.
+    IMAGENET = {name: Pretrained}, imagenet_name(fields, preprocess) -> name, imagenet_problem(name, sha256, entries,
+    leaves)
         In the family's module, only for families of jaxuda: the public ImageNet weights; which of them a network
-        starts from; and why a given file is not the expected one ("" if it may be).
+        starts from; and why a given file is not the expected one ("" if it may be), from its checksum, the names in
+        it and the variables that it gives.
 """
 
 from __future__ import annotations

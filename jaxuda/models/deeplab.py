@@ -1,6 +1,7 @@
 """DeepLab-v2 (Chen et al., TPAMI 2018) as the adaptation literature uses it: one class for every method."""
 
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxuda.errors import UserError
 from jaxuda.interop.torch_checkpoint import LEAVES, Layout
@@ -186,6 +188,14 @@ class DeepLabV2(nn.Module):
             for name, pools in (("features", 4), ("backbone", 3))
         }
 
+    def other_backbone(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        """The backbone in a torch file, in words, from the shapes of its entries; "" if it is ours or not known."""
+        kind = backbone_kind(shapes)
+        if self.backbone == "vgg16":
+            return "" if kind == "a VGG-16" and self.blocks is None else kind
+        bottleneck, blocks = DEPTHS[self.backbone]
+        return "" if kind == _resnet_kind(bottleneck, tuple(self.blocks or blocks)) else kind
+
     def _check_fields(self) -> None:
         for field, value, known in (
             ("backbone", self.backbone, BACKBONES),
@@ -294,6 +304,19 @@ _TORCHVISION = {
     *("5d3b4d8f", "63fe2227", "cd907fc2", "19c8e357", "0676ba61", "11ad3fa6"),
     "397923af",
 }
+# Between the standard deviations of normalised images, about 1, and of images in 0..255, about 60; see
+# `_input_deviation`, whose first factor is small for filters of edges and large for those of colours.
+_DEVIATION = 12.0
+# (whether blocks are bottlenecks, blocks per stage) -> layers, and convolutions -> layers.
+_RESNETS = {
+    (False, (1, 1, 1, 1)): 10,
+    (False, (2, 2, 2, 2)): 18,
+    (False, (3, 4, 6, 3)): 34,
+    (True, (3, 4, 6, 3)): 50,
+    (True, (3, 4, 23, 3)): 101,
+    (True, (3, 8, 36, 3)): 152,
+}
+_VGGS = {8: 11, 10: 13, 13: 16, 16: 19}
 
 
 def imagenet_name(fields: Mapping[str, Any], preprocess: str) -> str:
@@ -315,14 +338,68 @@ def imagenet_name(fields: Mapping[str, Any], preprocess: str) -> str:
     return f"{backbone}-{variant}"
 
 
-def imagenet_problem(name: str, sha256: str, entries: Sequence[str]) -> str:
-    """Why a file is not the one of `IMAGENET`, by its checksum and the names of its tensors; "" if it may be."""
-    published = IMAGENET[name]
-    if name.endswith("-caffe") and sha256[:8] in _TORCHVISION:
+def imagenet_problem(
+    name: str, sha256: str, entries: Sequence[str], leaves: Mapping[tuple[str, ...], np.ndarray]
+) -> str:
+    """Why a file is not the one of `IMAGENET`; "" if it may be.
+
+    Args:
+      name: a key of `IMAGENET`.
+      sha256: the file's checksum.
+      entries: the names of its tensors.
+      leaves: path of a variable -> array, as in `torch_checkpoint.Match`.
+    """
+    published, caffe = IMAGENET[name], name.endswith("-caffe")
+    named_by_caffe, deviation = any("Scale" in entry.split(".") for entry in entries), _input_deviation(leaves)
+    if caffe and (sha256[:8] in _TORCHVISION or (not named_by_caffe and deviation < _DEVIATION)):
         return (
-            f"is torchvision's {published.fields['backbone']}, not {name}, which is another network: get "
-            f"{published.file} from {published.publisher}, or set the config's model.variant and preprocess for it"
+            f"is like torchvision's {published.fields['backbone']}, of normalised images, not {name}, which is another "
+            f"network, of images in 0..255: get {published.file} from {published.publisher}, or set the config's "
+            "model.variant and preprocess for it"
         )
-    if name.endswith("-torchvision") and any("Scale" in entry.split(".") for entry in entries):
-        return f"comes from Caffe, and {name} is another network: get {published.file}"
+    if not caffe and (named_by_caffe or deviation > _DEVIATION):
+        return (
+            f"comes from Caffe (a network of images in 0..255), and {name} is another network, of normalised images: "
+            f"get {published.file} from {published.publisher}"
+        )
     return ""
+
+
+def _input_deviation(leaves: Mapping[tuple[str, ...], np.ndarray]) -> float:
+    """An estimate of the standard deviation of the images that a ResNet was trained on; NaN if it is not known.
+
+    A convolution of images of variance v, whose pixels were independent, has the variance v * (sum of its squared
+    weights), and bn1 has kept the variance of the first convolution's outputs. The pixels of photos depend on each
+    other, so that this is right only up to a small factor; normalised images and images in 0..255 differ by 60.
+    """
+    kernel = leaves.get(("params", "backbone", "conv1", "kernel"))
+    variance = leaves.get(("batch_stats", "backbone", "bn1", "var"))
+    if kernel is None or variance is None:
+        return math.nan
+    squares = float(np.sum(np.square(kernel, dtype=np.float64)))
+    total = float(np.sum(variance, dtype=np.float64))
+    return math.sqrt(total / squares) if squares > 0 and total >= 0 else math.nan
+
+
+def backbone_kind(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The image classifier whose convolutions a torch file has ("a ResNet-34"), in words; "" if it is not known.
+
+    Args:
+      shapes: torch name -> shape; names may have a prefix.
+    """
+    found = [(re.search(r"(?:^|\.)layer([1-4])\.(\d+)\.conv(\d)\.weight$", name), name) for name in shapes]
+    places = {tuple(map(int, match.groups())): shapes[name] for match, name in found if match}
+    if places:
+        blocks = tuple(len({block for stage, block, _ in places if stage == each}) for each in (1, 2, 3, 4))
+        grouped = len(shape := places.get((1, 0, 2), ())) == 4 and shape[1] < shape[0]
+        return _resnet_kind(any(conv == 3 for *_, conv in places), blocks, grouped)
+    layers = [n for n, shape in shapes.items() if re.search(r"(?:^|\.)features\.\d+\.weight$", n) and len(shape) == 4]
+    normed = " with batch normalisation" if any(re.search(r"features\.\d+\.running_mean$", n) for n in shapes) else ""
+    return f"a VGG-{_VGGS[len(layers)]}{normed}" if len(layers) in _VGGS else ""
+
+
+def _resnet_kind(bottleneck: bool, blocks: tuple[int, ...], grouped: bool = False) -> str:
+    family = "ResNeXt" if grouped else "ResNet"
+    if (bottleneck, blocks) in _RESNETS:
+        return f"a {family}-{_RESNETS[bottleneck, blocks]}"
+    return f"a {family} of {'-'.join(map(str, blocks))} {'bottleneck' if bottleneck else 'basic'} blocks"

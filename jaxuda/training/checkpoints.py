@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -24,6 +25,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from jaxuda import files
 from jaxuda.errors import UserError
+from jaxuda.interop.torch_checkpoint import unusable
 
 PyTree = Any
 MANIFEST, NETWORKS = "manifest.json", "networks.json"
@@ -31,6 +33,7 @@ LAST, BEST = "last", "best"
 STUDENT = "student"  # the network that is trained; a method may have others, such as its EMA teacher
 # Its place in checkpoints that list no networks: converted weights, and those of releases with only one network.
 _STUDENT = {"params": "params.model", "batch_stats": "batch_stats"}
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that Orbax is still writing
 # Without this, Orbax waits for all processes of the run.
 _ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
@@ -82,6 +85,8 @@ class Checkpoints:
             multiprocessing_options=_ALONE,
         )
         self._folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in self._folder.glob(f"*{_UNFINISHED}*"):  # a killed run's; no other run writes to this folder
+            shutil.rmtree(unfinished, ignore_errors=True)
         return ocp.CheckpointManager(self._folder, options=options, item_handlers=_handler())
 
     def save(
@@ -234,7 +239,7 @@ def read_variables(folder: Path, which: str = LAST, network: str = STUDENT) -> t
 
     Raises:
       UserError: there is no valid checkpoint, the last checkpoint of a finished stage is missing, or the checkpoint has
-        no such network.
+        no such network or one whose numbers are not finite.
     """
     saved, step = _open(folder, which)
     arrays = saved.read(step)
@@ -250,6 +255,9 @@ def read_variables(folder: Path, which: str = LAST, network: str = STUDENT) -> t
             for name, array in arrays.items()
             if name == origin or name.startswith(f"{origin}.")
         }
+    for name, array in found.items():
+        if jnp.issubdtype(array.dtype, jnp.floating) and (problem := unusable(array, name.split(".")[-1])):
+            raise UserError(f"{folder / str(step)} cannot be used: {name} {problem}; train or convert it again")
     return found, step
 
 

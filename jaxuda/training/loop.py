@@ -299,10 +299,14 @@ class _Loop:
     def _not_finite(self, what: str, step: int, ids: dict[str, list[str]]) -> UserError:
         good, name = parallel.on_first(lambda: self._saved.newest()), self._task.name
         kept = f"Step {good} is kept as the last good checkpoint" if good else "There is no checkpoint yet"
-        return UserError(
-            f"{what} step {step} of the stage '{name}', on the images {ids}. {kept}. A lower learning rate "
-            f"(--config.{name}.lr, now {self._task.config.lr}) is the usual remedy"
-        )
+        remedy = f"A lower learning rate (--config.{name}.lr, now {self._task.config.lr}) is the usual remedy"
+        if step == 1:
+            origin = f"those of {self._task.init[0]}" if self._task.init else "random"
+            remedy = (
+                "No update came before: the learning rate is not the reason. Look at these images and their labels, at "
+                f"the weights of the loss, and at the weights that the stage starts from ({origin})"
+            )
+        return UserError(f"{what} step {step} of the stage '{name}', on the images {ids}. {kept}. {remedy}")
 
     def _evaluation(self, evaluate: Callable, networks: Mapping[str, PyTree], step: int) -> dict[str, float] | None:
         """Evaluates the chosen network on the validation sets, and logs and stores the scores.
