@@ -1,6 +1,8 @@
 """Checkpoints are valid, verified, and kept as promised."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -85,6 +87,49 @@ def test_variables_of_the_model_alone(saved: Checkpoints, state: TrainState, tmp
     saved.save(1, state)
     arrays, _ = read_variables(tmp_path)
     assert set(arrays) == {"params.layer.kernel", "params.layer.bias", "batch_stats.norm.mean"}
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("params", np.nan, r"params\.layer\.kernel has 1 of 12 numbers that are not finite"),
+        ("params", np.inf, r"params\.layer\.kernel has 1 of 12 numbers that are not finite"),
+        ("batch_stats", np.nan, r"batch_stats\.norm\.var has 1 of 4 numbers that are not finite"),
+        ("batch_stats", -1.0, r"batch_stats\.norm\.var has 1 of 4 numbers that are negative"),
+    ],
+)
+def test_weights_that_are_not_finite_are_named(
+    saved: Checkpoints, state: TrainState, tmp_path: Path, place: str, value: float, message: str
+) -> None:
+    """Whoever reads a network reads it here: eval, predict, init, export, `jaxuda.load`."""
+    state = state.replace(batch_stats={"norm": {"var": np.ones(4, np.float32)}})
+    saved.save(1, state)
+    assert read_variables(tmp_path)[0]["batch_stats.norm.var"].tolist() == [1, 1, 1, 1]
+    array = state.params["model"]["layer"]["kernel"] if place == "params" else state.batch_stats["norm"]["var"]
+    array.flat[-1] = value
+    saved.save(2, state)
+    with pytest.raises(UserError, match=rf"{tmp_path / '2'} cannot be used: {message}"):
+        read_variables(tmp_path)
+
+
+def test_unfinished_folders_of_killed_runs_are_removed(tmp_path: Path, state: TrainState) -> None:
+    code = (
+        "import os, sys, orbax.checkpoint as ocp, numpy as np\n"
+        "from pathlib import Path\n"
+        "from jaxuda.training.checkpoints import Checkpoints\n"
+        "saved = Checkpoints(Path(sys.argv[1]))\n"
+        "saved.save(1, {'params': {'model': {'w': np.ones(3)}}})\n"
+        "ocp.StandardCheckpointHandler.finalize = lambda *_: os._exit(9)\n"
+        "saved.save(2, {'params': {'model': {'w': np.ones(3)}}})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[1])
+    left = [path.name for path in tmp_path.iterdir()]
+    assert done.returncode == 9 and any(name.startswith("2.") for name in left), left
+    Checkpoints(tmp_path, read_only=True).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left)
+    checkpoints = Checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["1"] and checkpoints.newest() == 1
+    checkpoints.close()
 
 
 def test_other_network_is_named(state: TrainState) -> None:

@@ -135,6 +135,8 @@ def test_checkpoint_in_and_out_again(data: dict, tmp_path: Path, capsys) -> None
     expected = model.apply(variables, images).main
     for name in ("out.pth", "out.safetensors"):
         assert convert.main([str(trained), f"--export={tmp_path / name}"]) == 0
+        load = "torch.load(FILE, weights_only=True)" if name == "out.pth" else "safetensors.torch.load_file(FILE)"
+        assert f"{load} reads it" in capsys.readouterr().out
         again = load_torch(tmp_path / name, model)
         np.testing.assert_array_equal(model.apply(again, images).main, expected)
 

@@ -44,7 +44,7 @@ def _flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def prefixes(state: Mapping[str, Any], anchor: str) -> list[str]:
+def prefixes_of(state: Mapping[str, Any], anchor: str) -> list[str]:
     """The prefixes ("" or ending in a dot) below which an entry of this name lies; not those of optimizers."""
     found = [name.removesuffix(anchor) for name in state if f".{name}".endswith(f".{anchor}")]
     return [prefix for prefix in found if not _BESIDE.search(prefix)] or found
@@ -111,7 +111,7 @@ def _labels(found: Sequence[str]) -> dict[str, str]:
     rest = [each[lead:] for each in words]
     tail = common_start([each[::-1] for each in rest])
     labels = {".".join(each[: len(each) - tail]) or ".": prefix for each, prefix in zip(rest, found, strict=True)}
-    return dict(sorted(labels.items(), key=lambda item: bool(_COPIES.search(item[0]))))
+    return dict(sorted(labels.items(), key=lambda item: (bool(_COPIES.search(item[0])), item[0] != ".")))
 
 
 def common_start(lists: Sequence[Sequence[str]]) -> int:

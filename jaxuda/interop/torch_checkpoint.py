@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxuda import files
 from jaxuda.errors import UserError
-from jaxuda.interop.parts import choose, clean, common_start, is_beside, prefixes
+from jaxuda.interop.parts import choose, clean, common_start, is_beside, prefixes_of
 from jaxuda.interop.pickle_names import Unread
 from jaxuda.interop.pickles import shown
 from jaxuda.interop.tensor_files import pth_bytes, read_entries, safetensors_bytes
@@ -69,6 +69,7 @@ class Match(NamedTuple):
     invalid: one line for each entry whose numbers are no weights.
     deeper: those of `unused` that lie inside of the network's backbone: the file has another one.
     prefix: the names of the network's entries begin with it.
+    others: the prefixes of other networks in the file.
     kind: the file's backbone in words, if it is known and is not that of the network; else "".
     """
 
@@ -79,6 +80,7 @@ class Match(NamedTuple):
     invalid: list[str]
     deeper: list[str]
     prefix: str
+    others: list[str]
     kind: str
 
 
@@ -105,6 +107,7 @@ def load_torch(source: Mapping[str, Any] | str | os.PathLike, model: nn.Module, 
     state = clean(source if isinstance(source, Mapping) else read_entries(source))
     match, _ = match_network(state, model, part, where)
     inside = [name for name in match.unused if name.startswith(match.prefix)]
+    inside = [name for name in inside if not name.startswith(tuple(match.others))]
     unused = [name for name in inside if not is_beside(name.removeprefix(match.prefix), state.get(name))]
     raise_problems(match._replace(unused=unused), model, where)
     return as_variables(match.leaves)
@@ -129,8 +132,8 @@ def match_network(state: State, model: nn.Module, part: str = "", where: str = "
       UserError: the file has none of the network's layouts, or it has several such networks and `part` is none of them.
     """
     layouts = torch_layouts(model)
-    layout, prefix, shapes = _find(state, model, layouts, f"{type(model).__name__} that is known", part, where)
-    match = _match(state, model, layouts[layout], prefix, shapes)
+    layout, prefixes, shapes = _find(state, model, layouts, f"{type(model).__name__} that is known", part, where)
+    match = _match(state, model, layouts[layout], prefixes, shapes)
     homeless = [".".join(path[1:]) for path in shapes if layouts[layout].name(path) is None]
     return match._replace(missing=[*match.missing, *homeless]), layout
 
@@ -145,32 +148,33 @@ def match_backbone(state: State, model: nn.Module, part: str = "", where: str = 
     """
     layouts = model.backbone_layouts()
     what = f"backbone of the kind {model.describe()}"
-    layout, prefix, shapes = _find(state, model, layouts, what, part, where, only="backbone")
-    return _match(state, model, layouts[layout], prefix, shapes)
+    layout, prefixes, shapes = _find(state, model, layouts, what, part, where, only="backbone")
+    return _match(state, model, layouts[layout], prefixes, shapes)
 
 
 def _find(
     state: State, model: nn.Module, layouts: Mapping[str, Layout], what: str, part: str, where: str, only: str = ""
-) -> tuple[str, str, dict[tuple[str, ...], tuple]]:
-    """The first layout that fits a file, the prefix of its names, and path -> shape of the variables.
+) -> tuple[str, list[str], dict[tuple[str, ...], tuple]]:
+    """The first layout that fits a file; the prefix of its names, then those of others; path -> shape of the variables.
 
     only: the one part of the variables that is wanted ("backbone"); "": all.
     """
-    anchors, fitting, shapes = {}, {}, {}
+    anchors, fitting, shapes, by_channels = {}, {}, {}, {}
     for name, layout in layouts.items():
         anchors[name] = layout.anchor or next(filter(None, map(layout.name, _shapes(model))))
-        for prefix in prefixes(state, anchors[name]):
+        for prefix in prefixes_of(state, anchors[name]):
             if prefix not in fitting:
                 channels = 3
                 if layout.reads_maps:
                     channels = (*getattr(state[prefix + anchors[name]], "shape", ()), 3, 3)[1]
                 fitting[prefix] = name
-                shapes[prefix] = {
-                    path: shape for path, shape in _shapes(model, channels).items() if only in ("", path[1])
-                }
+                if channels not in by_channels:
+                    found = _shapes(model, channels).items()
+                    by_channels[channels] = {path: shape for path, shape in found if only in ("", path[1])}
+                shapes[prefix] = by_channels[channels]
     if not fitting:
         if not all(layout.anchor for layout in layouts.values()):
-            return next(iter(layouts)), "", _shapes(model)
+            return next(iter(layouts)), [""], _shapes(model)
         raise UserError(
             f"{where}the torch checkpoint has no {what} (looked for {', '.join(anchors.values())}); its first entries "
             f"are {[shown(name) for name in list(state)[:3]]}"
@@ -184,7 +188,7 @@ def _find(
         for prefix, name in fitting.items()
     }
     prefix = choose(state, needed, part, where)
-    return fitting[prefix], prefix, shapes[prefix]
+    return fitting[prefix], [prefix, *(fitting.keys() - {prefix})], shapes[prefix]
 
 
 def _shapes(model: nn.Module, channels: int = 3) -> dict[tuple[str, ...], tuple]:
@@ -194,7 +198,10 @@ def _shapes(model: nn.Module, channels: int = 3) -> dict[tuple[str, ...], tuple]
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(variables).items()}
 
 
-def _match(state: State, model: nn.Module, layout: Layout, prefix: str, shapes: dict[tuple[str, ...], tuple]) -> Match:
+def _match(
+    state: State, model: nn.Module, layout: Layout, prefixes: list[str], shapes: dict[tuple[str, ...], tuple]
+) -> Match:
+    prefix, *others = prefixes
     names = {path: prefix + name for path in shapes if (name := layout.name(path)) is not None}
     leaves, misshapen, invalid = {}, [], []
     for path, name in names.items():
@@ -220,7 +227,8 @@ def _match(state: State, model: nn.Module, layout: Layout, prefix: str, shapes: 
             {name.removeprefix(prefix): array.shape for name, array in arrays.items() if name.startswith(prefix)}
         )
     missing = [name for name in names.values() if name not in state]
-    return Match(leaves, missing, list(map(shown, unused)), misshapen, invalid, list(map(shown, deeper)), prefix, kind)
+    unused, deeper = list(map(shown, unused)), list(map(shown, deeper))
+    return Match(leaves, missing, unused, misshapen, invalid, deeper, prefix, others, kind)
 
 
 def _inside(backbone: list[str], names: list[str]) -> list[str]:
@@ -275,7 +283,7 @@ def match_projection(
       UserError: an entry is missing, of another shape or not finite.
     """
     last = _PROJECTION["linear0.kernel"]
-    found = [name for name in prefixes(state, last) if name.startswith(prefix)]
+    found = [name for name in prefixes_of(state, last) if name.startswith(prefix)]
     if not found:
         return {}, []
     prefix, arrays, problems = min(found, key=len), {}, []
