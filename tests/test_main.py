@@ -306,6 +306,28 @@ def test_loss_that_is_not_finite_names_step_and_images(data: dict, tmp_path, cap
     assert "--config.source_only.lr" in message
 
 
+def test_loss_that_is_not_finite_at_once_is_not_blamed_on_the_learning_rate(
+    data: dict, tmp_path, capsys, monkeypatch
+) -> None:
+    make_step = loop.make_step
+
+    def failing(*arguments):
+        step = make_step(*arguments)
+
+        def failing_step(state, *inputs, **options):
+            state, metrics = step(state, *inputs, **options)
+            return state, {**metrics, "ce": metrics["ce"] * jnp.nan}
+
+        return failing_step
+
+    monkeypatch.setattr(loop, "make_step", failing)
+    words = tiny.arguments("source_only", workdir=tmp_path / "run", **data)
+    assert main(["jaxuda", *words, "--config.pipeline=('oracle',)"]) == MISTAKE
+    message = capsys.readouterr().err
+    assert re.search(r"ce is nan at step 1 of the stage 'oracle', on the images {'source': \['\d", message)
+    assert "the weights that the stage starts from (random)" in message and "lower learning rate" not in message
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_the_last_good_state_survives_what_is_not_finite(
     finished: Path, data: dict, tmp_path, capsys, monkeypatch, where: str

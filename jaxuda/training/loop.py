@@ -265,7 +265,7 @@ class _Loop:
         for (step, _, ids), row in zip(self._pending, rows, strict=True):
             for metric, value in row.items():
                 if not np.isfinite(value):
-                    raise self._not_finite(f"{metric} is {value} at", step, ids)
+                    raise self._not_finite(f"{metric} is {value} at", step, ids, updates=step - 1)
         began = time.perf_counter()
         seconds = began - self._since
         step, config = self._pending[-1][0], self._task.config
@@ -294,13 +294,14 @@ class _Loop:
         for path, leaf in jax.tree_util.tree_leaves_with_path(checked):
             if not np.isfinite(leaf).all():
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
-                raise self._not_finite(f"{name} is not finite after", step, ids)
+                raise self._not_finite(f"{name} is not finite after", step, ids, updates=step)
 
-    def _not_finite(self, what: str, step: int, ids: dict[str, list[str]]) -> UserError:
+    def _not_finite(self, what: str, step: int, ids: dict[str, list[str]], updates: int) -> UserError:
+        """`updates`: how many the stage has made when it happened."""
         good, name = parallel.on_first(lambda: self._saved.newest()), self._task.name
         kept = f"Step {good} is kept as the last good checkpoint" if good else "There is no checkpoint yet"
         remedy = f"A lower learning rate (--config.{name}.lr, now {self._task.config.lr}) is the usual remedy"
-        if step == 1:
+        if not updates:
             origin = f"those of {self._task.init[0]}" if self._task.init else "random"
             remedy = (
                 "No update came before: the learning rate is not the reason. Look at these images and their labels, at "
