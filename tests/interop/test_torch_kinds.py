@@ -100,7 +100,7 @@ def test_network_of_any_storage(state: dict, view: str, writer: str, tmp_path) -
             np.testing.assert_array_equal(tensors[name], state[name].numpy())
     if writer == "zip":
         found = load_torch(tmp_path / "w.pth", MODEL)["params"]["head"]["kernel2"]
-        expected = seen["layer5.conv2d_list.2.weight"].detach().float().numpy()
+        expected = seen["layer5.conv2d_list.2.weight"].detach().clone().float().numpy()
         np.testing.assert_array_equal(found, expected.transpose(2, 3, 1, 0), strict=True)
 
 
