@@ -22,6 +22,7 @@ from jaxuda.pipeline.tracing import check_steps
 from jaxuda.sweeps.evaluate import make_evaluator
 from jaxuda.training import checkpoints
 from jaxuda.training.allocation import keep_freed_memory
+from jaxuda.training.classes import in_order
 from jaxuda.training.logs import RunLog
 from jaxuda.training.loop import Options, Task, train
 
@@ -123,6 +124,7 @@ def sweep(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
     variables = method = None
     if stage.init is not None:
         arrays, _ = checkpoints.read_variables(*stage.init, stage.config.evaluation.network)
+        arrays = in_order(arrays, model, stage.init[0].parent, domains.label_space.classes, log.say)
         variables = checkpoints.unflatten(
             arrays, abstract_variables(model, stage.config.evaluation.size), str(stage.init[0])
         )

@@ -18,6 +18,7 @@ from jaxuda.data.records import Domains
 from jaxuda.errors import UserError
 from jaxuda.models import load_family
 from jaxuda.training import checkpoints, weights
+from jaxuda.training.classes import describe
 
 SHARED = (
     "seed",
@@ -46,6 +47,7 @@ class Stage(NamedTuple):
     reads: the earlier stages whose artifacts it uses, name -> folder.
     weights: the converted weights that its method may ask for, name -> checkpoints folder.
     identity: everything that decides the stage's result, as plain JSON values.
+    classes: see `jaxuda.training.classes.describe`; only recorded.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Stage(NamedTuple):
     reads: dict[str, Path]
     weights: dict[str, Path]
     identity: dict[str, Any]
+    classes: dict[str, Any]
 
     @property
     def fingerprint(self) -> str:
@@ -112,6 +115,7 @@ class Stage(NamedTuple):
             "status": status,
             "fingerprint": self.fingerprint,
             "identity": self.identity,
+            "classes": self.classes,
         }
         if status == "done":
             record["artifacts"] = files.checksums(folder / ARTIFACTS)
@@ -284,7 +288,9 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
     identity["weights"] = {network: start for network, (_, start) in converted.items()}
     converted = {network: folder for network, ((folder, _), _) in converted.items()}
     folders = {stage: origin.folder for stage, origin in reads.items()}
-    return Stage(name, workdir / name, FrozenConfigDict(resolved), init, folders, converted, identity)
+    trained = domains.target if own.domains[0] == "target" else domains.source
+    classes = describe(domains.label_space, getattr(trained, "table", None))  # joined datasets have several tables
+    return Stage(name, workdir / name, FrozenConfigDict(resolved), init, folders, converted, identity, classes)
 
 
 def resolve(name: str, config: ConfigDict) -> ConfigDict:
@@ -331,7 +337,7 @@ def _from_outside(name: str, resolved: ConfigDict, data_dir: str) -> tuple[tuple
     place, _, which = (
         resolved.init.rpartition(":") if resolved.init.endswith((":best", ":last")) else (resolved.init, "", "last")
     )
-    folder = Path(place).expanduser().absolute()
+    folder = Path(os.path.expanduser(place)).absolute()
     try:
         return (folder / "checkpoints", which), [weights.identity(folder, which), which]
     except UserError as error:
