@@ -18,7 +18,6 @@ from jaxuda.data.records import Domains
 from jaxuda.errors import UserError
 from jaxuda.models import load_family
 from jaxuda.training import checkpoints, weights
-from jaxuda.training.classes import describe
 
 SHARED = (
     "seed",
@@ -47,7 +46,7 @@ class Stage(NamedTuple):
     reads: the earlier stages whose artifacts it uses, name -> folder.
     weights: the converted weights that its method may ask for, name -> checkpoints folder.
     identity: everything that decides the stage's result, as plain JSON values.
-    classes: see `jaxuda.training.classes.describe`; only recorded.
+    classes: see `jaxuda.training.classes.describe`; only recorded (None: not known).
     """
 
     name: str
@@ -57,7 +56,7 @@ class Stage(NamedTuple):
     reads: dict[str, Path]
     weights: dict[str, Path]
     identity: dict[str, Any]
-    classes: dict[str, Any]
+    classes: dict[str, Any] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -288,9 +287,7 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
     identity["weights"] = {network: start for network, (_, start) in converted.items()}
     converted = {network: folder for network, ((folder, _), _) in converted.items()}
     folders = {stage: origin.folder for stage, origin in reads.items()}
-    trained = domains.target if own.domains[0] == "target" else domains.source
-    classes = describe(domains.label_space, getattr(trained, "table", None))  # joined datasets have several tables
-    return Stage(name, workdir / name, FrozenConfigDict(resolved), init, folders, converted, identity, classes)
+    return Stage(name, workdir / name, FrozenConfigDict(resolved), init, folders, converted, identity)
 
 
 def resolve(name: str, config: ConfigDict) -> ConfigDict:

@@ -223,12 +223,12 @@ def unflatten(arrays: dict[str, np.ndarray], like: PyTree, where: str) -> PyTree
 
 def not_a_stage(folder: Path) -> str:
     """What is wrong with a path that should be the folder of a training stage, and which was perhaps meant."""
+    wrong = f"{folder} is not the folder of a training stage"
     if folder.is_file() or folder.suffix in _WEIGHTS:
         return (
-            f"{folder} is a file, not the folder of a training stage: convert a torch file with python -m "
-            f"jaxuda.convert {folder} --config FILE, then give the folder that this writes"
+            f"{wrong}: convert a torch file with python -m jaxuda.convert {folder} --config FILE, then give the folder "
+            "that this writes"
         )
-    wrong = f"{folder} is not the folder of a training stage"
     if not folder.is_dir():
         return f"{wrong}: there is no such folder"
     if outer := next(filter(stage_settings, folder.absolute().parents[:2]), None):
