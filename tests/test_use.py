@@ -382,6 +382,11 @@ def test_every_command_expands_the_home_folder(data, stage, tmp_path, monkeypatc
     assert (home / "net.pth").exists() and of_stage(home / "converted").classes == tiny.CLASSES
     assert main(["jaxuda", *words, "--checkpoint=~/converted", "--workdir=~/other"]) == 0
     assert (home / "other" / "predictions" / "colour" / "a.png").exists()
+    other = with_classes(data, tmp_path / "reversed", reversed_classes)
+    swapped = [word.replace(str(data["source"]), str(other["source"])) for word in recipe]
+    swapped = [word.replace(str(data["data_dir"]), str(other["data_dir"])) for word in swapped]
+    assert convert.main(["~/net.pth", *swapped, "--out=~/converted"]) == MISTAKE  # the same weights mean other classes
+    assert convert.main(["~/net.pth", *recipe, "--out=~/converted"]) == 0
     workdir = [word if "--workdir" not in word else "--workdir=~/run" for word in using(data, stage, "eval")]
     assert main(["jaxuda", *workdir[1:-2], "--dry_run", "--config.pipeline=('source_only',)"]) == 0
     assert set(os.listdir()) == here
