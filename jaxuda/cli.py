@@ -47,6 +47,8 @@ _CORRECTABLE = {
 def parse(argv: Sequence[str]) -> flags.FlagValues:
     """The flags of a run; `.config` is the recipe with every `--config.FIELD=VALUE` applied.
 
+    It is None for `--mode predict` without a recipe: the checkpoint is enough.
+
     Args:
       argv: the name of the command, then its words. If a flag is given twice, the last one counts.
 
@@ -54,8 +56,10 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
       UserError: the recipe cannot be read, or a flag, a field of the recipe or a value is not understood.
     """
     recipe, words = _take_recipe(argv)
-    config = load_config(recipe)
-    _check_fields(config, words)
+    config = load_config(recipe) if recipe else None
+    if config is not None:
+        _check_fields(config, words)
+        words = _last_of_each(config, words)
     args = flags.FlagValues()
     for name in ("workdir", "from_stage", "checkpoint", "images", "coordinator", "seeds"):
         flags.DEFINE_string(name, "", "", flag_values=args)
@@ -63,27 +67,34 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
         flags.DEFINE_bool(name, False, "", flag_values=args)
     flags.DEFINE_integer("processes", 0, "", flag_values=args)
     flags.DEFINE_integer("process", None, "", flag_values=args)
+    flags.DEFINE_integer("image_bits", 16, "", lower_bound=8, upper_bound=16, flag_values=args)
     flags.DEFINE_enum("mode", "run", ["run", "eval", "predict"], "", flag_values=args)
     try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=args, sys_argv=words)
+        if config is None:
+            flags.DEFINE_string("config", None, "", flag_values=args)
+        else:
+            config_flags.DEFINE_config_dict("config", config, flag_values=args, sys_argv=words)
         rest = args(words)[1:]
     except flags.UnrecognizedFlagError as error:
         known = [f"--{name}" for name in (*args, "config", "list", "help")]
-        raise unknown(f"--{error.flagname}", [*known, *(f"--config.{field}" for field in config)]) from error
+        raise unknown(f"--{error.flagname}", [*known, *(f"--config.{field}" for field in config or ())]) from error
     except flags.IllegalFlagValueError as error:
         raise UserError(_value_message(error, args)) from error
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(_text(error)) from error
     for word in rest:
         raise unknown(word, ())
-    from jaxuda.pipeline import settings  # here: it needs JAX
+    for name in ("workdir", "images"):
+        args[name].value = os.path.expanduser(args[name].value)
+    if config is not None:
+        from jaxuda.pipeline import settings  # here: it needs JAX
 
-    settings.check(args.config)
+        settings.check(args.config)
     return args
 
 
 def _take_recipe(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The value of --config, and the other words; of several words --NAME=VALUE of one name, only the last."""
+    """The value of --config, and the other words; the value is "" for `--mode predict` without a recipe."""
     recipes, words, rest = [], [argv[0]], iter(argv[1:])
     for word in rest:
         name, equals, value = word.partition("=")
@@ -92,14 +103,41 @@ def _take_recipe(argv: Sequence[str]) -> tuple[str, list[str]]:
         else:
             words.append(word)
     if not any(recipes):
+        fields = [word for word in words if re.match(r"--?(no)?config\.", word)]
+        if re.search(r" --?mode[= ]predict( |$)", " ".join(words)) and not recipes:
+            if fields:
+                raise UserError(f"{fields[0]} sets a field of a recipe: add the recipe, --config FILE")
+            return "", words
         for word in words:
             if not word.startswith("--config") and _close(word.partition("=")[0], ["--config"]):
                 raise unknown(word, ["--config"])
         raise UserError("which recipe? Add --config configs/minent.py (--list shows all of them, --help explains)")
     if len(recipes) > 1:
         raise UserError(f"--config is given {len(recipes)} times: a run has one recipe (jaxuda.table runs several)")
-    last = {word.partition("=")[0]: place for place, word in enumerate(words)}
-    return recipes[0], [w for place, w in enumerate(words) if "=" not in w or last[w.partition("=")[0]] == place]
+    return recipes[0], words
+
+
+def _last_of_each(config: ConfigDict, words: Sequence[str]) -> list[str]:
+    """The words with each field of the config set only once, by the last of its words: absl would join tuples."""
+    kept: dict[str, str] = {}
+    rest = iter(enumerate(words))
+    for place, word in rest:
+        name, equals, _ = word.partition("=")
+        field = re.fullmatch(r"--?config\.(.+)", name)
+        if field and not equals and not isinstance(_value(config, field[1]), bool):
+            value = next(rest, None)  # its value is the next word
+            word += "" if value is None else f"={value[1]}"
+        key = f"config.{field[1]}" if field else str(place)
+        kept.pop(key, None)
+        kept[key] = word
+    return list(kept.values())
+
+
+def _value(config: ConfigDict, field: str) -> Any:
+    """The value of a field by its dotted path."""
+    for name in field.split("."):
+        config = config[name]
+    return config
 
 
 def load_config(recipe: str) -> ConfigDict:
@@ -110,7 +148,7 @@ def load_config(recipe: str) -> ConfigDict:
         the message has the line of the failure.
     """
     name, *benchmark = recipe.split(":", 1)
-    file = Path(name).absolute()
+    file = user_path(name).absolute()
     if not file.is_file():
         others = [other for folder in (file.parent, Path("configs")) for other in folder.glob("*.py")]
         close = _close(file.stem, [other.stem for other in others])
@@ -188,6 +226,11 @@ def _value_message(error: flags.IllegalFlagValueError, args: flags.FlagValues) -
     name = word.removeprefix("--").partition("=")[0]
     kind = args[name].flag_type().removeprefix("multi ") if name in args else ""
     return f"{word} must be {_KINDS[kind]}" if kind in _KINDS else f"{word}: {cause}"
+
+
+def user_path(text: str) -> Path:
+    """A path of the command line; shells leave the "~" of --NAME=~/FOLDER to the command."""
+    return Path(os.path.expanduser(text))
 
 
 def seeds(text: str) -> list[int]:

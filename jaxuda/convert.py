@@ -12,30 +12,35 @@ python -m jaxuda.convert STAGE --export FILE
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from jaxuda.cli import Parser, guarded, parse
+from jaxuda.cli import Parser, guarded, parse, user_path
 from jaxuda.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxuda.data.labels import LabelSpace
 
 
 def convert(argv: list[str] | None = None) -> None:
     """Runs what the command line asks for."""
     parser = Parser("jaxuda.convert", __doc__)
-    parser.add_argument("file", type=Path, help="a .pth or .safetensors file; to export, a stage's folder")
+    parser.add_argument("file", type=user_path, help="a .pth or .safetensors file; to export, a stage's folder")
     parser.add_argument("--imagenet", metavar="NETWORK", help="its name in python -m jaxuda.main --list")
     parser.add_argument("--data_dir", default="", help="the folder of datasets and weights (default: as in a config)")
     parser.add_argument("--config", help="the recipe whose network FILE is of; --config.FIELD=VALUE works too")
     parser.add_argument("--stage", default="", help="the stage of that recipe (default: the last one that adapts)")
     parser.add_argument("--part", default="", help="which of several networks in FILE, such as student or teacher")
-    parser.add_argument("--out", type=Path, help="where to write (default: DATA_DIR/weights/NAME_OF_FILE)")
-    parser.add_argument("--export", type=Path, metavar="FILE", help="write this torch file")
+    parser.add_argument("--out", type=user_path, help="where to write (default: DATA_DIR/weights/NAME_OF_FILE)")
+    parser.add_argument("--export", type=user_path, metavar="FILE", help="write this torch file")
     parser.add_argument("--layout", default="", help="names of variables (default: those of the most similar network)")
     args, overrides = parser.parse_with_fields(argv)
     from jaxuda.inference import conversion  # here: --help must not wait for JAX
     from jaxuda.pipeline import stages
     from jaxuda.training import weights
+    from jaxuda.training.classes import describe
 
     if [bool(args.imagenet), bool(args.config and not args.export), bool(args.export)].count(True) != 1:
         raise UserError("give one of --imagenet NETWORK, --config FILE and --export FILE (see --help)")
@@ -53,7 +58,9 @@ def convert(argv: list[str] | None = None) -> None:
     else:
         folder = args.out or weights.imagenet_folder(args.file.stem, args.data_dir or config.data_dir)
         stage = stages.resolve(_trained_stage(config, args.stage), config)
-        conversion.import_checkpoint(args.file, stage, _num_classes(config), folder, part=args.part)
+        space, table = _classes(config)
+        described = describe(space, table)
+        conversion.import_checkpoint(args.file, stage, space.num_classes, folder, classes=described, part=args.part)
         where = f"--config configs/{config.name}.py:{config.benchmark} --checkpoint {folder}"
         print(f"score it:      python -m jaxuda.main {where} --mode eval")
         print(f"label images:  python -m jaxuda.main {where} --mode predict --images 'GLOB'")
@@ -67,13 +74,15 @@ def _trained_stage(config: ConfigDict, name: str) -> str:
     return name or [stage for stage in trained if config[stage].domains[0] != "target" or config[stage].labels][-1]
 
 
-def _num_classes(config: ConfigDict) -> int:
+def _classes(config: ConfigDict) -> tuple[LabelSpace, np.ndarray | None]:
+    """The classes of a recipe, and the train ids of the ids in its source's files if it needs them to know these."""
     from jaxuda import data
     from jaxuda.pipeline import domains
 
     if config.label_space:
-        return data.labels.label_space(config.label_space).num_classes
-    return domains.open_records(config, "source", config.source.split).label_space.num_classes
+        return data.labels.label_space(config.label_space), None
+    records = domains.open_records(config, "source", config.source.split)
+    return records.label_space, getattr(records, "table", None)
 
 
 def main(argv: list[str] | None = None) -> int:

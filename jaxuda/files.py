@@ -35,6 +35,18 @@ def inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def visible(folder: Path) -> list[Path]:
+    """All files below a folder, sorted, without hidden ones; a link to a folder is listed, but not followed."""
+    if folder.is_symlink():
+        return [folder / entry for entry in sorted(os.listdir(folder)) if not entry.startswith(".")]
+    found = []
+    for top, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(top, name))]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(top, name) for name in names + links if not name.startswith(".")]
+    return sorted(found)
+
+
 def remove_temporaries(folder: Path) -> None:
     """Removes the temporary files of killed runs from a folder to which no other process writes."""
     for aside in folder.rglob(".*.tmp"):

@@ -7,8 +7,10 @@ Runs a recipe, or continues it: the same command again continues a run that was 
   --workdir DIR               where results go (default runs/CONFIG-BENCHMARK-seedN)
   --seeds 0,1,2               one run per seed, then mean and spread
   --from_stage NAME           set this stage and all after it aside, and run from there
-  --mode run|eval|predict     eval: score --checkpoint; predict: label --images 'GLOB' with --checkpoint
+  --mode run|eval|predict     eval: score --checkpoint; predict: label --images with --checkpoint, also without --config
   --checkpoint DIR            a stage's folder, such as runs/minent-streets-seed0/adapt
+  --images PATH               a folder, a file or a quoted pattern such as 'photos/*.jpg', for --mode predict
+  --image_bits N              the bits that images of 16 bits use, such as 12, for --mode predict
   --dry_run                   train nothing; print what each stage costs (parameters, arithmetic, memory, time)
   --distributed               one of several processes, as srun or mpirun start them; elsewhere give each process
                               --coordinator HOST:PORT --processes N --process 0..N-1 (HOST runs process 0)
@@ -17,8 +19,8 @@ For a start, without any data of your own:
 
   python -m jaxuda.main --config configs/minent.py                        adapt a small network, in minutes
   python -m jaxuda.main --config configs/minent.py --seeds 0,1,2          three times, with mean and spread
-  python -m jaxuda.main --config configs/minent.py --mode predict \\
-      --checkpoint runs/minent-streets-seed0/adapt --images photos        label your photos with the result
+  python -m jaxuda.main --mode predict --checkpoint runs/minent-streets-seed0/adapt \\
+      --images photos --workdir labelled                                  label your photos with the result
 
 Other commands, each with its own --help: jaxuda.prepare (datasets, your own folders), jaxuda.report (pages and
 comparisons), jaxuda.report.pictures, jaxuda.table (many runs in one table), jaxuda.convert (torch's checkpoints).
@@ -103,7 +105,7 @@ def run_mode(argv: list[str]) -> None:
         raise UserError(f"--seeds belongs to --mode run; --mode {args.mode} uses the stage that --checkpoint names")
     from jaxuda.pipeline import use
 
-    overrides = config_flags.get_override_values(args["config"])
+    overrides = config_flags.get_override_values(args["config"]) if args.config is not None else {}
 
     if args.dry_run:
         from jaxuda.pipeline import cost
@@ -115,7 +117,7 @@ def run_mode(argv: list[str]) -> None:
     elif args.mode == "eval":
         use.evaluate(args.config, args.checkpoint, overrides)
     else:
-        use.predict(args.config, args.checkpoint, args.images, args.workdir, overrides)
+        use.predict(args.config, args.checkpoint, args.images, args.workdir, overrides, args.image_bits)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from jaxuda import files
-from jaxuda.cli import Parser, guarded, parse, seeds
+from jaxuda.cli import Parser, guarded, parse, seeds, user_path
 from jaxuda.main import run_and_report
 
 
@@ -25,7 +24,7 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--configs", required=True, type=lambda text: text.split(","), help="comma-separated files")
     parser.add_argument("--benchmarks", default="streets", help="comma-separated")
     parser.add_argument("--seeds", default="0", type=seeds, help="comma-separated")
-    parser.add_argument("--runs", default="runs", type=Path, help="the folder of work folders")
+    parser.add_argument("--runs", default="runs", type=user_path, help="the folder of work folders")
     run_all(*parser.parse_with_fields(argv))
 
 

@@ -1,5 +1,6 @@
 """The messages for commands that cannot run."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+from ml_collections import config_flags
 
 from jaxuda import prepare, table
-from jaxuda.cli import INTERRUPTED, MISTAKE, guarded
+from jaxuda.cli import INTERRUPTED, MISTAKE, guarded, parse
 from jaxuda.main import main
 from jaxuda.report import __main__ as report
 from jaxuda.report import pictures
@@ -52,6 +54,8 @@ def complaint(capsys):
         ),
         (["--config.adpt.lr=1"], "config has no field 'adpt'; did you mean 'adapt'?"),
         (["--config.evaluation.batsh", "1"], "config.evaluation has no field 'batsh'; did you mean 'batch'?"),
+        (["--config.lr=0.1"], "config has no field 'lr'; did you mean config.adapt.lr or config.oracle.lr or"),
+        (["--config.model.dtype=fp16"], "config.model.dtype='fp16' must be one of float32, bfloat16, float16, float64"),
         (["--config.adapt.width=64"], "config.adapt has no field 'width'; did you mean config.model.width?"),
         (
             ["--config.evaluation.wisdom=1"],
@@ -88,6 +92,14 @@ def test_recipes_that_do_not_exist(complaint) -> None:
         (
             ["--config=configs/mineit.py"],
             "--config configs/mineit.py: there is no such file; did you mean configs/minent.py?",
+        ),
+        (
+            ["--config=configs/minent"],
+            "--config configs/minent: there is no such file; did you mean configs/minent.py?",
+        ),
+        (
+            ["--config=configs/minent:gta5"],
+            "--config configs/minent: there is no such file; did you mean configs/minent",
         ),
         (["--config", "minent"], "--config minent: there is no such file; did you mean configs/minent.py?"),
         (["--config=configs/minent.py:mars"], "configs/minent.py has no benchmark 'mars' (known: streets, camvid"),
@@ -130,6 +142,51 @@ def test_a_broken_config_file_tells_its_line(complaint, tmp_path: Path, code: st
 def test_of_a_flag_given_twice_the_last_one_holds(complaint) -> None:
     words = ["jaxuda", MINENT, "--config.evaluation.size=(8, 4)", "--config.evaluation.size=(3,)"]
     assert "config.evaluation.size=(3,) must be (width, height)" in complaint(words)
+
+
+@pytest.mark.parametrize(
+    ("field", "first", "last"),
+    [
+        ("class_weights", (1.0, 2.0), (3.0, 4.0)),
+        ("test.scales", (1.0,), (0.5, 1.5)),
+        ("evaluation.size", (96, 64), (48, 32)),
+        ("adapt.lr", 0.1, 0.2),
+        ("control", True, False),
+    ],
+)
+@pytest.mark.parametrize("forms", [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 1), (2, 3), (3, 3)])
+def test_of_a_field_given_twice_in_any_form_the_last_one_holds(field: str, first, last, forms: tuple[int, int]) -> None:
+    def words(value, form: int) -> list[str]:
+        dashes = "--" if form < 2 else "-"
+        if form % 2 == 0 or isinstance(value, bool):  # absl takes no second word for them
+            return [f"{dashes}config.{field}={value}"]
+        return [f"{dashes}config.{field}", str(value)]
+
+    args = parse(["jaxuda", MINENT, *words(first, forms[0]), "--config.adapt.steps=7", *words(last, forms[1])])
+    found = args.config
+    for name in field.split("."):
+        found = found[name]
+    assert found == last and args.config.adapt.steps == 7
+    assert config_flags.get_override_values(args["config"]) == {"adapt.steps": 7, field: last}
+
+
+def test_a_flag_without_a_value_stays_one(complaint) -> None:
+    assert parse(["jaxuda", MINENT, "--config.control", "--dry_run"]).config.control is True
+    assert parse(["jaxuda", MINENT, "--config.control", "--noconfig.control"]).config.control is False
+    assert "Missing value" in complaint(["jaxuda", MINENT, "--config.adapt.lr=0.1", "--config.adapt.lr"])
+
+
+def test_one_class_is_refused_before_anything_trains(complaint, tmp_path, capsys) -> None:
+    for domain in ("source", "target"):
+        folder = tiny.draw_folder(tmp_path / domain, f"one_{domain}", 0, images=2)
+        classes = [{"name": "thing", "ids": [0, 1, 2], "color": [255, 0, 0]}]
+        (folder / "classes.json").write_text(json.dumps({"name": "one", "classes": classes}))
+        prepare.prepare("folder", path=str(folder), data_dir=tmp_path / "tfds")
+    places = {"source": tmp_path / "source", "target": tmp_path / "target", "data_dir": tmp_path / "tfds"}
+    capsys.readouterr()
+    message = complaint(["jaxuda", *tiny.arguments("minent", workdir=tmp_path / "run", **places)])
+    assert "has one class, thing: a network learns nothing if it is the only answer. Name a second one" in message
+    assert not list((tmp_path / "run").glob("*/stage.json"))
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,13 @@ def import_imagenet(
 
 
 def import_checkpoint(
-    path: Path, stage: ConfigDict, num_classes: int, folder: Path, say: Say = print, part: str = ""
+    path: Path,
+    stage: ConfigDict,
+    num_classes: int,
+    folder: Path,
+    say: Say = print,
+    classes: dict[str, Any] | None = None,
+    part: str = "",
 ) -> None:
     """Converts a published checkpoint of a whole network to a folder like that of a finished stage.
 
@@ -89,6 +95,7 @@ def import_checkpoint(
       stage: the resolved settings of a training stage that could have trained the checkpoint.
       num_classes: the number of classes of its label space.
       folder: the folder to write.
+      classes: their names, as `jaxuda.training.classes.describe` gives them, to be recorded there.
       say: called with lines of text: what the file holds, and what was used of it.
       part: as for `import_imagenet`.
 
@@ -111,7 +118,7 @@ def import_checkpoint(
         say(f"its classes were reordered: from the order of '{layout}' to ours")
     identity = json.loads(stage.to_json())
     identity["evaluation"]["network"] = checkpoints.STUDENT  # the file holds one network, also for methods with several
-    _write(folder, variables, identity, source, say, projection)
+    _write(folder, variables, identity, source, say, projection, classes)
 
 
 def export(folder: Path, path: Path, layout: str = "", say: Say = print) -> None:
@@ -165,13 +172,15 @@ def _write(
     source: dict[str, Any],
     say: Say,
     projection: Mapping[str, np.ndarray] | None = None,
+    classes: dict[str, Any] | None = None,
 ) -> None:
     """Writes, atomically, a folder like that of a finished stage; with the parameters of a projection head, if any."""
     players = {"projection": flax.traverse_util.unflatten_dict(projection, sep=".")} if projection else {}
     flat = flax.traverse_util.flatten_dict(jax.device_get({**variables, **players}), sep=".")
     checksum = _checksum(flat)
     if (record := files.read_json(folder / "stage.json")) is not None:
-        if record.get("weights") == checksum and record["identity"] == identity:
+        same_classes = None in (classes, record.get("classes")) or classes == record["classes"]
+        if record.get("weights") == checksum and record["identity"] == identity and same_classes:
             say(f"already converted: {folder}")
             return
         raise UserError(f"{folder} holds other weights ({record['name']}): remove it, or choose another place")
@@ -186,7 +195,7 @@ def _write(
         saved.close()
         origin = {"file": source["file"], "sha256": source["sha256"]}
         record = {"name": source["file"], "status": "done", "fingerprint": checksum, "weights": checksum}
-        files.write_json(aside / "stage.json", record | {"origin": origin, "identity": identity})
+        files.write_json(aside / "stage.json", record | {"origin": origin, "identity": identity, "classes": classes})
         os.replace(aside, folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from error

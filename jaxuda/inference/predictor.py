@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from jaxuda import data, files, methods
+from jaxuda import methods
 from jaxuda.errors import UserError
 from jaxuda.inference.restore import restore
 from jaxuda.sweeps.scores import (
@@ -25,6 +26,7 @@ from jaxuda.sweeps.scores import (
     resize_matrices,
     score_grid,
 )
+from jaxuda.training.classes import of_stage
 
 PyTree = Any
 
@@ -32,7 +34,7 @@ PyTree = Any
 class Predictor(NamedTuple):
     """A trained network that labels any image.
 
-    classes: the names of its C classes in the order of the train ids, or None if its work folder does not have them.
+    classes: the names of its C classes in the order of the train ids, or None if they are not known (older builds).
     model, variables, config: what `jaxuda.inference.restore.restore` returns.
     """
 
@@ -83,9 +85,9 @@ def _compiled(model: nn.Module, method: ModuleType | None, config: FrozenConfigD
 
 def load(checkpoint: str, network: str = "") -> Predictor:
     """The network of a training stage, ready to predict; see `jaxuda.load`."""
+    checkpoint = os.path.expanduser(checkpoint)
     model, variables, config = restore(checkpoint, network=network)
     methods.load(config.train, imported=True)  # if it cannot be loaded, this is reported now
-    if config.label_space:
-        return Predictor(data.labels.label_space(config.label_space).classes, model, variables, config)
-    results = files.read_json(Path(checkpoint).absolute().parent / "results.json")
-    return Predictor(tuple(results["classes"]) if results else None, model, variables, config)
+    space = of_stage(Path(checkpoint))
+    known = space is not None and space.num_classes == model.num_classes
+    return Predictor(space.classes if known else None, model, variables, config)

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxuda import files, methods
+from jaxuda import methods
 from jaxuda.errors import UserError
-from jaxuda.models import abstract_variables, make_model, make_saved_model
+from jaxuda.models import abstract_variables, make_saved_model
 from jaxuda.sweeps.ensemble import Ensemble, Member
 from jaxuda.training import checkpoints
+from jaxuda.training.classes import in_order
 
 ALL = "all"
 
 
 def restore(
-    checkpoint: str, num_classes: int | None = None, which: str = "last", network: str = ""
+    checkpoint: str,
+    num_classes: int | None = None,
+    which: str = "last",
+    network: str = "",
+    *,
+    classes: Sequence[str] = (),
+    say: Callable[[str], None] = print,
 ) -> tuple[nn.Module, dict[str, Any], FrozenConfigDict]:
     """The network of a finished or running training stage.
 
@@ -29,21 +37,24 @@ def restore(
       num_classes: that of the label space it was trained on; None: as many as its classifier has.
       which: "last", "best" (chosen with target labels), or a step.
       network: its name, if the stage's method has several ("student", "teacher"); "": the one that was evaluated.
+      classes: the names of the wanted classes in their order; (): as in the checkpoint.
+      say: called with a line of text if that is another order than in the checkpoint.
 
     Returns:
       The network, its variables (host arrays), and the stage's resolved config.
 
     Raises:
-      UserError: there is no such stage, it has no valid checkpoint of this network, or its network is code outside
-        jaxuda that is not imported.
+      UserError: there is no such stage, it has no valid checkpoint of this network, it has other classes, or its
+        network is code outside jaxuda that is not imported.
     """
     config = stage_config(checkpoint)
     folder = Path(checkpoint) / "checkpoints"
     arrays, _ = checkpoints.read_variables(folder, which, network or evaluated_network(config))
-    if num_classes:
-        model = make_model(config.model, num_classes, imported=True)
-    else:
-        model = make_saved_model(config.model, arrays, checkpoint)
+    model = make_saved_model(config.model, arrays, checkpoint)
+    if num_classes not in (None, model.num_classes):
+        raise UserError(f"{checkpoint} was trained on {model.num_classes} classes, not on {num_classes}")
+    if classes:
+        arrays = in_order(arrays, model, Path(checkpoint), classes, say)
     return model, checkpoints.unflatten(arrays, abstract_variables(model, config.evaluation.size), checkpoint), config
 
 
@@ -63,10 +74,10 @@ def stage_config(checkpoint: str) -> FrozenConfigDict:
     """The settings of a training stage, from its folder; raises UserError where there is no such stage."""
     if not checkpoint:
         raise UserError("name a model: --checkpoint DIR, a stage's folder such as runs/minent-streets-seed0/adapt")
-    record = files.read_json(Path(checkpoint) / "stage.json")
-    if record is None or "train" not in record["identity"]:
-        raise UserError(f"{checkpoint} is not the folder of a training stage (it has no stage.json of one)")
-    return FrozenConfigDict(record["identity"])
+    identity = checkpoints.stage_settings(Path(checkpoint))
+    if identity is None:
+        raise UserError(checkpoints.not_a_stage(Path(checkpoint)))
+    return FrozenConfigDict(identity)
 
 
 def parse_checkpoint(text: str) -> list[tuple[str, str]]:
@@ -79,8 +90,9 @@ def parse_checkpoint(text: str) -> list[tuple[str, str]]:
       UserError: "all" is used for a stage without checkpoints, or together with other stages.
     """
     found = []
-    for part in text.split(","):
+    for part in [text] if Path(text).is_dir() else text.split(","):
         folder, which = re.fullmatch(rf"(.*?)(?::(last|best|{ALL}|\d+))?", part.strip()).groups()
+        folder = os.path.expanduser(folder)
         if which != ALL:
             found.append((folder, which or "last"))
             continue
@@ -95,8 +107,7 @@ def parse_checkpoint(text: str) -> list[tuple[str, str]]:
 
 def make_ensemble(
     chosen: list[tuple[str, str]],
-    num_classes: int,
-    label_space: str,
+    classes: Sequence[str],
     test: ConfigDict,
     overrides: Mapping[str, Any],
     network: str = "",
@@ -107,7 +118,7 @@ def make_ensemble(
 
     Args:
       chosen: see `parse_checkpoint`.
-      num_classes, label_space: the classes, and the name of their label space ("": the source's own).
+      classes: their names, in the order of the scores.
       test: the section `config.test`, which says what is averaged.
       overrides: what the command line sets, by dotted field.
       network: the name of the network in each checkpoint; "": the one that `overrides` names, else as for `restore`.
@@ -121,13 +132,7 @@ def make_ensemble(
     network = network or overrides.get("evaluation.network", "")
     members, variables = [], []
     for (folder, which), weight in zip(chosen, weights, strict=True):
-        theirs, ours = (space or "its source" for space in (stage_config(folder).label_space, label_space))
-        if theirs != ours:
-            raise UserError(
-                f"{folder} was trained on the classes of {theirs}, but this config has those of {ours}: use the config "
-                "it was trained with"
-            )
-        model, arrays, trained = restore(folder, num_classes, which, network)
+        model, arrays, trained = restore(folder, None, which, network, classes=classes)
         method = methods.load(trained.train, imported=True)
         members.append(Member(model, method, _with_asked(trained, overrides), weight))
         variables.append(arrays)

@@ -35,6 +35,11 @@ def load_domains(config: ConfigDict) -> Domains:
     space = opened.label_space
     if space is None:
         raise UserError(f"{target.name} has no labels, and there are no classes to label it with")
+    if space.num_classes == 1:
+        raise UserError(
+            f"{(source or target).name} has one class, {space.classes[0]}: a network learns nothing if it is the only "
+            'answer. Name a second one in classes.json for the rest of the image, such as "background"'
+        )
     _check_weights(config.get("class_weights", ()), space.classes)
     for records in filter(None, (target, *opened.validation)):
         if records.label_space is not None and records.label_space.classes != space.classes:

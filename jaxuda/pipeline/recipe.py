@@ -22,6 +22,7 @@ from jaxuda.pipeline.tracing import check_steps
 from jaxuda.sweeps.evaluate import make_evaluator
 from jaxuda.training import checkpoints
 from jaxuda.training.allocation import keep_freed_memory
+from jaxuda.training.classes import describe, in_order
 from jaxuda.training.logs import RunLog
 from jaxuda.training.loop import Options, Task, train
 
@@ -47,7 +48,7 @@ def run(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, An
         log = RunLog(workdir)
         held.callback(log.close)
         domains = _open_all(config)
-        recipe = stages.plan(config, workdir, domains)
+        recipe = _with_classes(stages.plan(config, workdir, domains), domains)
         statuses = parallel.on_first(lambda: _begin(config, workdir, recipe, from_stage, log))
         log.say(header(config, workdir, domains, statuses))
         waiting = [stage for stage in recipe if statuses[stage.name] != "done"]
@@ -63,6 +64,16 @@ def _take(workdir: Path, held: contextlib.ExitStack) -> None:
     """Locks the work folder until `held` closes, and removes the temporary files that a killed run left there."""
     held.enter_context(files.lock(workdir))
     files.remove_temporaries(workdir)
+
+
+def _with_classes(recipe: list[Stage], domains: Domains) -> list[Stage]:
+    """The stages with the classes of their data, to be recorded."""
+    found = []
+    for stage in recipe:
+        trained = domains.target if stage.config.domains[0] == "target" else domains.source
+        table = getattr(trained, "table", None)  # joined datasets have several
+        found.append(stage._replace(classes=describe(domains.label_space, table)))
+    return found
 
 
 def _begin(config: ConfigDict, workdir: Path, recipe: list[Stage], from_stage: str, log: RunLog) -> dict[str, str]:
@@ -123,6 +134,7 @@ def sweep(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
     variables = method = None
     if stage.init is not None:
         arrays, _ = checkpoints.read_variables(*stage.init, stage.config.evaluation.network)
+        arrays = in_order(arrays, model, stage.init[0].parent, domains.label_space.classes, log.say)
         variables = checkpoints.unflatten(
             arrays, abstract_variables(model, stage.config.evaluation.size), str(stage.init[0])
         )

@@ -46,6 +46,7 @@ class Stage(NamedTuple):
     reads: the earlier stages whose artifacts it uses, name -> folder.
     weights: the converted weights that its method may ask for, name -> checkpoints folder.
     identity: everything that decides the stage's result, as plain JSON values.
+    classes: see `jaxuda.training.classes.describe`; only recorded (None: not known).
     """
 
     name: str
@@ -55,6 +56,7 @@ class Stage(NamedTuple):
     reads: dict[str, Path]
     weights: dict[str, Path]
     identity: dict[str, Any]
+    classes: dict[str, Any] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -112,6 +114,7 @@ class Stage(NamedTuple):
             "status": status,
             "fingerprint": self.fingerprint,
             "identity": self.identity,
+            "classes": self.classes,
         }
         if status == "done":
             record["artifacts"] = files.checksums(folder / ARTIFACTS)
@@ -331,7 +334,7 @@ def _from_outside(name: str, resolved: ConfigDict, data_dir: str) -> tuple[tuple
     place, _, which = (
         resolved.init.rpartition(":") if resolved.init.endswith((":best", ":last")) else (resolved.init, "", "last")
     )
-    folder = Path(place).expanduser().absolute()
+    folder = Path(os.path.expanduser(place)).absolute()
     try:
         return (folder / "checkpoints", which), [weights.identity(folder, which), which]
     except UserError as error:

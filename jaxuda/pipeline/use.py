@@ -12,14 +12,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxuda import data, parallel
+from jaxuda.data.labels import LabelSpace
 from jaxuda.errors import UserError
-from jaxuda.inference.restore import ALL, make_ensemble, network_names, parse_checkpoint, title
+from jaxuda.inference.restore import ALL, make_ensemble, network_names, parse_checkpoint, stage_config, title
 from jaxuda.metrics import iou_table
 from jaxuda.pipeline import domains
 from jaxuda.pipeline.stages import import_named
 from jaxuda.sweeps.ensemble import Ensemble
 from jaxuda.sweeps.evaluate import make_ensemble_evaluator
-from jaxuda.sweeps.predict import ImageFiles, ensemble_predictions, write_predictions
+from jaxuda.sweeps.predict import FOLDER, ImageFiles, ensemble_predictions, write_predictions
+from jaxuda.training.classes import of_stage
 
 
 def evaluate(config: ConfigDict, checkpoint: str, overrides: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -44,9 +46,7 @@ def evaluate(config: ConfigDict, checkpoint: str, overrides: Mapping[str, Any] =
         asked = overrides.get("evaluation.network", "")
         networks = network_names(*members[0], asked) if len(members) == 1 else [""]
         for network in networks:
-            ensemble, variables = make_ensemble(
-                members, space.num_classes, config.label_space, config.test, overrides, network
-            )
+            ensemble, variables = make_ensemble(members, space.classes, config.test, overrides, network)
             score = make_ensemble_evaluator(ensemble, _devices(config, ensemble))
             heading = title(members, every=len(each) > 1, network="" if network == networks[0] else network)
             for records in labelled:
@@ -72,36 +72,67 @@ def _manner(config: ConfigDict, overrides: Mapping[str, Any]) -> str:
 
 
 def predict(
-    config: ConfigDict,
+    config: ConfigDict | None,
     checkpoint: str,
     images: str,
     workdir: str,
     overrides: Mapping[str, Any] = MappingProxyType({}),
+    bits: int = 16,
 ) -> None:
     """Writes predictions for images to WORKDIR/predictions (default: beside the checkpoint).
 
     Args:
-      config: names the label space; `config.test` says which predictions are averaged.
+      config: names the classes; `config.test` says which predictions are averaged. None: the classes of the checkpoint
+        (of the first of several), and nothing is averaged.
       checkpoint: see `parse_checkpoint`.
-      images: a folder or a glob.
+      images: see `ImageFiles`.
       workdir: see above.
       overrides: as for `evaluate`.
+      bits: of 16-bit images, as for `encoding.decode_image`.
+
+    Raises:
+      UserError: there are no images, the checkpoint does not fit; or images cannot be read: the others are labelled.
     """
     if not images:
         raise UserError("name the images: --images DIR or --images 'DIR/*.png' (quoted, or the shell expands it)")
-    import_named(config)
-    found = ImageFiles(images)
+    if config is None:
+        config = ConfigDict({"test": {"flip": False, "scales": (1.0,), "weights": ()}, "devices": 0, "platform": ""})
+    else:
+        import_named(config)
+    found = ImageFiles(images, bits)
     chosen = parse_checkpoint(checkpoint)
     if checkpoint.endswith(f":{ALL}"):
         raise UserError("--mode predict takes one checkpoint, or several named ones as an ensemble, but not 'all'")
-    space = data.labels.label_space(config.label_space) if config.label_space else _source_space(config)
-    ensemble, variables = make_ensemble(chosen, space.num_classes, config.label_space, config.test, overrides)
-    folder = Path(workdir or chosen[0][0]) / "predictions"
-    labelled = ensemble_predictions(ensemble, variables, found, _devices(config, ensemble))
-    written = write_predictions(labelled, folder, space)
-    print(f"{len(found)} predictions in {' and '.join(map(str, written))}")
+    space = _space(config, chosen[0][0])
+    ensemble, variables = make_ensemble(chosen, space.classes, config.test, overrides)
+    readable, unreadable, dark = found.checked()
+    for line in filter(None, [*found.left_out, dark and f"warning: {dark}"]):
+        print(line)
+    if readable:
+        folder = Path(workdir or chosen[0][0]) / FOLDER
+        labelled = ensemble_predictions(ensemble, variables, readable, _devices(config, ensemble))
+        written = write_predictions(labelled, folder, space)
+        print(f"{len(readable)} predictions in {' and '.join(map(str, written))}")
+    if unreadable:
+        listed = "\n  ".join(unreadable)
+        raise UserError(f"{len(unreadable)} of {len(found)} images cannot be read and have no prediction:\n  {listed}")
 
 
-def _source_space(config: ConfigDict) -> Any:
-    domain = "source" if config.source.name else "target"
-    return domains.open_records(config, domain, config[domain].split).label_space
+def _space(config: ConfigDict, folder: str) -> LabelSpace:
+    """The classes that predictions are written in: those of the config, else those of the stage in `folder`.
+
+    A config may leave it to its source's data which classes there are, and these need not be on this machine.
+    """
+    stage_config(folder)  # if it is no stage, this is reported now
+    trained, problem = of_stage(Path(folder)), "add --config, the recipe that it was trained with"
+    if config.get("label_space"):
+        return data.labels.label_space(config.label_space)
+    if "source" in config:
+        domain = "source" if config.source.name else "target"
+        try:
+            return domains.open_records(config, domain, config[domain].split).label_space
+        except UserError as error:
+            problem = str(error)
+    if trained is None or len(trained.palette) < trained.num_classes:
+        raise UserError(f"{folder} does not have the colours of its classes (an older jaxuda trained it): {problem}")
+    return trained

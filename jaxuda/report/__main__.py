@@ -7,17 +7,16 @@ For several work folders, writes one page that compares them to --out.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from jaxuda import report
-from jaxuda.cli import Parser, guarded
+from jaxuda.cli import Parser, guarded, user_path
 
 
 def run(argv: list[str] | None) -> None:
     """Parses the arguments, writes the page and prints its path."""
     parser = Parser("jaxuda.report", __doc__)
-    parser.add_argument("--workdir", required=True, nargs="+", type=Path, help="one or more work folders")
-    parser.add_argument("--out", type=Path, help="the HTML file (default: report.html in the work folder)")
+    parser.add_argument("--workdir", required=True, nargs="+", type=user_path, help="one or more work folders")
+    parser.add_argument("--out", type=user_path, help="the HTML file (default: report.html in the work folder)")
     args = parser.parse_args(argv)
     print(report.write(args.workdir, args.out))
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxuda import files
-from jaxuda.cli import Parser, guarded
+from jaxuda.cli import Parser, guarded, user_path
 from jaxuda.errors import UserError
 
 
@@ -52,8 +52,8 @@ def run(argv: list[str] | None) -> None:
     """Parses the arguments, draws the picture and prints its path."""
     parser = Parser("jaxuda.report.pictures", __doc__)
     parser.add_argument("kind", metavar="KIND")
-    parser.add_argument("--workdir", required=True, type=Path, help="the work folder")
-    parser.add_argument("--out", required=True, type=Path, help="the file to write")
+    parser.add_argument("--workdir", required=True, type=user_path, help="the work folder")
+    parser.add_argument("--out", required=True, type=user_path, help="the file to write")
     parser.add_argument("--stages", default="", help="comma-separated (default: all that train)")
     parser.add_argument("--count", default=6, type=int, help="number of images (default 6)")
     parser.add_argument("--projection", default="pca", choices=["pca", "tsne"], help="of features (default pca)")

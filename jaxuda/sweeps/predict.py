@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,32 +17,39 @@ import numpy as np
 from jaxuda import files, parallel
 from jaxuda.data import encoding, labels
 from jaxuda.data.datasets import cityscapes
+from jaxuda.data.threads import map_ahead
 from jaxuda.errors import UserError
 from jaxuda.sweeps.ensemble import Ensemble, Member, Passes
 from jaxuda.training.logs import progress_bar
 
 PyTree = Any
-SUFFIXES = (".jpg", ".jpeg", ".png")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp")
+FOLDER, COLOUR, IDS, CITYSCAPES_IDS = "predictions", "colour", "ids", "cityscapes_ids"
 
 
 class ImageFiles(Sequence):
-    """The images in a folder and all below it, or those that match a glob pattern, read as records without labels.
+    """The images in a folder and all below it, one image, or those that match a pattern, as records without labels.
 
     Predictions are named after the image; if two have the same name, after its path below their common folder.
+
+    Args:
+      images: a folder or a file; a path that does not exist is a glob pattern below its longest part that exists.
+      bits: of 16-bit images, as for `encoding.decode_image`.
+
+    Attributes:
+      left_out: a line for each kind of file in the folder that is not labelled.
 
     Raises:
       UserError: there are no images, or (when it is read) a file is not an image.
     """
 
-    def __init__(self, pattern: str):
-        if Path(pattern).is_dir():
-            found = sorted(path for path in Path(pattern).rglob("*") if path.suffix.lower() in SUFFIXES)
-        else:
-            found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-        self._paths = [path for path in found if path.is_file()]
+    def __init__(self, images: str, bits: int = 16):
+        images = os.path.expanduser(images)
+        self._paths, self.left_out = _listed(images)
         if not self._paths:
-            kinds = f" ({', '.join(SUFFIXES)})" if Path(pattern).is_dir() else ""
-            raise UserError(f"--images '{pattern}' matches no file{kinds}")
+            kinds = f" ({', '.join(SUFFIXES)})" if os.path.isdir(images) else ""
+            raise UserError("; ".join([f"--images '{images}' matches no file{kinds}", *self.left_out]))
+        self._bits = bits
         self._names = [path.stem for path in self._paths]
         if len(set(self._names)) < len(self._names):
             top = os.path.commonpath([path.parent for path in self._paths])
@@ -55,10 +63,66 @@ class ImageFiles(Sequence):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            image = encoding.read_image_file(self._paths[index].read_bytes())
+            image = encoding.read_image_file(self._paths[index].read_bytes(), self._bits)
         except (ValueError, OSError) as error:
             raise UserError(f"{self._paths[index]}: {error}; leave it out of --images") from error
         return {"image": image, "id": self._names[index]}
+
+    def checked(self) -> tuple[ImageFiles, list[str], str]:
+        """Reads all images once.
+
+        Returns:
+          Those that can be read, a line for each of the others, and `encoding.dark_warning`.
+        """
+        found = list(map_ahead(self._check, range(len(self))))
+        good, ranges = copy.copy(self), {}
+        kept = [index for index, (problem, _) in enumerate(found) if not problem]
+        good._paths, good._names = ([listed[index] for index in kept] for listed in (self._paths, self._names))
+        if self._bits == 16:
+            ranges = {str(self._paths[index]): found[index][1] for index in kept if found[index][1] is not None}
+        return good, [problem for problem, _ in found if problem], encoding.dark_warning(ranges)
+
+    def _check(self, index: int) -> tuple[str, tuple[int, int] | None]:
+        """What is wrong with an image, "" if nothing is; and `encoding.value_range`."""
+        try:
+            files.inside(Path(FOLDER), f"{self._names[index]}.png")  # the name of its prediction
+            data = self._paths[index].read_bytes()
+            encoding.read_image_file(data)
+            return "", encoding.value_range(data)
+        except (ValueError, OSError, UserError) as error:
+            return f"{self._paths[index]}: {error}", None
+
+
+def _listed(images: str) -> tuple[list[Path], list[str]]:
+    """The images that a path or pattern names, in order, and a line for each kind of file that was left out."""
+    folder = Path(os.path.realpath(images) if os.path.islink(images) else images)
+    inside = folder.is_dir()
+    found = [path for path in (files.visible(folder) if inside else _matches(images)) if inside or path.is_file()]
+    ours = {path for path in found if _is_output(path)}
+    others = {path for path in found if not path.is_file() or (inside and path.suffix.lower() not in SUFFIXES)} - ours
+    left_out = []
+    if ours:
+        left_out.append(f"left out: {len(ours)} predictions of an earlier run, such as {min(ours)}")
+    if others:
+        left_out.append(f"left out: {len(others)} files that are not {', '.join(SUFFIXES)}, such as {min(others)}")
+    return [path for path in found if path not in ours | others], left_out
+
+
+def _matches(pattern: str) -> list[Path]:
+    """The file at a path, or those that match a pattern. What exists is no pattern: many names have "[1]" in them."""
+    parts = Path(pattern).parts
+    count = max(n for n in range(len(parts) + 1) if os.path.exists(Path(*parts[:n])))
+    if count == len(parts):
+        return [Path(pattern)]
+    start = glob.escape(str(Path(*parts[:count])))
+    return sorted(Path(name) for name in glob.glob(os.path.join(start, *parts[count:]), recursive=True))
+
+
+def _is_output(path: Path) -> bool:
+    """Whether `write_predictions` wrote a file of a command."""
+    kind = Path(os.path.abspath(path)).parent
+    known = kind.name in (COLOUR, IDS, CITYSCAPES_IDS) and kind.parent.name == FOLDER
+    return known and (kind.parent / COLOUR).is_dir() and (kind.parent / IDS).is_dir()
 
 
 def predictions(
@@ -111,12 +175,12 @@ def write_predictions(found: Iterable[tuple[str, np.ndarray]], folder: Path, spa
       classes of Cityscapes, cityscapes_ids (grey raw ids, as its test server takes them).
     """
     kinds = {
-        "colour": lambda ids: encoding.encode_image(labels.colourise(ids, space)),
-        "ids": encoding.encode_label,
+        COLOUR: lambda ids: encoding.encode_image(labels.colourise(ids, space)),
+        IDS: encoding.encode_label,
     }
     raw = cityscapes.raw_ids(space)
     if raw is not None:
-        kinds["cityscapes_ids"] = lambda ids: encoding.encode_label(raw[ids])
+        kinds[CITYSCAPES_IDS] = lambda ids: encoding.encode_label(raw[ids])
     for kind in kinds:
         (folder / kind).mkdir(parents=True, exist_ok=True)
     for name, ids in found:

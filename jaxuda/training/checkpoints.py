@@ -34,6 +34,8 @@ STUDENT = "student"  # the network that is trained; a method may have others, su
 # Its place in checkpoints that list no networks: converted weights, and those of releases with only one network.
 _STUDENT = {"params": "params.model", "batch_stats": "batch_stats"}
 _UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that Orbax is still writing
+# The endings of files of weights, which are no checkpoints of ours.
+_WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors", ".bin", ".tar")
 # Without this, Orbax waits for all processes of the run.
 _ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
@@ -222,6 +224,36 @@ def unflatten(arrays: dict[str, np.ndarray], like: PyTree, where: str) -> PyTree
         if arrays[name].shape != np.shape(leaf):
             raise UserError(f"{where}: '{name}' has shape {arrays[name].shape}, this network needs {np.shape(leaf)}")
     return jax.tree.unflatten(structure, [arrays[name] for name in names])
+
+
+def not_a_stage(folder: Path) -> str:
+    """What is wrong with a path that should be the folder of a training stage, and which was perhaps meant."""
+    wrong = f"{folder} is not the folder of a training stage"
+    if folder.is_file() or folder.suffix in _WEIGHTS:
+        return (
+            f"{wrong}: convert a torch file with python -m jaxuda.convert {folder} --config FILE, then give the folder "
+            "that this writes"
+        )
+    if not folder.is_dir():
+        return f"{wrong}: there is no such folder"
+    if outer := next(filter(stage_settings, folder.absolute().parents[:2]), None):
+        return f"{wrong}: it lies in one, {outer}{f':{folder.name}' if folder.name.isdigit() else ''}"
+    stages = sorted(
+        filter(stage_settings, folder.glob("*")), key=lambda stage: (stage / "stage.json").stat().st_mtime_ns
+    )
+    if stages:
+        # The last one that adapts is the result of a recipe; the last one that trains is its oracle.
+        adapting = [stage for stage in stages if len(stage_settings(stage).get("domains", ())) == 2]
+        names = ", ".join(stage.name for stage in stages)
+        return f"{wrong}: it is a work folder; give one of its stages ({names}), such as {(adapting or stages)[-1]}"
+    return f"{wrong} (it has no stage.json of one)"
+
+
+def stage_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings of a training stage, from its folder; None for other folders."""
+    record = files.read_json(folder / "stage.json")
+    identity = record.get("identity", {}) if isinstance(record, dict) else {}
+    return identity if "train" in identity else None
 
 
 def kept_steps(folder: Path) -> list[int]:

@@ -91,7 +91,16 @@ def train(task: Task, options: Options, domains: Domains, log: RunLog, make_eval
             if done < config.steps:
                 first = next(batches)
                 # The other processes get the state of the first one.
-                state, constants = start(task, method, model, tx, arrays(first), bool(done) or saved is None, log.say)
+                state, constants = start(
+                    task,
+                    method,
+                    model,
+                    tx,
+                    arrays(first),
+                    bool(done) or saved is None,
+                    log.say,
+                    labelled.label_space.classes,
+                )
                 if done:
                     state = saved.restore(done, state) if saved else state
                     log.say(f"{task.name}: continues from step {done}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +15,7 @@ import optax
 from jaxuda.errors import UserError
 from jaxuda.methods import Start
 from jaxuda.training import checkpoints, weights
+from jaxuda.training.classes import fit_classes
 from jaxuda.training.state import TrainState
 from jaxuda.training.step import to_float
 
@@ -29,6 +30,7 @@ def start(
     batch: PyTree,
     restoring: bool = False,
     say: Callable[[str], None] = print,
+    classes: Sequence[str] = (),
 ) -> tuple[TrainState, PyTree]:
     """The state before the first step and the method's constants, on the host; independent of the number of devices.
 
@@ -38,7 +40,8 @@ def start(
       batch: any batch of the input; only its shapes and types matter.
       restoring: a saved state will replace this state. The checkpoint of `task.init` is then only read if the method
         makes constants from it.
-      say: called with a line of text for each part of the network that is not from that checkpoint.
+      say: called with a line of text for each part of the network that is not as in that checkpoint.
+      classes: the names of the network's classes in their order; (): they are not compared with the checkpoint's.
 
     Raises:
       UserError: that checkpoint is missing or of another network, or the method cannot start.
@@ -51,7 +54,7 @@ def start(
     given = begin(variables) if restoring else None
     if task.init is not None and (given is None or jax.tree.leaves(given.constants)):
         arrays, _ = checkpoints.read_variables(*task.init)
-        variables, notes = weights.fit(arrays, variables, model, str(task.init[0].parent))
+        variables, notes = fit_classes(arrays, variables, model, task.init[0].parent, classes)
         given = None
         for note in notes if not restoring else ():
             say(f"{task.name}: {note}")

@@ -77,14 +77,13 @@ def identity(folder: Path, which: str) -> str:
     """
     record = files.read_json(folder / "stage.json") if folder.is_dir() else None
     if record is None:
-        raise UserError(
-            f"there is no checkpoint in {folder}: it is not the folder of a stage (jaxuda.convert makes one of a torch "
-            "file)"
-        )
+        raise UserError(f"there is no checkpoint in {folder}: {checkpoints.not_a_stage(folder)}")
     return record.get("weights") or checkpoints.manifest_hash(folder / "checkpoints", which)
 
 
-def fit(arrays: Mapping[str, np.ndarray], variables: PyTree, model: Any, where: str) -> tuple[PyTree, list[str]]:
+def fit(
+    arrays: Mapping[str, np.ndarray], variables: PyTree, model: Any, where: str, other_classes: str = ""
+) -> tuple[PyTree, list[str]]:
     """The variables of a network, with as many of them as possible from a checkpoint.
 
     The checkpoint must have the complete backbone, with the same shapes, except for layers that image classifiers lack.
@@ -95,6 +94,7 @@ def fit(arrays: Mapping[str, np.ndarray], variables: PyTree, model: Any, where: 
       variables: those of a new network, {"params", "batch_stats"}.
       model: that network.
       where: names the checkpoint in messages.
+      other_classes: if set, classifiers stay as they are in `variables`, and this is why.
 
     Returns:
       The variables, and a line for each part that starts anew or is not used.
@@ -108,7 +108,7 @@ def fit(arrays: Mapping[str, np.ndarray], variables: PyTree, model: Any, where: 
     for name, leaf in flat.items():
         shape = arrays[name].shape if name in arrays else None
         part = _part(name, new)
-        if shape == leaf.shape:
+        if shape == leaf.shape and not (other_classes and part in model.CLASSIFIERS):
             continue
         if part != "backbone" and (shape is None or part not in new):
             anew.append(part)
@@ -128,7 +128,7 @@ def fit(arrays: Mapping[str, np.ndarray], variables: PyTree, model: Any, where: 
             f"({', '.join(model.SHAPE_FIELDS)}):\n  {listed}"
         )
     taken = {name: arrays[name] for name in flat if _part(name, new) not in anew}
-    notes = [_why_anew(part, arrays, flat, model) for part in dict.fromkeys(anew)]
+    notes = [_why_anew(part, arrays, flat, model, other_classes) for part in dict.fromkeys(anew)]
     unused = dict.fromkeys(name.split(".")[1] for name in extra)
     notes += [f"{part} of the checkpoint is not used" for part in unused]
     return flax.traverse_util.unflatten_dict(flat | taken, sep="."), notes
@@ -140,9 +140,13 @@ def _part(name: str, new: tuple[str, ...]) -> str:
     return next((layer for layer in new if path.startswith(f"{layer}.")), path.split(".")[0])
 
 
-def _why_anew(part: str, arrays: Mapping[str, np.ndarray], flat: Mapping[str, Any], model: Any) -> str:
+def _why_anew(
+    part: str, arrays: Mapping[str, np.ndarray], flat: Mapping[str, Any], model: Any, other_classes: str
+) -> str:
     if part in model.CLASSIFIERS:
         old, new = models.saved_classes(arrays, part), models.saved_classes(flat, part)
         if old is not None and old != new:
             return f"{part} starts anew: the checkpoint's is for {old} classes, this network has {new}"
+        if old is not None and other_classes:
+            return f"{part} starts anew: {other_classes}"
     return f"{part} starts anew: the checkpoint has none that fits"

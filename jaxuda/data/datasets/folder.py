@@ -27,6 +27,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from jaxuda import files
 from jaxuda.data import names
 from jaxuda.data.building import Complaints, FilesBuilder, Item, complain_of_unpaired
 from jaxuda.data.datasets import Dataset
@@ -198,7 +199,7 @@ def _pair(root: Path, image_folder: Path, label_folder: Path, complaints: Compla
 def _files(root: Path, folder: Path, suffixes: tuple[str, ...], complaints: Complaints) -> dict[str, Path]:
     """Relative name without suffix, in NFC -> file, for all files below a folder."""
     result = {}
-    for file in _walk(folder):
+    for file in files.visible(folder):
         name = names.plain(file.relative_to(folder).with_suffix("").as_posix())
         shown = ascii(str(file))[1:-1]  # the name may hold control characters for a terminal
         if not name.isprintable() or "\\" in name:
@@ -214,18 +215,6 @@ def _files(root: Path, folder: Path, suffixes: tuple[str, ...], complaints: Comp
         else:
             result[name] = file
     return result
-
-
-def _walk(folder: Path) -> list[Path]:
-    """All files below a folder, sorted, including links to folders, but no hidden files."""
-    if folder.is_symlink():
-        return [folder / entry for entry in sorted(os.listdir(folder)) if not entry.startswith(".")]
-    files = []
-    for top, folders, plain_files in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(top, name))]
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(top, name) for name in plain_files + links if not name.startswith(".")]
-    return sorted(files)
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -246,7 +235,7 @@ def _listing_hash(root: Path, splits: dict[str, dict[str, str]]) -> str:
     classes = root / "classes.json"
     digest.update(classes.read_bytes() if classes.exists() else b"")
     for kind in ("images", "labels"):
-        for file in _walk(root / kind):
+        for file in files.visible(root / kind):
             state = file.lstat()
             entry = f"{file.relative_to(root).as_posix()}\0{state.st_size}\0{state.st_mtime_ns}\0"
             digest.update(entry.encode(errors="surrogateescape"))
