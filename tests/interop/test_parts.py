@@ -10,6 +10,7 @@ from golden_weights import random_variables
 
 from jaxuda import convert
 from jaxuda.cli import MISTAKE
+from jaxuda.data.labels import make_label_space
 from jaxuda.errors import UserError
 from jaxuda.inference import conversion
 from jaxuda.interop import load_torch, read_tensors, save_torch
@@ -98,7 +99,8 @@ def test_three_networks_and_the_command(two: tuple, tmp_path: Path, capsys, monk
     (tmp_path / "w.safetensors").write_bytes(safetensors_bytes(state))
     words = ["--config=configs/source_only.py", f"--config.model.width={WIDTH}", "--config.model.blocks=(1, 1, 1, 1)"]
     words = [str(tmp_path / "w.safetensors"), *words, "--config.label_space=cityscapes19", f"--out={tmp_path / 'out'}"]
-    monkeypatch.setattr(convert, "_num_classes", lambda config: 3)
+    space = make_label_space("three", {"ground": (0, 0, 0), "box": (1, 1, 1), "sky": (2, 2, 2)})
+    monkeypatch.setattr(convert, "_classes", lambda config: (space, None))
     assert convert.main(words) == MISTAKE
     assert "holds 3 networks, in the parts 'model', 'imnet_model', 'ema_model'" in capsys.readouterr().err
     assert convert.main([*words, "--part=model"]) == 0
