@@ -5,11 +5,15 @@ A plain name is a file in the package of its kind. A dotted path ("mypackage.mym
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import importlib.util
 import pkgutil
 import sys
+from pathlib import Path
 from types import ModuleType
 
+from jaxuda import files
 from jaxuda.errors import UserError
 
 
@@ -52,10 +56,32 @@ def _own(function: str, path: str, field: str, imported: bool) -> ModuleType:
     try:
         module = importlib.import_module(path)
     except Exception as error:  # the user's module may fail in any way
-        raise UserError(f"{field}={path!r} cannot be imported ({type(error).__name__}: {error})") from error
+        problem = f"{field}={path!r} cannot be imported ({type(error).__name__}: {error})"
+        raise UserError(problem + (_way_out(path) if isinstance(error, ModuleNotFoundError) else "")) from error
     if not hasattr(module, function):
-        raise UserError(f"{field}={path!r} does not define `{function}`")
+        raise UserError(f"{field}={path!r} does not define `{function}`, which every module named there must")
     return module
+
+
+def _way_out(path: str) -> str:
+    """What to do about a module that does not exist."""
+    package, _, name = path.rpartition(".")
+    try:
+        close = difflib.get_close_matches(name, _files(package), 1)
+    except ImportError:  # the package does not exist either
+        return f": run from the folder that holds {path.partition('.')[0]}, or install it"
+    return f"; did you mean {package}.{close[0]}?" if close else ""
+
+
+def code(name: str) -> str:
+    """A checksum of the file of a user's module; "" for a plain name, or if there is no such module."""
+    if "." not in name:
+        return ""
+    try:
+        found = importlib.util.find_spec(name)
+    except ImportError:
+        return ""
+    return files.sha256(Path(found.origin))[:12] if found and found.has_location else ""
 
 
 def _files(package: str) -> list[str]:

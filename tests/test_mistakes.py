@@ -234,7 +234,8 @@ def only(params, carry, batch, *, config, **_):
     ("code", "expected"),
     [
         ("return jnp.zeros(()) * config.lambda_missing, carry", "reads config.adapt.lambda_missing"),
-        ("return jnp.zeros(()) * carry.values['mask'], carry", "mask"),
+        ("return jnp.zeros(()) * config.optim.beta1, carry", "line 8, reads config.optim.beta1"),
+        ("return jnp.zeros(()) * carry.values['mask'], carry", "keep it there with carry.keep(mask=...)"),
         ("return jnp.zeros(()), carry.log(loss_a=0.0).log(loss_a=0.0)", "the metric 'loss_a' is written twice"),
         ("return jnp.zeros(()), carry._replace(extra=(1,))", "extra"),
     ],

@@ -46,6 +46,21 @@ def test_what_changes_a_result_changes_the_fingerprint_from_there_on() -> None:
     assert changed("devices", 1) == changed("num_workers", 4) == changed("source.path", "elsewhere") == set()
 
 
+def test_a_changed_module_of_the_user_is_another_setting(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "own_methods" / "edited.py"
+    file.parent.mkdir(parents=True)
+    config = minent.get_config()
+    config.adapt.train = "own_methods.edited"
+    text = "def passes(config, step):\n    return ()\n"
+    file.write_text(text)
+    before = fingerprints(config)
+    assert before == fingerprints(config)
+    file.write_text(text + "# another loss\n")
+    after = fingerprints(config)
+    assert {name for name in after if after[name] != before[name]} == {"adapt"}
+
+
 def test_fields_that_are_not_set_can_be_set() -> None:
     """Also those that are None; until they are set, they are None in the fingerprint."""
     words = ["--config.source.crop=(64, 32)", "--config.target.grey=0.2", "--config.model.blocks=(1, 1, 1, 1)"]

@@ -159,7 +159,7 @@ def _with_asked(trained: FrozenConfigDict, overrides: Mapping[str, Any]) -> Froz
 def title(members: list[tuple[str, str]], every: bool, network: str = "") -> str:
     """The heading of a column for one checkpoint or an ensemble; with `every`, for one step of several.
 
-    network: its name if it is not the one that was evaluated, else "".
+    network: its name if the stage has several, else "".
     """
     beside = f" ({network})" if network else ""
     if every:

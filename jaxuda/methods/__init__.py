@@ -112,7 +112,7 @@ class Carry(NamedTuple):
     def log(self, **metrics: jax.Array) -> Carry:
         """The carry with more metrics; raises UserError if it has one of them already."""
         if twice := sorted(self.metrics.keys() & metrics.keys()):
-            raise UserError(f"the metric '{twice[0]}' is written twice in one step: give each its own name")
+            raise UserError(f"the metric '{twice[0]}' is written twice in one update: give each its own name")
         return self._replace(metrics={**self.metrics, **metrics})
 
     def keep(self, **values: PyTree) -> Carry:

@@ -7,13 +7,13 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from jaxuda import files, methods
+from jaxuda import files, methods, plugins
 from jaxuda.data.records import Domains
 from jaxuda.errors import UserError
 from jaxuda.models import load_family
@@ -279,6 +279,8 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
     reads = {stage: before("reads", stage) for stage in dict.fromkeys(filter(None, named))}
 
     identity = json.loads(resolved.to_json()) | {"init": start, "data": datasets}
+    if own_code := {field: checksum for field, module in _modules(resolved) if (checksum := plugins.code(module))}:
+        identity["code"] = own_code  # a changed method is another method, also under the same name
     identity["reads"] = {stage: origin.fingerprint for stage, origin in reads.items()}
     for place in ("source", "target"):
         # The content of the data matters, not their place; `data` has the checksum of the content.
@@ -288,6 +290,12 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
     converted = {network: folder for network, ((folder, _), _) in converted.items()}
     folders = {stage: origin.folder for stage, origin in reads.items()}
     return Stage(name, workdir / name, FrozenConfigDict(resolved), init, folders, converted, identity)
+
+
+def _modules(resolved: ConfigDict) -> Iterator[tuple[str, str]]:
+    """(field, name) of the modules that decide the result of a stage."""
+    yield from (("model", resolved.model.get("name", "")), ("optim", resolved.optim.get("name", "")))
+    yield from ((field, resolved[field]) for field in ("train", "sweep", "order") if field in resolved)
 
 
 def resolve(name: str, config: ConfigDict) -> ConfigDict:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from jaxuda import methods, sweeps
 from jaxuda.data import orders
@@ -105,11 +107,11 @@ def check_steps(stages: Sequence[Stage], classes: int, depth: bool) -> None:
         except UserError as error:
             raise UserError(f"the stage '{stage.name}' cannot be trained: {error}") from error
         except (AttributeError, KeyError) as error:
-            if (field := missing_field(error)) is None:
+            if (missing := missing_field(error, config)) is None:
                 raise
             raise UserError(
-                f"the method '{config.train}' reads config.{stage.name}.{field}, which the config lacks: add it to the "
-                "stage's section"
+                f"{missing.reader} reads config.{missing.section or stage.name}.{missing.field}, which the config "
+                "lacks: add it to that section"
             ) from error
 
 
@@ -118,8 +120,25 @@ def _without_gradient(function: Callable, has_aux: bool) -> Callable:
     return lambda params: (function(params), params)
 
 
-def missing_field(error: Exception) -> str | None:
-    """The config field that an error says is missing; None for an error of any other origin."""
-    origin = traceback.extract_tb(error.__traceback__)[-1].filename
+class Missing(NamedTuple):
+    """A field that a config lacks: its name, its section ("" for the stage's own), and "FILE, line N," that reads it."""
+
+    field: str
+    section: str
+    reader: str
+
+
+def missing_field(error: Exception, config: Any) -> Missing | None:
+    """The field of a stage's config that an error says is missing; None for an error of any other origin."""
+    frames = list(traceback.walk_tb(error.__traceback__))
     found = re.search(r"'(\w+)\\?'", str(error))  # quotes are escaped where a similar name is suggested
-    return found[1] if found and "ml_collections" in origin else None
+    if not found or not _in_config(frames[-1][0]):
+        return None
+    asked = frames[-1][0].f_locals.get("self")  # ml_collections' error does not tell which section was asked
+    section = next((name for name, value in config.items() if isinstance(value, ConfigDict) and value == asked), "")
+    frame, line = [(frame, line) for frame, line in frames if not _in_config(frame)][-1]
+    return Missing(found[1], section, f"{frame.f_code.co_filename}, line {line},")
+
+
+def _in_config(frame: FrameType) -> bool:
+    return "ml_collections" in frame.f_code.co_filename

@@ -48,7 +48,7 @@ def evaluate(config: ConfigDict, checkpoint: str, overrides: Mapping[str, Any] =
         for network in networks:
             ensemble, variables = make_ensemble(members, space.classes, config.test, overrides, network)
             score = make_ensemble_evaluator(ensemble, _devices(config, ensemble))
-            heading = title(members, every=len(each) > 1, network="" if network == networks[0] else network)
+            heading = title(members, every=len(each) > 1, network=network if len(networks) > 1 else "")
             for records in labelled:
                 columns[records.name][heading] = score(variables, records).confusion
     for name, column in columns.items():

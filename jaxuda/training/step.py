@@ -143,7 +143,7 @@ class _Values(dict):
     def __missing__(self, name: str) -> Any:
         raise UserError(
             f"a pass reads the value '{name}' of its carry, which no earlier pass of the method has kept (there are: "
-            f"{', '.join(sorted(self)) or 'none'})"
+            f"{', '.join(sorted(self)) or 'none'}): keep it there with carry.keep({name}=...)"
         )
 
 
