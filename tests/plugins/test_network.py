@@ -126,7 +126,7 @@ def test_eval_predict_load(words: list[str], work: Path, tmp_path: Path, monkeyp
         jaxuda.load(str(adapt))
     assert main([*words, "--mode=eval", f"--checkpoint={adapt}"]) == 0
     told = capsys.readouterr().out
-    assert re.search(r"adapt\s+adapt \(student\)", told)
+    assert re.search(r"adapt \(teacher\)\s+adapt \(student\)", told)
     last = json.loads((adapt / "evaluations.jsonl").read_text().splitlines()[-1])
     student = next(scores["miou"] for name, scores in last["beside"].items() if name == "student")
     scored = re.search(r"mIoU \(3\)\s+([\d.]+)\s+([\d.]+)", told)
