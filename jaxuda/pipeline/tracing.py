@@ -121,7 +121,7 @@ def _without_gradient(function: Callable, has_aux: bool) -> Callable:
 
 
 class Missing(NamedTuple):
-    """A field that a config lacks: its name, its section ("" for the stage's own), and "FILE, line N," that reads it."""
+    """A field that a config lacks, its section ("" for the stage's own), and the "FILE, line N," that reads it."""
 
     field: str
     section: str
