@@ -224,6 +224,8 @@ def _value_message(error: flags.IllegalFlagValueError, args: flags.FlagValues) -
     cause = str(error.__context__)
     word = str(error).removeprefix("flag ").removesuffix(f": {cause}")
     name = word.removeprefix("--").partition("=")[0]
+    if " is not " in cause:  # a number outside of the flag's limits
+        return f"{word}: {cause}"
     kind = args[name].flag_type().removeprefix("multi ") if name in args else ""
     return f"{word} must be {_KINDS[kind]}" if kind in _KINDS else f"{word}: {cause}"
 

@@ -359,7 +359,23 @@ def test_images_of_16_bits_that_hold_fewer(data, stage, tmp_path, capsys) -> Non
     assert main([*words, f"--images={place}/deep.png", "--image_bits=12"]) == 0
     assert "warning" not in capsys.readouterr().out
     np.testing.assert_array_equal(read_ids(tmp_path / "out", "deep"), full)
+    capsys.readouterr()
+    assert main([*words, f"--images={place}/deep.png", "--image_bits=8"]) == 0
+    assert f"1 images have values above 255, up to {highest}, such as {place}/deep.png" in capsys.readouterr().out
     assert main([*words, f"--images={place}", "--image_bits=7"]) == MISTAKE
+    assert capsys.readouterr().err == "error: --image_bits=7: 7 is not an integer in the range [8, 16]\n"
+
+
+def test_images_whose_predictions_would_have_one_name_are_named(stage, tmp_path, capsys) -> None:
+    place = photos(tmp_path / "photos", "a/b.png", "a__b.png", "b.png")
+    words = ["jaxuda", "--mode=predict", f"--checkpoint={stage}", f"--images={place}", f"--workdir={tmp_path / 'out'}"]
+    assert main(words) == MISTAKE
+    output = capsys.readouterr()
+    assert "2 predictions in" in output.out
+    names = sorted(path.name for path in (tmp_path / "out" / "predictions" / "ids").iterdir())
+    assert names == ["a__b.png.png", "b.png.png"]
+    assert output.err.startswith("error: 1 of 3 images cannot be read and have no prediction:\n")
+    assert f"\n  {place}/a__b.png: its prediction would have the name of that of {place}/a/b.png" in output.err
 
 
 # The home folder

@@ -113,15 +113,7 @@ class Findings:
                 f"{len(self.turned)} images are turned or mirrored by their EXIF tag, such as {self.turned[0]}: their "
                 "labels must belong to the upright images, as viewers show them, not to the stored ones; compare some"
             )
-        if self._image_bits == 16:
-            return found + list(filter(None, [encoding.dark_warning(self.ranges)]))
-        cut = {file: high for file, (_, high) in self.ranges.items() if high >= 2**self._image_bits}
-        if cut:
-            found.append(
-                f"{len(cut)} images have values above {2**self._image_bits - 1}, up to {max(cut.values())}, such as "
-                f"{next(iter(cut))}: --image_bits {self._image_bits} makes them white"
-            )
-        return found
+        return found + list(filter(None, [encoding.range_warning(self.ranges, self._image_bits)]))
 
 
 class _Encoded(NamedTuple):

@@ -73,15 +73,21 @@ def value_range(data: bytes) -> tuple[int, int] | None:
     return int(array.min()), int(array.max())
 
 
-def dark_warning(ranges: Mapping[str, tuple[int, int]]) -> str:
-    """A warning about 16-bit images that hold values of fewer bits, such as a camera's 12: they would be nearly black.
+def range_warning(ranges: Mapping[str, tuple[int, int]], bits: int = 16) -> str:
+    """A warning about 16-bit images whose values use other bits than those that are asked for.
 
     Args:
       ranges: `value_range` of each image that has one, by the name of its file.
+      bits: as for `decode_image`. With 16, images that hold fewer, such as a camera's 12, would be nearly black; with
+        fewer, images that hold more would be partly white.
 
     Returns:
       The number of these images, the values that they use, and what to do; "" if there are none.
     """
+    if bits < 16:
+        cut = {name: high for name, (_, high) in ranges.items() if high >= 2**bits}
+        found = f"{len(cut)} images have values above {2**bits - 1}, up to {max(cut.values(), default=0)}"
+        return f"{found}, such as {next(iter(cut))}: --image_bits {bits} makes them white" if cut else ""
     dark = {name: found for name, found in ranges.items() if found[1] < _LEAST_OF_16}
     if not dark:
         return ""
@@ -97,7 +103,7 @@ def dark_warning(ranges: Mapping[str, tuple[int, int]]) -> str:
 def _has_16_bits(data: bytes) -> bool:
     if png.is_png(data):
         return png.header(data).bits == 16
-    if not data.startswith((b"II*\0", b"MM\0*")):
+    if not data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
         return False
     with _opened(data) as image:
         return image.format == "TIFF" and 16 in image.tag_v2.get(_BITS_PER_SAMPLE, ())
@@ -155,6 +161,8 @@ def check_image(data: bytes) -> tuple[int, int]:
     """
     if png.is_png(data):
         found = png.check(data)
+        if png.has(data, b"acTL"):
+            raise ValueError("is an animation: save each of its images as a file of its own")
         # OpenCV rotates images by this chunk, which hardly any PNG has.
         return decode_image(data).shape[:2] if png.has(data, b"eXIf") else (found.height, found.width)
     with _opened(data) as image:
@@ -224,6 +232,8 @@ def read_image_file(data: bytes, bits: int = 16) -> np.ndarray:
             raise ValueError("holds values of 32 bits: save it with 8 or 16")
         if _has_16_bits(data):
             return decode_image(data, bits)  # Pillow keeps the upper 8 bits of colours, and the lower 8 of grey
+        if image.mode.startswith("I;16"):
+            raise ValueError("holds values of more than 8 bits, but not of 16: save it with 8 or 16")
         with _unreadable():
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 _MOST_AFFIXES = 20  # the most common ones, which are tried with each other
 _SPLIT_WORDS = {
-    *("train", "training", "trainset", "trainval", "trn", "val", "valid", "validation", "valset", "dev", "devset"),
-    *("test", "testing", "testset", "tst", "eval", "evaluation", "holdout"),
+    *("tr", "trn", "learn", "learning", "val", "vals", "valset", "minival", "xval", "tune", "tuning", "dev", "devset"),
+    *("test", "tests", "testing", "testset", "xtest", "te", "ts", "tst", "eval", "evaluation", "holdout"),
 }
+_SPLIT_STEM = re.compile("^x?train|^valid|train$")
 _KINDS_OF_FILES = {
     *("label", "labels", "mask", "masks", "gt", "gtfine", "seg", "segmentation", "ann", "anno", "annotation", "ids"),
     *("truth", "target", "depth", "image", "images", "img", "imgs", "leftimg", "rgb", "photo", "frame", "input"),
@@ -24,7 +25,7 @@ def plain(name: str) -> str:
 
 def looks_like_split(name: str) -> bool:
     """Whether a folder's name has a word for a split, such as "train2017", "Val" or "test_images"."""
-    return not _SPLIT_WORDS.isdisjoint(_words(name))
+    return any(word in _SPLIT_WORDS or _SPLIT_STEM.search(word) for word in _words(name))
 
 
 def _words(name: str) -> list[str]:

@@ -72,20 +72,22 @@ class ImageFiles(Sequence):
         """Reads all images once.
 
         Returns:
-          Those that can be read, a line for each of the others, and `encoding.dark_warning`.
+          Those that can be read, a line for each of the others, and `encoding.range_warning`.
         """
-        found = list(map_ahead(self._check, range(len(self))))
-        good, ranges = copy.copy(self), {}
+        first = {name: index for index, name in reversed(list(enumerate(self._names)))}
+        found = list(map_ahead(lambda index: self._check(index, first[self._names[index]]), range(len(self))))
+        good = copy.copy(self)
         kept = [index for index, (problem, _) in enumerate(found) if not problem]
         good._paths, good._names = ([listed[index] for index in kept] for listed in (self._paths, self._names))
-        if self._bits == 16:
-            ranges = {str(self._paths[index]): found[index][1] for index in kept if found[index][1] is not None}
-        return good, [problem for problem, _ in found if problem], encoding.dark_warning(ranges)
+        ranges = {str(self._paths[index]): found[index][1] for index in kept if found[index][1] is not None}
+        return good, [problem for problem, _ in found if problem], encoding.range_warning(ranges, self._bits)
 
-    def _check(self, index: int) -> tuple[str, tuple[int, int] | None]:
-        """What is wrong with an image, "" if nothing is; and `encoding.value_range`."""
+    def _check(self, index: int, first: int) -> tuple[str, tuple[int, int] | None]:
+        """What is wrong with an image, "" if nothing is; and `encoding.value_range`. first: the first of its name."""
         try:
             files.inside(Path(FOLDER), f"{self._names[index]}.png")  # the name of its prediction
+            if first != index:  # a/b.png and a__b.png
+                raise ValueError(f"its prediction would have the name of that of {self._paths[first]}; rename one")
             data = self._paths[index].read_bytes()
             encoding.read_image_file(data)
             return "", encoding.value_range(data)

@@ -1,4 +1,5 @@
 import io
+import struct
 import subprocess
 import sys
 
@@ -158,11 +159,33 @@ def test_images_of_16_bits_that_hold_fewer_are_seen_and_can_be_stretched(ending,
 
 def test_the_warning_about_dark_images_names_their_range_and_what_to_do():
     ranges = {"a.png": (0, 65000), "b.png": (3, 4080), "c.tif": (7, 200)}
-    text = encoding.dark_warning(ranges)
+    text = encoding.range_warning(ranges)
     assert text.startswith("2 of the 3 images of 16 bits use only the values 3 to 4080 of 65535, such as b.png")
     assert "add --image_bits 12, which makes 4095 white" in text
-    assert "--image_bits 8, which makes 255 white" in encoding.dark_warning({"c.tif": (7, 200)})
-    assert encoding.dark_warning({"a.png": (0, 65000)}) == "" == encoding.dark_warning({})
+    assert "--image_bits 8, which makes 255 white" in encoding.range_warning({"c.tif": (7, 200)})
+    assert encoding.range_warning({"a.png": (0, 65000)}) == "" == encoding.range_warning({})
+    white = "1 images have values above 1023, up to 4080, such as b.png: --image_bits 10 makes them white"
+    assert encoding.range_warning({"b.png": (3, 4080), "c.tif": (7, 1023)}, 10) == white
+    assert encoding.range_warning({"b.png": (3, 4080)}, 12) == ""
+
+
+def test_images_that_pillow_would_cut_are_read_whole_or_refused():
+    grey = np.arange(96, dtype=np.uint16).reshape(8, 12) * 40
+    big = io.BytesIO()
+    Image.fromarray(grey).save(big, "TIFF", big_tiff=True)
+    assert encoding.value_range(big.getvalue()) == (0, 3800)
+    np.testing.assert_array_equal(encoding.read_image_file(big.getvalue(), 12)[..., 0], grey >> 4)
+    pairs = grey.reshape(-1, 2).astype(np.uint32)
+    packed = (pairs[:, 0] << 12 | pairs[:, 1]).astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()
+    tags = {256: 12, 257: 8, 258: 12, 259: 1, 262: 1, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: 8, 279: len(packed)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    with pytest.raises(ValueError, match="more than 8 bits, but not of 16"):
+        encoding.read_image_file(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + packed)
+    frames, moving = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")], io.BytesIO()
+    frames[0].save(moving, "PNG", save_all=True, append_images=frames[1:])
+    for read in (encoding.check_image, encoding.read_image_file):
+        with pytest.raises(ValueError, match="is an animation"):
+            read(moving.getvalue())
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (4200, 4100)])
