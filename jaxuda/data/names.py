@@ -11,7 +11,7 @@ _SPLIT_WORDS = {
     *("tr", "trn", "learn", "learning", "val", "vals", "valset", "minival", "xval", "tune", "tuning", "dev", "devset"),
     *("test", "tests", "testing", "testset", "xtest", "te", "ts", "tst", "eval", "evaluation", "holdout"),
 }
-_SPLIT_STEM = re.compile("^x?train|^valid|train$")
+_SPLIT_STEM = re.compile("^x?train|^minitrain|^valid")
 _KINDS_OF_FILES = {
     *("label", "labels", "mask", "masks", "gt", "gtfine", "seg", "segmentation", "ann", "anno", "annotation", "ids"),
     *("truth", "target", "depth", "image", "images", "img", "imgs", "leftimg", "rgb", "photo", "frame", "input"),

@@ -128,6 +128,18 @@ def test_bad_files_are_named(tmp_path, capsys):
     assert f"{label}/5.png: holds colours (mode RGB)" in message
 
 
+def test_one_complaint_about_each_pair(tmp_path, capsys):
+    root = towns.folder(tmp_path / "town", splits=("train",))
+    image, label = root / "images" / "train" / "0.png", root / "labels" / "train" / "1.png"
+    image.rename(image.with_suffix(".tif"))
+    label.rename(label.with_suffix(".bmp"))
+    message = towns.fails_on(capsys, root, tmp_path)
+    assert [line.split(": ")[0] for line in message.splitlines()[1:]] == [
+        f"  {image.with_suffix('.tif')}",
+        f"  {label.with_suffix('.bmp')}",
+    ]
+
+
 def test_bad_listings_are_named(tmp_path, capsys):
     root = towns.folder(tmp_path / "town")
     (root / "labels" / "train" / "0.png").unlink()
@@ -209,6 +221,8 @@ def test_other_names_of_splits(tmp_path, images, labels, expected):
         (["trainA", "trainB"], "images/trainB: is this a split?"),
         (["train", "Training"], "images/train: is the split train, and so is Training; keep one of them"),
         (["train", "dev"], "images/dev: lies beside the splits train"),
+        (["validate", "xtrain"], "images/validate: is this a split?"),
+        (["imagesTr", "imagesTs"], "images/imagesTs: is this a split?"),
     ],
 )
 def test_folders_that_only_look_like_splits_are_refused(tmp_path, capsys, folders, message):

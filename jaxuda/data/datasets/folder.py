@@ -174,16 +174,19 @@ def _about_colours(data: bytes, classes: dict[str, Any] | None) -> str:
 
 def _pair(root: Path, image_folder: Path, label_folder: Path, complaints: Complaints) -> list[Item]:
     """The images of a split with their labels, sorted by name."""
-    images = _files(root, image_folder, _IMAGE_SUFFIXES, complaints)
+    images, refused = _files(root, image_folder, _IMAGE_SUFFIXES, complaints)
     labels = None
+    if not images and not refused:
+        complaints.add(f"{image_folder}: holds no images")
     if label_folder.is_dir():
-        labels = _files(root, label_folder, (".png",), complaints)
+        labels, other = _files(root, label_folder, (".png",), complaints)
+        for name in refused:  # one complaint about a pair is enough
+            labels.pop(name, None)
+        images = {name: file for name, file in images.items() if name not in other}
         ways = names.pairings(images.keys() - labels.keys(), labels.keys() - images.keys())
         if len(ways) == 1:
             labels |= {image: labels.pop(label) for image, label in ways[0].partners.items()}
         complain_of_unpaired(images, labels, "label", complaints, f", though {label_folder} exists")
-    if not images:
-        complaints.add(f"{image_folder}: holds no images")
     ids = {}
     for name in sorted(images):
         # Files that are written later are named after an id, so it must be one plain file name.
@@ -196,11 +199,15 @@ def _pair(root: Path, image_folder: Path, label_folder: Path, complaints: Compla
     return list(ids.values())
 
 
-def _files(root: Path, folder: Path, suffixes: tuple[str, ...], complaints: Complaints) -> dict[str, Path]:
-    """Relative name without suffix, in NFC -> file, for all files below a folder."""
-    result = {}
+def _files(
+    root: Path, folder: Path, suffixes: tuple[str, ...], complaints: Complaints
+) -> tuple[dict[str, Path], set[str]]:
+    """Relative name without suffix, in NFC -> file, for all files below a folder; and the names of those refused."""
+    result: dict[str, Path] = {}
+    found = set()
     for file in files.visible(folder):
         name = names.plain(file.relative_to(folder).with_suffix("").as_posix())
+        found.add(name)
         shown = ascii(str(file))[1:-1]  # the name may hold control characters for a terminal
         if not name.isprintable() or "\\" in name:
             complaints.add(f"{shown}: its name has characters that not every system allows in file names")
@@ -214,7 +221,7 @@ def _files(root: Path, folder: Path, suffixes: tuple[str, ...], complaints: Comp
             complaints.add(f"{shown}: has the same name as {result[name].name}")
         else:
             result[name] = file
-    return result
+    return result, found - result.keys()
 
 
 def _folders(folder: Path) -> list[Path]:
