@@ -100,7 +100,10 @@ def _fits(state: Mapping[str, Any], prefix: str, needed: Mapping[str, tuple[int,
 
 
 def _same(state: Mapping[str, Any], prefix: str, other: str, needed: Mapping[str, Any]) -> bool:
-    pairs = ((state.get(prefix + name), state.get(other + name)) for name in needed)
+    modules = {name.rpartition(".")[0] for name in needed}  # also their statistics, which are no parameters
+    names = {name.removeprefix(start) for start in (prefix, other) for name in state if name.startswith(start)}
+    names = {name for name in names if name.rpartition(".")[0] in modules}
+    pairs = ((state.get(prefix + name), state.get(other + name)) for name in names)
     return all(isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and np.array_equal(a, b) for a, b in pairs)
 
 

@@ -116,6 +116,9 @@ def test_one_network_beside_others_stays_automatic(two: tuple) -> None:
     other = {name: array[:1] for name, array in student.items()}
     for state in (joined({"net.": student, "copy.": student}), joined({"net.": student, "ema.": other})):
         jax.tree.map(np.testing.assert_array_equal, load_torch(state, TINY), load_torch(student, TINY))
+    adapted = {name: array + 1 if "running" in name else array for name, array in student.items()}
+    with pytest.raises(UserError, match="holds 2 networks, in the parts 'source', 'adapted'"):  # only in statistics
+        load_torch(joined({"source.": student, "adapted.": adapted}), TINY)
     with pytest.raises(UserError, match="it holds one network: leave out --part"):
         load_torch(student, TINY, "teacher")
     jax.tree.map(
