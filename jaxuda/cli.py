@@ -27,6 +27,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jaxuda.errors import Interrupted, UserError
+from jaxuda.files import user_path
 
 INTERRUPTED, MISTAKE = 75, 2
 CONTINUES = "the same command continues from what is saved"
@@ -228,11 +229,6 @@ def _value_message(error: flags.IllegalFlagValueError, args: flags.FlagValues) -
         return f"{word}: {cause}"
     kind = args[name].flag_type().removeprefix("multi ") if name in args else ""
     return f"{word} must be {_KINDS[kind]}" if kind in _KINDS else f"{word}: {cause}"
-
-
-def user_path(text: str) -> Path:
-    """A path of the command line; shells leave the "~" of --NAME=~/FOLDER to the command."""
-    return Path(os.path.expanduser(text))
 
 
 def seeds(text: str) -> list[int]:

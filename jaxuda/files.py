@@ -15,6 +15,11 @@ from typing import Any
 from jaxuda.errors import UserError
 
 
+def user_path(text: str | os.PathLike) -> Path:
+    """A path of the user's; shells leave the "~" of --NAME=~/FOLDER to the command, also that of an unknown user."""
+    return Path(os.path.expanduser(text))
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Replaces `path` in one step: readers see either the old content or the whole new content."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")

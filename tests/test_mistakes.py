@@ -210,6 +210,9 @@ def test_one_class_is_refused_before_anything_trains(complaint, tmp_path, capsys
             ["--config.class_weights=(1.0, 2.0)"],
             "number for each of the 3 classes, in their order (ground",
         ),
+        (["--config.class_weights=(None, None, None)"], "class_weights=(None, None, None) must be one number for each"),
+        (["--config.model.blocks=True"], "config.model.blocks=True must be the number of blocks of each stage"),
+        (["--config.source.path=~nobody_of_this_name/x"], "~nobody_of_this_name/x: a dataset folder needs a folder"),
         (["--config.class_weights=(1.0, 2.0, 0.0)"], "one positive number for each of the 3 classes"),
     ],
 )

@@ -236,6 +236,7 @@ def test_a_checkpoint_that_is_no_stage_names_what_was_meant(stage, tmp_path, cap
         f"{run}/adapt/checkpoints": f"{wrong}: it lies in one, {run}/adapt\n",
         f"{run}/adapt/checkpoints/12": f"{wrong}: it lies in one, {run}/adapt:12\n",
         f"{tmp_path}/x.pth": f"convert a torch file with python -m jaxuda.convert {tmp_path}/x.pth --config FILE",
+        f"{run}/adapt/stage.json": f"{wrong}: it is a file; give {run}/adapt\n",
         f"{tmp_path}/nowhere": f"{wrong}: there is no such folder",
         str(tmp_path): f"{wrong} (it has no stage.json of one)",
     }

@@ -27,7 +27,7 @@ SUMMARY = "prepared.json"
 
 def root(data_dir: str | os.PathLike | None) -> Path:
     """The folder of prepared datasets: the argument, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
+    return files.user_path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").absolute()
 
 
 def prepared_folder(name: str, data_dir: str | os.PathLike | None, path: str = "") -> Path:

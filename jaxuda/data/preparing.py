@@ -68,8 +68,8 @@ def prepare(
 def _all_configs(top: str, manual_dir: str | os.PathLike | None) -> list[str]:
     """The configs of a dataset; of those from their own folders only what is there, if anything is."""
     configs, about = config_names(top), dataset(top)
-    if about.apart and manual_dir and Path(manual_dir).expanduser().is_dir():
-        there = [config for config in configs if about.builder.has_config(Path(manual_dir).expanduser(), config)]
+    if about.apart and manual_dir and files.user_path(manual_dir).is_dir():
+        there = [config for config in configs if about.builder.has_config(files.user_path(manual_dir), config)]
         for config in configs if there else ():
             if config not in there:
                 print(f"{top}/{config}: is not in {manual_dir}; nothing is prepared for it")
@@ -232,7 +232,7 @@ def _frequencies(pixels: dict[int, int], data: records.Records) -> str:
 def _existing_dir(manual_dir: str | os.PathLike | None, name: str, instructions: str) -> Path:
     if not manual_dir:
         raise UserError(f"{name} needs --manual_dir DIR: {instructions}")
-    folder = Path(manual_dir).expanduser()
+    folder = files.user_path(manual_dir)
     if not folder.is_dir():
         raise UserError(f"--manual_dir {manual_dir}: there is no such folder; it must be {instructions}")
     return folder

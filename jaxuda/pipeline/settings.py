@@ -46,12 +46,14 @@ def check(config: ConfigDict) -> None:
     if not _pair(plain["evaluation"]["size"]):
         wrong.append(f"config.evaluation.size={plain['evaluation']['size']!r} must be (width, height)")
     scales, weights = plain["test"]["scales"], plain["test"]["weights"]
+    if not _all_numbers(plain.get("class_weights", ())):
+        wrong.append(f"config.class_weights={plain['class_weights']!r} must be one number for each class")
     if not scales or not _all_numbers(scales) or min(scales) <= 0:
         wrong.append(f"config.test.scales={scales!r} must be factors above 0, such as (1.0,)")
     if not _all_numbers(weights) or min(weights, default=0) < 0 or (weights and not sum(weights)):
         wrong.append(f"config.test.weights={weights!r} must be numbers of at least 0, and not all 0")
     blocks = plain["model"].get("blocks")  # not every network family has it
-    if blocks is not None and not all(type(n) is int and 0 < n < 1000 for n in blocks):
+    if blocks is not None and not (_all_numbers(blocks) and all(type(n) is int and 0 < n < 1000 for n in blocks)):
         wrong.append(f"config.model.blocks={blocks!r} must be the number of blocks of each stage")
     if (dtype := plain["model"].get("dtype", _TYPES[0])) not in _TYPES:
         wrong.append(f"config.model.dtype={dtype!r} must be one of {', '.join(_TYPES)}")
@@ -108,5 +110,5 @@ def _pair(size: Any) -> bool:
     return isinstance(size, Sequence) and len(size) == 2 and all(type(n) is int and 0 < n <= 2**15 for n in size)
 
 
-def _all_numbers(values: Sequence[Any]) -> bool:
-    return all(type(value) in (int, float) for value in values)
+def _all_numbers(values: Any) -> bool:
+    return isinstance(values, Sequence) and all(type(value) in (int, float) for value in values)

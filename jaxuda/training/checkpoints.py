@@ -229,11 +229,14 @@ def unflatten(arrays: dict[str, np.ndarray], like: PyTree, where: str) -> PyTree
 def not_a_stage(folder: Path) -> str:
     """What is wrong with a path that should be the folder of a training stage, and which was perhaps meant."""
     wrong = f"{folder} is not the folder of a training stage"
-    if folder.is_file() or folder.suffix in _WEIGHTS:
+    if folder.suffix in _WEIGHTS or (folder.is_file() and folder.suffix != ".json"):
         return (
             f"{wrong}: convert a torch file with python -m jaxuda.convert {folder} --config FILE, then give the folder "
             "that this writes"
         )
+    if folder.is_file():  # one of our own, such as stage.json or results.json
+        stage = stage_settings(folder.parent)
+        return f"{wrong}: it is a file; give {folder.parent if stage else 'the folder of a stage'}"
     if not folder.is_dir():
         return f"{wrong}: there is no such folder"
     if outer := next(filter(stage_settings, folder.absolute().parents[:2]), None):

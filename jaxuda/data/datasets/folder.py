@@ -62,7 +62,7 @@ class Folder(FilesBuilder, skip_registration=True):
           UserError: there is no such folder, folders seem to be splits but are not named like these, or classes.json
             is wrong or missing.
         """
-        root = Path(path).expanduser().resolve()
+        root = files.user_path(path).resolve()
         if not (root / "images").is_dir():
             nested = next(root.glob("*/images"), None) if root.is_dir() else None
             hint = f"; move {nested} to {root / 'images' / nested.parent.name}" if nested else ""
