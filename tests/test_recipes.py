@@ -156,12 +156,16 @@ def test_association_settings() -> None:
         plca.get_config("streets,pairs")
 
 
+CHECKED: set[str] = set()  # fingerprints: recipes share their baselines
+
+
 def check(config, num_classes: int, only: tuple[str, ...] = ()) -> None:
     """Every training stage: one abstract step at the published batch and image sizes keeps the state's shapes."""
     for stage in plan(config, Path("runs/x"), DOMAINS):
         settings = stage.config
-        if "sweep" in settings or (only and stage.name not in only):
+        if "sweep" in settings or (only and stage.name not in only) or stage.fingerprint in CHECKED:
             continue
+        CHECKED.add(stage.fingerprint)
         model, method = make_model(settings.model, num_classes), methods.load(settings.train)
         tx = make_optimizer(settings, model)
         batch = {
