@@ -53,7 +53,19 @@ def test_files_that_tools_derive():
 
 
 def test_folders_that_look_like_splits():
-    for name in ("train2017", "Val", "TEST", "trainA", "my-valid", "X_test", "TrainSet", "test_images", "dev"):
+    for name in (
+        "train2017",
+        "Val",
+        "TEST",
+        "trainA",
+        "my-valid",
+        "X_test",
+        "TrainSet",
+        "test_images",
+        "dev",
+        "trains",
+        "xtrain",
+    ):
         assert looks_like_split(name), name
-    for name in ("rome", "strain", "trains", "valley", "site1", "contest", "developers"):
+    for name in ("rome", "strain", "valley", "site1", "contest", "developers"):
         assert not looks_like_split(name), name
