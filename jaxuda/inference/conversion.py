@@ -37,6 +37,7 @@ from jaxuda.interop.torch_checkpoint import (
 )
 from jaxuda.models import abstract_variables, load_family, make_model, make_saved_model, output_shapes
 from jaxuda.training import checkpoints, weights
+from jaxuda.training.classes import reordered
 
 PyTree = Any
 Say = Callable[[str], None]
@@ -114,7 +115,8 @@ def import_checkpoint(
         say(f"{'with' if taken else 'without'} a projection head")
     _account(match, say, more=len(projection))
     if order := torch_layouts(model)[layout].order:
-        variables = _reordered(variables, model, np.argsort(order))
+        flat = flax.traverse_util.flatten_dict(variables, sep=".")
+        variables = flax.traverse_util.unflatten_dict(reordered(flat, model, np.argsort(order)), sep=".")
         say(f"its classes were reordered: from the order of '{layout}' to ours")
     identity = json.loads(stage.to_json())
     identity["evaluation"]["network"] = checkpoints.STUDENT  # the file holds one network, also for methods with several
@@ -136,11 +138,11 @@ def export(folder: Path, path: Path, layout: str = "", say: Say = print) -> None
     config = stage_config(str(folder))
     arrays, step = checkpoints.read_variables(folder / "checkpoints", network=evaluated_network(config))
     model = make_saved_model(config.model, arrays, str(folder))
-    variables = checkpoints.unflatten(arrays, abstract_variables(model, config.evaluation.size), str(folder))
     layout = layout or published_layout(model)
     if layout in torch_layouts(model) and (order := torch_layouts(model)[layout].order):
-        variables = _reordered(variables, model, np.array(order))
+        arrays = reordered(arrays, model, order)
         say(f"its classes were reordered: to the order of '{layout}'")
+    variables = checkpoints.unflatten(arrays, abstract_variables(model, config.evaluation.size), str(folder))
     head = _projection(folder / "checkpoints", step, say) if config.get("projection", "none") != "none" else {}
     save_torch(variables, model, path, layout, head)
     load = "torch.load(FILE, weights_only=True)" if path.suffix == ".pth" else "safetensors.torch.load_file(FILE)"
@@ -223,12 +225,3 @@ def _projection(folder: Path, step: int, say: Say) -> dict[str, np.ndarray]:
     if state is None:
         say("its projection head is left out: only the kind 'mlp' was ever published")
     return state or {}
-
-
-def _reordered(variables: PyTree, model: nn.Module, order: np.ndarray) -> PyTree:
-    """Class i of the new classifiers is class order[i] of the old ones."""
-    params = {
-        part: jax.tree.map(lambda x: np.asarray(x)[..., order], tree) if part in model.CLASSIFIERS else tree
-        for part, tree in variables["params"].items()
-    }
-    return {**variables, "params": params}

@@ -82,7 +82,7 @@ def in_order(
     if theirs == tuple(classes):
         return arrays
     say(f"{folder}: {_note(theirs, classes)}")
-    return reordered(arrays, model, theirs, classes)
+    return reordered(arrays, model, _order(theirs, classes))
 
 
 def fit_classes(
@@ -98,17 +98,21 @@ def fit_classes(
     if set(space.classes) != set(classes):
         other = f"the checkpoint's is for {_shown(space.classes)}, this network has {_shown(classes)}"
         return weights.fit(arrays, variables, model, str(folder), other)
-    ordered = reordered(arrays, model, space.classes, classes)
+    ordered = reordered(arrays, model, _order(space.classes, classes))
     fitted, notes = weights.fit(ordered, variables, model, str(folder))
     return fitted, ([] if space.classes == tuple(classes) else [_note(space.classes, classes)]) + notes
 
 
-def reordered(arrays: Arrays, model: Any, theirs: Sequence[str], ours: Sequence[str]) -> Arrays:
-    """The arrays with the classes of all classifiers in the order `ours` instead of `theirs`: the same names."""
-    order = [theirs.index(name) for name in ours]
+def reordered(arrays: Arrays, model: Any, order: Sequence[int] | np.ndarray) -> Arrays:
+    """The arrays of a network, by dotted path; class i of its new classifiers is class order[i] of the old ones."""
     return {
         name: array[..., order] if name.split(".")[1] in model.CLASSIFIERS else array for name, array in arrays.items()
     }
+
+
+def _order(theirs: Sequence[str], ours: Sequence[str]) -> list[int]:
+    """For `reordered`, from the names of the classes in both orders."""
+    return [theirs.index(name) for name in ours]
 
 
 def _note(theirs: Sequence[str], ours: Sequence[str]) -> str:
