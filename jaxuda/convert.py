@@ -12,16 +12,11 @@ python -m jaxuda.convert STAGE --export FILE
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from jaxuda.cli import Parser, guarded, parse, user_path
 from jaxuda.errors import UserError
-
-if TYPE_CHECKING:
-    from jaxuda.data.labels import LabelSpace
 
 
 def convert(argv: list[str] | None = None) -> None:
@@ -38,7 +33,7 @@ def convert(argv: list[str] | None = None) -> None:
     parser.add_argument("--layout", default="", help="names of variables (default: those of the most similar network)")
     args, overrides = parser.parse_with_fields(argv)
     from jaxuda.inference import conversion  # here: --help must not wait for JAX
-    from jaxuda.pipeline import stages
+    from jaxuda.pipeline import domains, stages
     from jaxuda.training import weights
     from jaxuda.training.classes import describe
 
@@ -58,7 +53,7 @@ def convert(argv: list[str] | None = None) -> None:
     else:
         folder = args.out or weights.imagenet_folder(args.file.stem, args.data_dir or config.data_dir)
         stage = stages.resolve(_trained_stage(config, args.stage), config)
-        space, table = _classes(config)
+        space, table = domains.defined_classes(config)
         described = describe(space, table)
         conversion.import_checkpoint(args.file, stage, space.num_classes, folder, classes=described, part=args.part)
         where = f"--config configs/{config.name}.py:{config.benchmark} --checkpoint {folder}"
@@ -72,17 +67,6 @@ def _trained_stage(config: ConfigDict, name: str) -> str:
     if name and name not in trained:
         raise UserError(f"--stage {name}: this recipe's training stages are {', '.join(trained)}")
     return name or [stage for stage in trained if config[stage].domains[0] != "target" or config[stage].labels][-1]
-
-
-def _classes(config: ConfigDict) -> tuple[LabelSpace, np.ndarray | None]:
-    """The classes of a recipe, and the train ids of the ids in its source's files if it needs them to know these."""
-    from jaxuda import data
-    from jaxuda.pipeline import domains
-
-    if config.label_space:
-        return data.labels.label_space(config.label_space), None
-    records = domains.open_records(config, "source", config.source.split)
-    return records.label_space, getattr(records, "table", None)
 
 
 def main(argv: list[str] | None = None) -> int:

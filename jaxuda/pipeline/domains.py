@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxuda import data, parallel
@@ -142,6 +143,19 @@ def open_records(config: ConfigDict, domain: str, split: str) -> data.Records:
     return data.load(
         place.name, split, label_space=_label_space(config), data_dir=config.data_dir or None, path=place.path
     )
+
+
+def defined_classes(config: ConfigDict) -> tuple[LabelSpace, np.ndarray | None]:
+    """The classes of a recipe; opens the source only if it defines them (without a source, the target).
+
+    Returns:
+      The classes, and the train id of each id in the files that were opened for them, (256,); else None.
+    """
+    if config.label_space:
+        return label_space(config.label_space), None
+    domain = "source" if config.source.name else "target"
+    records = open_records(config, domain, config[domain].split)
+    return records.label_space, getattr(records, "table", None)  # joined datasets have several tables
 
 
 def _label_space(config: ConfigDict) -> LabelSpace | None:

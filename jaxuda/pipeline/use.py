@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxuda import data, parallel
+from jaxuda import parallel
 from jaxuda.data.labels import LabelSpace
 from jaxuda.errors import UserError
 from jaxuda.inference.restore import ALL, make_ensemble, network_names, parse_checkpoint, stage_config, title
@@ -125,13 +125,12 @@ def _space(config: ConfigDict, folder: str) -> LabelSpace:
     """
     stage_config(folder)  # if it is no stage, this is reported now
     trained, problem = of_stage(Path(folder)), "add --config, the recipe that it was trained with"
-    if config.get("label_space"):
-        return data.labels.label_space(config.label_space)
     if "source" in config:
-        domain = "source" if config.source.name else "target"
         try:
-            return domains.open_records(config, domain, config[domain].split).label_space
+            return domains.defined_classes(config)[0]
         except UserError as error:
+            if config.label_space:
+                raise
             problem = str(error)
     if trained is None or len(trained.palette) < trained.num_classes:
         raise UserError(f"{folder} does not have the colours of its classes (an older jaxuda trained it): {problem}")

@@ -16,6 +16,7 @@ from jaxuda.inference import conversion
 from jaxuda.interop import load_torch, read_tensors, save_torch
 from jaxuda.interop.tensor_files import pth_bytes, safetensors_bytes
 from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.pipeline import domains
 from jaxuda.training import checkpoints
 
 RESNETS = {14: (True, (1, 1, 1, 1)), 18: (False, (2, 2, 2, 2)), 34: (False, (3, 4, 6, 3)), 50: (True, (3, 4, 6, 3))}
@@ -100,7 +101,7 @@ def test_three_networks_and_the_command(two: tuple, tmp_path: Path, capsys, monk
     words = ["--config=configs/source_only.py", f"--config.model.width={WIDTH}", "--config.model.blocks=(1, 1, 1, 1)"]
     words = [str(tmp_path / "w.safetensors"), *words, "--config.label_space=cityscapes19", f"--out={tmp_path / 'out'}"]
     space = make_label_space("three", {"ground": (0, 0, 0), "box": (1, 1, 1), "sky": (2, 2, 2)})
-    monkeypatch.setattr(convert, "_classes", lambda config: (space, None))
+    monkeypatch.setattr(domains, "defined_classes", lambda config: (space, None))
     assert convert.main(words) == MISTAKE
     assert "holds 3 networks, in the parts 'model', 'imnet_model', 'ema_model'" in capsys.readouterr().err
     assert convert.main([*words, "--part=model"]) == 0
