@@ -85,8 +85,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
         raise UserError(_text(error)) from error
     for word in rest:
         raise unknown(word, ())
-    for name in ("workdir", "images"):
-        args[name].value = os.path.expanduser(args[name].value)
+    args["workdir"].value = os.path.expanduser(args["workdir"].value)
     if config is not None:
         from jaxuda.pipeline import settings  # here: it needs JAX
 

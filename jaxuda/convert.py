@@ -15,8 +15,9 @@ import sys
 
 from ml_collections import ConfigDict
 
-from jaxuda.cli import Parser, guarded, parse, user_path
+from jaxuda.cli import Parser, guarded, parse
 from jaxuda.errors import UserError
+from jaxuda.files import user_path
 
 
 def convert(argv: list[str] | None = None) -> None:

@@ -14,7 +14,8 @@ import sys
 from ml_collections import ConfigDict
 
 from jaxuda import files
-from jaxuda.cli import Parser, guarded, parse, seeds, user_path
+from jaxuda.cli import Parser, guarded, parse, seeds
+from jaxuda.files import user_path
 from jaxuda.main import run_and_report
 
 

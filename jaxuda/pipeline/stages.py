@@ -342,7 +342,7 @@ def _from_outside(name: str, resolved: ConfigDict, data_dir: str) -> tuple[tuple
     place, _, which = (
         resolved.init.rpartition(":") if resolved.init.endswith((":best", ":last")) else (resolved.init, "", "last")
     )
-    folder = Path(os.path.expanduser(place)).absolute()
+    folder = files.user_path(place).absolute()
     try:
         return (folder / "checkpoints", which), [weights.identity(folder, which), which]
     except UserError as error:
@@ -359,8 +359,8 @@ def imagenet_start(network: str, data_dir: str) -> tuple[tuple[Path, str], Any]:
 
 def _trained_with(folder: Path) -> tuple[str, str]:
     """The method that a checkpoint from outside of this run was trained with, and the network that was evaluated."""
-    identity = files.read_json(folder / "stage.json")["identity"]
-    if "train" not in identity:
+    identity = checkpoints.stage_settings(folder)
+    if identity is None:
         raise UserError(f"{folder} holds a backbone alone, which cannot label images")
     methods.load(identity["train"], imported=True)
     return identity["train"], identity["evaluation"].get("network", checkpoints.STUDENT)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 
 from jaxuda import report
-from jaxuda.cli import Parser, guarded, user_path
+from jaxuda.cli import Parser, guarded
+from jaxuda.files import user_path
 
 
 def run(argv: list[str] | None) -> None:

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxuda import files
-from jaxuda.cli import Parser, guarded, user_path
+from jaxuda.cli import Parser, guarded
 from jaxuda.errors import UserError
+from jaxuda.files import user_path
 
 
 def draw(
