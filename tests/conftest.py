@@ -1,8 +1,9 @@
-"""Eight fake CPU devices, a compile cache that all tests share, and a home for prepared datasets."""
+"""Eight fake CPU devices, a compile cache that all tests share, and fixtures that several files use."""
 
 import gc
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", type=int, default=20, help="faults that tests/faults tries (default: 20)")
     parser.addoption("--fault_seed", type=int, default=0, help="decides which ones, and when they strike")
     parser.addoption("--examples", type=int, default=20, help="changed files that test_bad_input.py tries")
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes are named as a user in the repository names them."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny source and target, as `tiny.arguments` takes them."""
+    import tiny
+
+    return tiny.prepare_domains(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def few_optimizations() -> Iterator[None]:
+    """Programs compile in half the time; for tests that spend most of theirs on compiling."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True, scope="module")

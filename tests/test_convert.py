@@ -32,16 +32,6 @@ TINY = DeepLabV2(19, backbone="resnet18", variant="torchvision", width=8, blocks
 TINY_WORDS = ["--config=configs/source_only.py", "--config.model.width=8", "--config.model.blocks=(1, 1, 1, 1)"]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> dict:
-    return tiny.prepare_domains(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
 def random_tiny() -> dict:
     return random_variables(TINY, np.zeros((1, 32, 32, 3), np.float32))
 

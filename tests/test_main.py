@@ -33,16 +33,6 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> dict:
-    return tiny.prepare_domains(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
-@pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> Path:
     """A work folder in which the whole recipe has run."""
     workdir = tmp_path_factory.mktemp("finished") / "run"

@@ -22,16 +22,6 @@ MINENT = "--config=configs/minent.py"
 COMMANDS = {"prepare": prepare, "table": table, "report": report, "report.pictures": pictures}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> dict:
-    return tiny.prepare_domains(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
 @pytest.fixture
 def complaint(capsys):
     """Runs `main` and returns its message, on which a user can act."""

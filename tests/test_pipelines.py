@@ -26,16 +26,6 @@ RECIPES = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> dict:
-    return tiny.prepare_domains(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
-@pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> dict[str, Path]:
     """A finished work folder for each recipe."""
     os.chdir(ROOT)

@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from jaxuda import files
 from jaxuda.cli import INTERRUPTED, MISTAKE
@@ -22,16 +21,6 @@ from jaxuda.main import main
 from jaxuda.training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> dict:
-    return tiny.prepare_domains(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
 
 
 def words(workdir: Path, data: dict, *more: str) -> list[str]:

@@ -29,11 +29,6 @@ ROOT = Path(__file__).parents[1]
 FULL = (2048, 1024)
 
 
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
 def converted(benchmark: str, classes: int, folder: Path, seed: int = 0) -> str:
     """A folder like that of a finished stage, with a small network of random weights."""
     model = DeepLabV2(classes, backbone="resnet18", variant="torchvision", width=8)

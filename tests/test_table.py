@@ -15,16 +15,6 @@ from jaxuda.pipeline import tables
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> dict:
-    return tiny.prepare_domains(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
 def test_several_seeds_end_with_mean_and_spread(data: dict, tmp_path, capsys) -> None:
     words = tiny.arguments("minent", workdir=tmp_path / "run", **data)
     assert main(["jaxuda", *words, "--seeds=0,1"]) == 0

@@ -28,16 +28,6 @@ ROOT = Path(__file__).parents[1]
 COLOURS = np.array([[0, 90, 40], [80, 90, 40], [160, 90, 40]])
 
 
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> dict:
-    return tiny.prepare_domains(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture(scope="module")
 def stage(data, tmp_path_factory) -> Path:
     """A stage that has learned enough to tell the three classes apart."""

@@ -21,11 +21,6 @@ MODEL = DeepLabV2(19, "resnet18", "caffe", width=8, aux=True)
 WORDS = ["--config=configs/cfcontra.py:gta5", "--config.model.backbone=resnet18", "--config.model.width=8"]
 
 
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
 def head(axes: int) -> dict[str, np.ndarray]:
     """Its entries, by their published names; the layers are convolutions (4 axes) or linear (2 axes)."""
     shapes = {"weight": [CHANNELS, CHANNELS, 1, 1][:axes], "bias": [CHANNELS]}

@@ -31,12 +31,8 @@ STAND_INS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _compile_sooner():
-    """Most of the time here is spent on compiling; tests of trajectories and losses run what users run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+# Tests of trajectories and losses run what users run.
+pytestmark = pytest.mark.usefixtures("few_optimizations")
 
 
 def stage_config(method: str, **changes) -> ConfigDict:

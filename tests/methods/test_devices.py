@@ -15,12 +15,13 @@ from jaxuda.training.state import TrainState
 MEANS = ("source_only", "control", "minent", "advent", "fada", TOY)
 
 
+pytestmark = pytest.mark.usefixtures("few_optimizations")
+
+
 @pytest.fixture(autouse=True)
-def _compile_sooner_and_forget():
+def _forget_compiled_steps():
     """No test runs the step of another, and those for eight devices take hundreds of megabytes each."""
-    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
     gc.collect()
 

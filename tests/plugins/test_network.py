@@ -32,11 +32,6 @@ ROOT = Path(__file__).parents[2]
 RECIPE = "--config=tests/plugins/network_recipe.py"
 
 
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
 @pytest.fixture(scope="module")
 def words(tmp_path_factory) -> list[str]:
     data = tiny.prepare_domains(tmp_path_factory.mktemp("data"))

@@ -31,11 +31,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> dict:
-    return tiny.prepare_domains(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> Path:
     """A work folder in which a whole recipe has run."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
