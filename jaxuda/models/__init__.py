@@ -94,12 +94,17 @@ class Pretrained(NamedTuple):
     fields: the fields of `config.model` of the network that they fit.
     file, publisher: the file to get, and who publishes it.
     family: the network family; set by `pretrained`.
+    package, package_file, sha256: the package of pip that has the file, the file's path in it, and its checksum; "" if
+        there is no such package.
     """
 
     fields: Mapping[str, Any]
     file: str
     publisher: str
     family: str = ""
+    package: str = ""
+    package_file: str = ""
+    sha256: str = ""
 
 
 def load_family(fields: Mapping[str, Any], *, imported: bool = False) -> ModuleType:

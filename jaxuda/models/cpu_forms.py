@@ -157,6 +157,88 @@ def _project_and_shift_backward(offsets, saved, g):
 project_and_shift.defvjp(_project_and_shift_forward, _project_and_shift_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def depthwise_taps(
+    x: jax.Array, kernel: jax.Array, stride: int, dilation: int, pads: tuple[tuple[int, int], ...]
+) -> jax.Array:
+    """Depthwise convolution of (N, H, W, A) with (k, k, 1, A): the sum of shifted maps, one for each tap."""
+    size, x = kernel.shape[0], _padded(x, pads)
+    height, width = ((n - (size - 1) * dilation - 1) // stride + 1 for n in x.shape[1:3])
+
+    def seen(i: int, j: int) -> jax.Array:
+        rows, columns = i * dilation, j * dilation
+        return x[:, rows : rows + stride * height : stride, columns : columns + stride * width : stride]
+
+    return sum(seen(i, j) * kernel[i, j, 0] for i, j in np.ndindex(size, size))
+
+
+def _padded(x: jax.Array, pads: tuple[tuple[int, int], ...]) -> jax.Array:
+    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)))
+
+
+def _depthwise_forward(x, kernel, stride, dilation, pads):
+    return depthwise_taps(x, kernel, stride, dilation, pads), (x, kernel)
+
+
+def _depthwise_backward(stride, dilation, pads, saved, g):
+    x, kernel = saved
+    # As many rows and columns as a whole number of strides, so that both can be split by their remainder.
+    whole = [-(-(n + sum(pad)) // stride) * stride for n, pad in zip(x.shape[1:3], pads, strict=True)]
+    pads = tuple((low, n - size - low) for (low, _), n, size in zip(pads, whole, x.shape[1:3], strict=True))
+    dkernel = _depthwise_kernel_gradient(_padded(x, pads), kernel.shape[0], stride, dilation, g)
+    dx = _depthwise_input_gradient(kernel, stride, dilation, whole, g)
+    (top, _), (left, _) = pads
+    return dx[:, top : top + x.shape[1], left : left + x.shape[2]], dkernel
+
+
+def _depthwise_kernel_gradient(x: jax.Array, size: int, stride: int, dilation: int, g: jax.Array) -> jax.Array:
+    # One row of the result at a time: it stays in the cache while it is multiplied with all taps. Sums over whole maps,
+    # one per tap, take five times as long; XLA vectorises the sum of a row only if nothing but its addition follows.
+    count, height, width, channels = g.shape
+    x = x.reshape(*x.shape[:2], -1, stride, channels)
+    reach, starts = (size - 1) * dilation + 1, [divmod(j * dilation, stride) for j in range(size)]
+
+    def add_row(index: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        image, row = index // height, index % height
+        seen = lax.dynamic_slice(x, (image, row * stride, 0, 0, 0), (1, reach, *x.shape[2:]))[0, ::dilation]
+        grads = lax.dynamic_slice(g, (image, row, 0, 0), (1, 1, width, channels))[0, 0]
+        return tuple(
+            total + jnp.sum(seen[:, start : start + width, rest] * grads, axis=1)
+            for total, (start, rest) in zip(totals, starts, strict=True)
+        )
+
+    columns = lax.fori_loop(0, count * height, add_row, (jnp.zeros((size, channels), g.dtype),) * size)
+    return jnp.stack(columns, axis=1)[:, :, None]
+
+
+def _depthwise_input_gradient(
+    kernel: jax.Array, stride: int, dilation: int, whole: list[int], g: jax.Array
+) -> jax.Array:
+    # Positions with the same remainder modulo the stride see the same taps, as in `_max_of_taps_backward`.
+    size = kernel.shape[0]
+    grid = [n // stride for n in whole]
+    most = (size - 1) * dilation // stride  # the farthest row of the result, counted back, that a position is seen by
+    pads = tuple((most, n - length) for n, length in zip(grid, g.shape[1:3], strict=True))
+    g = _padded(g, pads)
+
+    def remainder(a: int, b: int) -> jax.Array:
+        taps = [(i, j) for i, j in np.ndindex(size, size) if (i * dilation % stride, j * dilation % stride) == (a, b)]
+        steps = [(most - i * dilation // stride, most - j * dilation // stride) for i, j in taps]
+        parts = [
+            g[:, row : row + grid[0], column : column + grid[1]] * kernel[i, j, 0]
+            for (i, j), (row, column) in zip(taps, steps, strict=True)
+        ]
+        return sum(parts[1:], parts[0])
+
+    if stride == 1:
+        return remainder(0, 0)
+    maps = jnp.stack([jnp.stack([remainder(a, b) for b in range(stride)], 3) for a in range(stride)], 2)
+    return maps.reshape(len(g), *whole, g.shape[-1])
+
+
+depthwise_taps.defvjp(_depthwise_forward, _depthwise_backward)
+
+
 @jax.custom_vjp
 def join(branch: jax.Array, shortcut: jax.Array) -> jax.Array:
     """relu(branch + shortcut); only the result is kept for the gradient."""

@@ -14,31 +14,13 @@ import numpy as np
 from jaxuda.errors import UserError
 from jaxuda.interop.torch_checkpoint import LEAVES, Layout
 from jaxuda.models import Outputs, Pretrained
-from jaxuda.models.layers import BatchNorm, Conv, conv2d_sum, head_init
+from jaxuda.models.heads import DilatedHead
+from jaxuda.models.layers import BatchNorm, Conv
 from jaxuda.models.resnet import DEPTHS, VARIANTS, ResNet
 from jaxuda.models.vgg import BLOCKS, NEW_LAYERS, VGG
 
 BACKBONES = (*DEPTHS, "vgg16")
 HEAD_DILATIONS = (6, 12, 18, 24)
-
-
-class Head(nn.Module):
-    """Sum of four dilated 3x3 convolutions from features to class logits."""
-
-    num_classes: int
-    use_bias: bool
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (3, 3, x.shape[-1], self.num_classes)
-        kernels = [self.param(f"kernel{i}", head_init, shape) for i in range(len(HEAD_DILATIONS))]
-        y = conv2d_sum(x.astype(self.dtype), [k.astype(self.dtype) for k in kernels], HEAD_DILATIONS)
-        if self.use_bias:
-            zeros = nn.initializers.zeros
-            biases = [self.param(f"bias{i}", zeros, shape[-1:]) for i in range(len(HEAD_DILATIONS))]
-            y = y + sum(biases).astype(self.dtype)
-        return y
 
 
 class DepthBranch(nn.Module):
@@ -127,16 +109,16 @@ class DeepLabV2(nn.Module):
         depth = None
         if self.depth:
             depth, features = DepthBranch(self.dtype, name="depth")(features)
-        head = functools.partial(Head, self.num_classes, self.head_bias, self.dtype)
+        head = functools.partial(DilatedHead, self.num_classes, HEAD_DILATIONS, self.head_bias, self.dtype)
         main = head(name="head")(features)
         aux = head(name="aux_head")(middle) if self.aux else None
         # Resizing, softmax and statistics downstream need more than bfloat16.
         wide = jnp.promote_types(self.dtype, jnp.float32)
         return jax.tree.map(lambda x: x.astype(wide), Outputs(main, features, aux, depth))
 
-    def classifier(self, num_classes: int) -> Head:
+    def classifier(self, num_classes: int) -> DilatedHead:
         """A head like the network's own, which maps `Outputs.features` to logits of `num_classes` classes."""
-        return Head(num_classes, self.head_bias, self.dtype, parent=None)
+        return DilatedHead(num_classes, HEAD_DILATIONS, self.head_bias, self.dtype, parent=None)
 
     def parameter_group(self, path: tuple[str, ...]) -> str:
         """The optimizer group of a parameter, from its path in the network's parameters; see `jaxuda.optimizers`."""

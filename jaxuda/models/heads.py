@@ -1,13 +1,37 @@
-"""Heads other than those of class logits."""
+"""Heads that networks and methods share."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxuda.errors import UserError
-from jaxuda.models.layers import Conv
+from jaxuda.models.layers import Conv, conv2d_sum, head_init
 
 PROJECTIONS = ("mlp", "linear", "none")
+
+
+class DilatedHead(nn.Module):
+    """DeepLab-v2's classifier: the sum of dilated 3x3 convolutions from features (N, h, w, A) to (N, h, w, C) logits.
+
+    dilations: one for each convolution.
+    use_bias: whether each convolution has a bias.
+    dtype: compute dtype.
+    """
+
+    num_classes: int
+    dilations: tuple[int, ...]
+    use_bias: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape, places = (3, 3, x.shape[-1], self.num_classes), range(len(self.dilations))
+        kernels = [self.param(f"kernel{i}", head_init, shape) for i in places]
+        y = conv2d_sum(x.astype(self.dtype), [k.astype(self.dtype) for k in kernels], self.dilations)
+        if self.use_bias:
+            biases = [self.param(f"bias{i}", nn.initializers.zeros, shape[-1:]) for i in places]
+            y = y + sum(biases).astype(self.dtype)
+        return y
 
 
 class ProjectionHead(nn.Module):

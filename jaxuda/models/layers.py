@@ -19,6 +19,7 @@ from jax import lax
 
 from jaxuda.errors import UserError
 from jaxuda.models.cpu_forms import (
+    depthwise_taps,
     few_channels,
     join,
     library_conv,
@@ -50,8 +51,8 @@ def normalise(images: jax.Array, kind: str) -> jax.Array:
 
     Args:
       images: (N, H, W, 3), uint8 or float, RGB in 0..255.
-      kind: "caffe" or "vgg" (BGR in 0..255 minus the mean), or "imagenet" (RGB in 0..1, mean and
-        deviation removed).
+      kind: "caffe" or "vgg" (BGR in 0..255 minus the mean), "imagenet" (RGB in 0..1, mean and deviation removed), or
+        "efficientnet" (RGB, -1..1).
 
     Returns:
       (N, H, W, 3) float32.
@@ -64,7 +65,10 @@ def normalise(images: jax.Array, kind: str) -> jax.Array:
         return images[..., ::-1] - jnp.asarray(_BGR_MEANS[kind], jnp.float32)
     if kind == "imagenet":
         return (images / 255.0 - jnp.asarray(_RGB_MEAN)) / jnp.asarray(_RGB_STD)
-    raise UserError(f"unknown normalisation {kind!r}; known: {', '.join((*_BGR_MEANS, 'imagenet'))}")
+    if kind == "efficientnet":
+        return (images - 127.0) / 128.0
+    known = ", ".join((*_BGR_MEANS, "imagenet", "efficientnet"))
+    raise UserError(f"unknown normalisation {kind!r}; known: {known}")
 
 
 # Convolution ------------------------------------------------------------------------------------------------
@@ -106,6 +110,26 @@ def conv2d_sum(x: jax.Array, kernels: Sequence[jax.Array], dilations: Sequence[i
                 taps[offset] = taps[offset] + kernel[i, j] if offset in taps else kernel[i, j]
     weight = jnp.concatenate(list(taps.values()), axis=1)
     return project_and_shift(x, weight, tuple(taps))
+
+
+def depthwise_conv2d(
+    x: jax.Array, kernel: jax.Array, stride: int, dilation: int, pads: tuple[tuple[int, int], tuple[int, int]]
+) -> jax.Array:
+    """Convolution of each channel of (N, H, W, A) with its own kernel, (k, k, 1, A).
+
+    pads: zeros before and after the rows, and before and after the columns.
+    """
+    if use_cpu_forms():
+        return depthwise_taps(x, kernel, stride, dilation, pads)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=pads,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
 
 
 class Conv(nn.Module):
