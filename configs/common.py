@@ -64,6 +64,18 @@ def quick_model(**fields) -> ConfigDict:
     )
 
 
+def adamw(config: ConfigDict, **fields) -> None:
+    """Replaces the optimizer's section by AdamW's.
+
+    `undecayed` names the groups without weight decay, such as ("norm",). The learning rate grows from `warmup_ratio`
+    of its value within `warmup_steps`.
+    """
+    defaults = {"head_factor": 1.0, "weight_decay": 0.01, "power": 1.0, "train_norm": True}
+    defaults |= {"undecayed": (), "warmup_steps": 0, "warmup_ratio": 1e-6}
+    assert fields.keys() <= defaults.keys(), f"AdamW has no {', '.join(fields.keys() - defaults.keys())}"
+    config.optim = ConfigDict({"name": "adamw", **defaults, **fields})
+
+
 def base(name: str, benchmark: str, published: tuple[str, ...] = ()) -> ConfigDict:
     """Everything but the stages.
 

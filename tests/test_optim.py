@@ -5,10 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_weights import golden
 
+from configs import common
 from jaxuda.errors import UserError
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.optimizers import make_optimizer
+from jaxuda.optimizers.adamw import adamw
 from jaxuda.optimizers.schedules import poly_schedule
 from jaxuda.optimizers.sgd import sgd
 
@@ -17,6 +20,45 @@ def test_poly_schedule() -> None:
     schedule = poly_schedule(0.1, 100)
     np.testing.assert_allclose([schedule(0), schedule(50), schedule(100)], [0.1, 0.1 * 0.5**0.9, 0], rtol=1e-6)
     assert schedule(120) == 0  # never NaN beyond the end
+
+
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_poly_schedule_with_warm_up(case: str) -> None:
+    """Case "c" of the golden file is a schedule with a minimum, which jaxuda lacks."""
+    arrays = {key[2:]: value for key, value in golden("warmup_poly").items() if key.startswith(case)}
+    numbers = {name: arrays[name].item() for name in ("max_steps", "warmup_steps")}
+    # The file has float32 numbers of what was computed with float64.
+    numbers |= {name: float(str(arrays[name])) for name in ("power", "warmup_ratio")}
+    for wide, tolerance in ((True, 1e-9), (False, 1e-4)):
+        with jax.enable_x64(wide):
+            for rate, expected in zip(arrays["base_lr"], arrays["lr_f64"].T, strict=True):
+                schedule = poly_schedule(float(str(rate)), **numbers)
+                # In float32 the last steps, whose rates are nearly 0, are exact only relative to the first rates.
+                least = 0 if wide else 1e-6 * rate
+                np.testing.assert_allclose(schedule(jnp.asarray(arrays["steps"])), expected, tolerance, least)
+                np.testing.assert_allclose(schedule(0), expected[0], tolerance)
+    assert schedule(numbers["max_steps"] + 5) == 0
+
+
+@pytest.mark.parametrize("tensor", ["plain", "norm", "head"])
+def test_adamw(tensor: str) -> None:
+    file = golden("adamw")
+    arrays = {name.removeprefix(f"{tensor}_"): value for name, value in file.items() if name.startswith(tensor)}
+    rates = file["lr_f64"] * float(arrays["lr_factor"])
+    for wide, kind, expected, tolerance in (
+        (True, np.float64, arrays["weights_f64"], 1e-14),
+        (False, np.float32, arrays["weights"], 1e-6),
+    ):
+        with jax.enable_x64(wide):
+            decay = float(str(arrays["weight_decay"]))  # 0.01; the file has the nearest float32
+            transform = adamw(jnp.asarray(rates).__getitem__, decay)
+            weight = jnp.asarray(arrays["start"], kind)
+            state = transform.init(weight)
+            for gradient, after in zip(arrays["grads"], expected, strict=True):
+                updates, state = transform.update(jnp.asarray(gradient, kind), state, weight)
+                weight = weight + updates
+                assert weight.dtype == kind
+                np.testing.assert_allclose(weight, after, tolerance, tolerance)
 
 
 @pytest.mark.parametrize("decay", ["fresh", "accumulate"])
@@ -83,12 +125,57 @@ def test_each_group_moves_as_its_settings_say() -> None:
             np.testing.assert_allclose(moved[path], -factors[group], rtol=1e-5, err_msg=str(path))
 
 
+def adamw_settings(**fields) -> dict:
+    config = common.base("minent", "streets")
+    common.adamw(config, **fields)
+    return {"lr": 1e-3, "schedule_steps": 10, "optim": config.optim.to_dict()}
+
+
+def test_groups_of_adamw() -> None:
+    """In the first update AdamW moves each weight by its rate, whatever the gradient's size, and by its decay."""
+    params = flax.traverse_util.unflatten_dict({path: jnp.ones(()) for path in CASES if path[0] != "discriminator"})
+    grads = jax.tree.map(lambda one: 0.1 * one, params)
+    fields = {"head_factor": 5.0, "weight_decay": 0.5, "warmup_steps": 4, "warmup_ratio": 0.2}
+    for more, norm in (
+        ({"undecayed": ("norm",)}, 1.0),
+        ({"undecayed": ["norm", "head"]}, 1.0),  # a stage's settings have been through JSON
+        ({}, 1.5),
+        ({"train_norm": False}, 0.0),
+    ):
+        tx = make_optimizer(adamw_settings(**fields, **more), DeepLabV2(3))
+        updates, _ = tx.update(grads, tx.init(params), params)
+        head = 5 * (1.0 if "head" in more.get("undecayed", ()) else 1.5)
+        for path, moved in flax.traverse_util.flatten_dict(updates).items():
+            expected = {"norm": norm, "head": head}.get(CASES[path], 1.5)
+            np.testing.assert_allclose(moved, -1e-3 * 0.2 * expected, rtol=1e-4, err_msg=str((more, path)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("undecayed", ("norms",), r"undecayed=\('norms',\) must be a tuple of groups \(stem, block"),
+        ("undecayed", "norm", r"undecayed='norm' must be a tuple of groups"),
+        ("undecayed", None, r"undecayed=None must be a tuple of groups"),
+        ("weight_decay", "0.01", r"config\.optim\.weight_decay='0\.01' must be a number"),
+        ("warmup_steps", None, r"config\.optim\.warmup_steps=None must be a number"),
+    ],
+)
+def test_wrong_fields_of_adamw_are_named(field: str, value, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        make_optimizer(adamw_settings(**{field: value}), DeepLabV2(3))
+
+
 def test_an_unknown_group_is_named() -> None:
     params = {"projection": {"kernel": jnp.zeros(())}}
     with pytest.raises(UserError, match=r"projection\.kernel is in the group 'projection'.*it has: stem, block"):
         make_optimizer(Settings(), DeepLabV2(3)).init(params)
 
 
-def test_an_unknown_family_is_named() -> None:
-    with pytest.raises(UserError, match=r"unknown optim\.name='lion'; choose one of: sgd"):
+def test_unknown_and_missing_names() -> None:
+    # SGD's settings with another name.
+    with pytest.raises(UserError, match=r"config\.optim lacks warmup_steps, warmup_ratio, undecayed, which optim"):
+        make_optimizer(Settings(name="adamw"), DeepLabV2(3))
+    with pytest.raises(AssertionError, match="AdamW has no momentum"):
+        adamw_settings(momentum=0.9)
+    with pytest.raises(UserError, match=r"unknown optim\.name='lion'; choose one of: adamw, sgd"):
         make_optimizer(Settings(name="lion"), DeepLabV2(3))

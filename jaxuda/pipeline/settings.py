@@ -21,13 +21,14 @@ _LEAST = {
     **dict.fromkeys(("lovasz_shrink", "stem", "block", "shortcut", "width"), 1),
     **dict.fromkeys(("keep_every", "devices", "num_workers", "seed", "schedule_steps", "lr", "momentum", "power"), 0),
     **dict.fromkeys(("weight_decay", "head_factor", "norm_eps", "rare_class_pixels"), 0),
+    **dict.fromkeys(("warmup_steps", "warmup_ratio"), 0),
     "rare_class_temperature": 1e-6,
 }
 _NEEDED = ("name", "benchmark", "seed", "pipeline", "source", "target", "evaluation", "test", "model", "optim")
 _STAGE = {"domains", "init", "labels", "split", "reads"}  # fields of every stage, and of one that trains
 _TRAINING = _STAGE | {"steps", "schedule_steps", "batch", "lr", "order"}
 _TYPES = ("float32", "bfloat16", "float16", "float64")  # that networks can compute in
-_MOST = {"width": 4096, "num_workers": 1024, "momentum": 1}
+_MOST = {"width": 4096, "num_workers": 1024, "momentum": 1, "warmup_ratio": 1}
 
 
 def check(config: ConfigDict) -> None:
