@@ -18,7 +18,7 @@ from configs import common
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: streets, camvid, folder, or one of common.PUBLISHED."""
+    """The config for one benchmark: one of common.BENCHMARKS."""
     config = common.base("advent", benchmark, published=common.PUBLISHED)
     config.pipeline = ("source_only", "adapt", "oracle")
     if benchmark in common.PUBLISHED:
@@ -30,7 +30,7 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
         config.source_only = common.source_only()
         config.adapt = common.train_stage("advent", init="source_only", lr=0.005, **adversarial(0.005))
         config.oracle = common.oracle()
-    return config
+    return common.lite(config)
 
 
 def adversarial(weight: float) -> dict:

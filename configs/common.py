@@ -14,7 +14,9 @@ CITIES = ("rio", "rome", "taipei", "tokyo")
 # The benchmarks of papers: to Cityscapes, from Cityscapes to each city of Cross-City, and from SYNTHIA to Mapillary.
 TO_CITYSCAPES = ("gta5", "synthia")
 PUBLISHED = (*TO_CITYSCAPES, *(f"crosscity-{city}" for city in CITIES), "mapillary")
-BENCHMARKS = ("streets", "camvid", "folder", *PUBLISHED)
+# Those that train within minutes; "streets,lite" starts from ImageNet weights of a small network, see `lite`.
+QUICK = ("streets", "camvid", "folder")
+BENCHMARKS = (*QUICK, *(f"{name},lite" for name in QUICK), *PUBLISHED)
 
 
 def unset() -> FieldReference:
@@ -64,6 +66,22 @@ def quick_model(**fields) -> ConfigDict:
     )
 
 
+def lite_model() -> ConfigDict:
+    """EfficientNet-Lite0 with its light head."""
+    return ConfigDict(
+        {
+            "name": "efficientnet_lite",
+            "head": "light",
+            "stride": 32,
+            "width": 32,
+            "blocks": unset(),
+            "decoder_width": 64,
+            "norm": "batch",
+            "dtype": "float32",
+        }
+    )
+
+
 def adamw(config: ConfigDict, **fields) -> None:
     """Replaces the optimizer's section by AdamW's.
 
@@ -76,25 +94,34 @@ def adamw(config: ConfigDict, **fields) -> None:
     config.optim = ConfigDict({"name": "adamw", **defaults, **fields})
 
 
-def base(name: str, benchmark: str, published: tuple[str, ...] = ()) -> ConfigDict:
+def base(
+    name: str, benchmark: str, published: tuple[str, ...] = (), variants: tuple[str, ...] = ("lite",)
+) -> ConfigDict:
     """Everything but the stages.
 
     Args:
       name: of the config file.
       benchmark: "streets" (drawn, nothing to download), "camvid" (day -> dusk), "folder" (the user's own
-        images: `--config.source.path=... --config.target.path=...`), or one of `published`.
+        images: `--config.source.path=... --config.target.path=...`), or one of `published`; a variant may follow after
+        a comma.
       published: those of `PUBLISHED` for which the config has a recipe.
+      variants: those that the config has; "lite" only of the benchmarks `QUICK`.
     """
+    benchmark, _, variant = benchmark.partition(",")
     benchmarks = {"streets": _streets, "camvid": _camvid, "folder": _folder}
     known = {"gta5": _gta5, "synthia": _synthia, "mapillary": _mapillary}
     known |= {f"crosscity-{city}": partial(_crosscity, city=city) for city in CITIES}
     benchmarks |= {name: known[name] for name in published}
     if benchmark not in benchmarks:
         raise ValueError(f"configs/{name}.py has no benchmark '{benchmark}' (known: {', '.join(benchmarks)})")
+    fitting = [each for each in variants if each != "lite" or benchmark in QUICK]
+    if variant and variant not in fitting:
+        known = f"known: {', '.join(fitting)}" if fitting else "there are none"
+        raise ValueError(f"configs/{name}.py:{benchmark} has no variant '{variant}' ({known})")
     config = ConfigDict(
         {
             "name": name,
-            "benchmark": benchmark,
+            "benchmark": f"{benchmark},lite" if variant == "lite" else benchmark,
             "seed": 0,
             "devices": 0,  # 0: as many local devices as divide the batch
             "platform": "",  # "gpu": refuse to fall back to the CPU
@@ -128,6 +155,22 @@ def base(name: str, benchmark: str, published: tuple[str, ...] = ()) -> ConfigDi
     # checkpoints (none: equal ones).
     config.test = ConfigDict({"flip": False, "scales": (1.0,), "weights": ()})
     benchmarks[benchmark](config)
+    if variant == "lite":
+        config.preprocess = "efficientnet"
+        config.model = lite_model()
+        adamw(config, head_factor=5.0)
+    return config
+
+
+def lite(config: ConfigDict, stages: tuple[str, ...] = ()) -> ConfigDict:
+    """The config, finished: with ",lite" its stages start from ImageNet weights, and their learning rates fit AdamW.
+
+    stages: only these; (): all.
+    """
+    for stage in (config[name] for name in stages or config.pipeline if config.benchmark.endswith(",lite")):
+        if "train" in stage:
+            stage.init = "imagenet" if stage.init == "scratch" else stage.init
+            stage.lr /= 50  # from SGD's to AdamW's: 0.02 to 4e-4
     return config
 
 

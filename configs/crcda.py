@@ -33,7 +33,7 @@ from configs import common
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: streets, camvid, folder, or one of common.PUBLISHED."""
+    """The config for one benchmark: one of common.BENCHMARKS."""
     config = common.base("crcda", benchmark, published=common.PUBLISHED)
     config.pipeline = ("source_only", "context_relations", "adapt", "oracle")
     if benchmark in common.PUBLISHED:
@@ -47,7 +47,7 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
         config.context_relations = relations(eps=0.18, min_samples=10)
         config.adapt = common.train_stage("crcda", init="source_only", lr=0.005, **max_min(0.02, 0.1))
         config.oracle = common.oracle()
-    return config
+    return common.lite(config)
 
 
 def relations(eps: float, min_samples: int) -> ConfigDict:

@@ -17,7 +17,7 @@ from configs import common
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: streets, camvid, folder, or one of common.PUBLISHED."""
+    """The config for one benchmark: one of common.BENCHMARKS."""
     config = common.base("fada", benchmark, published=common.PUBLISHED)
     config.pipeline = ("source_only", "adapt", "oracle")
     start, adapt = {}, {"lr": 0.005, "lambda_adv": 0.005, "discriminator_width": 64}
@@ -30,4 +30,4 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
     config.source_only = common.source_only(**start)
     config.adapt = common.train_stage("fada", init="source_only", temperature=1.8, discriminator_lr=1e-4, **adapt)
     config.oracle = common.oracle(**start)
-    return config
+    return common.lite(config)

@@ -19,7 +19,7 @@ from configs.advent import adversarial
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: streets, camvid, folder, or one of common.PUBLISHED."""
+    """The config for one benchmark: one of common.BENCHMARKS."""
     config = common.base("intrada", benchmark, published=common.PUBLISHED)
     config.pipeline = ("source_only", "inter", "rank", "pseudo_labels", "intra", "oracle")
     published = benchmark in common.PUBLISHED
@@ -38,4 +38,4 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
         "advent", domains=("target", "target"), labels="pseudo_labels", split="rank", **intra
     )
     config.oracle = common.oracle(**baseline)
-    return config
+    return common.lite(config)

@@ -29,9 +29,9 @@ VARIANTS = ("paired",)
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: streets, camvid, folder, gta5 or synthia; "streets,paired" pairs by class."""
-    benchmark, _, pairing = benchmark.partition(",")
-    config = common.base("lfass", benchmark, published=common.TO_CITYSCAPES)
+    """The config for one benchmark: a quick one, gta5 or synthia; "streets,paired" pairs by class."""
+    config = common.base("lfass", benchmark, published=common.TO_CITYSCAPES, variants=("lite", *VARIANTS))
+    benchmark, _, variant = benchmark.partition(",")
     config.pipeline = ("source_only", "adapt", "oracle")
     if benchmark in common.TO_CITYSCAPES:
         _network(config)
@@ -46,8 +46,9 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
             "plca", init="source_only", steps=200, lr=0.005, **lovasz, **association(**FEATURES_ONLY)
         )
         config.oracle = common.oracle(**lovasz)
-    pair(config, pairing)
-    return config
+    if variant == "paired":
+        pair(config)
+    return common.lite(config)
 
 
 def _network(config: ConfigDict) -> None:

@@ -16,7 +16,7 @@ from configs import common
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: streets, camvid, folder, or one of common.PUBLISHED."""
+    """The config for one benchmark: one of common.BENCHMARKS."""
     config = common.base("minent", benchmark, published=common.PUBLISHED)
     config.pipeline = ("source_only", "adapt", "oracle")
     if benchmark in common.PUBLISHED:
@@ -32,4 +32,4 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
         "minent", init="source_only", lr=0.005, lambda_entropy=0.02, lambda_entropy_aux=0.004
     )
     config.oracle = common.oracle()
-    return config
+    return common.lite(config)

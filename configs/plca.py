@@ -29,9 +29,9 @@ VARIANTS = ("paired",)
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: streets, camvid, folder, gta5 or synthia; "streets,paired" pairs by class."""
-    benchmark, _, pairing = benchmark.partition(",")
-    config = common.base("plca", benchmark, published=common.TO_CITYSCAPES)
+    """The config for one benchmark: a quick one, gta5 or synthia; "streets,paired" pairs by class."""
+    config = common.base("plca", benchmark, published=common.TO_CITYSCAPES, variants=("lite", *VARIANTS))
+    benchmark, _, variant = benchmark.partition(",")
     config.pipeline = ("source_only", "adapt", "oracle")
     if benchmark in common.TO_CITYSCAPES:
         _published(config, *((30, 28) if benchmark == "gta5" else (10, 8)))
@@ -48,8 +48,9 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
             **association(test_aggregation=0.0),
         )
         config.oracle = common.oracle(**lovasz)
-    pair(config, pairing)
-    return config
+    if variant == "paired":
+        pair(config)
+    return common.lite(config)
 
 
 def _published(config: ConfigDict, schedule_epochs: int, epochs: int) -> None:
@@ -86,12 +87,8 @@ def association(**fields) -> dict:
     }
 
 
-def pair(config: ConfigDict, pairing: str) -> None:
-    """Adds the stage that finds the classes for choosing pairs, if `pairing` is "paired"."""
-    if not pairing:
-        return
-    if pairing != "paired":
-        raise ValueError(f"configs/{config.name}.py has no variant '{pairing}' (known: paired)")
+def pair(config: ConfigDict) -> None:
+    """Adds the stage that finds the classes for choosing pairs."""
     config.name += "_paired"
     config.pipeline = ("source_only", "target_classes", "adapt", "oracle")
     config.target_classes = common.sweep_stage("target_classes", init="source_only")

@@ -28,17 +28,19 @@ PHOTOMETRIC = {"jitter": (0.5, 0.5, 0.5, 0.2), "grey": 0.2, "blur": (0.1, 2.0)}
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: streets, camvid, folder, or one of common.PUBLISHED; "gta5,vgg16" for VGG-16."""
-    benchmark, _, backbone = benchmark.partition(",")
-    config = common.base("sdca", benchmark, published=common.PUBLISHED)
+    """The config for one benchmark: one of common.BENCHMARKS; "gta5,vgg16" for VGG-16."""
+    place, _, variant = benchmark.partition(",")
+    published = place in common.PUBLISHED
+    variants = VARIANTS if published else ("lite",)
+    config = common.base("sdca", benchmark, published=common.PUBLISHED, variants=variants)
     config.pipeline = ("source_only", "statistics", "adapt", "pseudo_labels", "self_train", "oracle")
     config.statistics = common.sweep_stage("class_statistics", init="source_only")
     config.pseudo_labels = common.sweep_stage("pseudo_label", init="adapt", threshold_cap=0.9)
-    if benchmark in common.PUBLISHED:
-        _published(config, backbone or "r101", benchmark)
+    if published:
+        _published(config, variant or "r101", place)
     else:
         _quick(config)
-    return config
+    return common.lite(config)
 
 
 def _quick(config: ConfigDict) -> None:
@@ -53,8 +55,6 @@ def _quick(config: ConfigDict) -> None:
 
 def _published(config: ConfigDict, backbone: str, benchmark: str) -> None:
     networks = {"r101": ("resnet101", "imagenet"), "vgg16": ("vgg16", "vgg")}
-    if backbone not in networks:
-        raise ValueError(f"configs/sdca.py has no network '{backbone}' (known: {', '.join(networks)})")
     config.model.backbone, config.preprocess = networks[backbone]
     config.model.update({"width": 64, "norm": "frozen", "norm_eps": 0.0})
     config.optim.update({"head_factor": 10.0, "train_norm": False})

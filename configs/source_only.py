@@ -13,9 +13,9 @@ from configs import common
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: streets, camvid or folder."""
+    """The config for one benchmark: streets, camvid or folder, also with ",lite"."""
     config = common.base("source_only", benchmark)
     config.pipeline = ("source_only", "oracle")
     config.source_only = common.source_only()
     config.oracle = common.oracle()
-    return config
+    return common.lite(config)

@@ -54,7 +54,12 @@ def join_processes(args: flags.FlagValues) -> None:
 
 def default_workdir(config: ConfigDict, workdir: str) -> Path:
     """The work folder that the user names, else one named after the run."""
-    return Path(workdir) if workdir else Path("runs") / f"{config.name}-{config.benchmark}-seed{config.seed}"
+    return Path(workdir) if workdir else Path("runs") / run_name(config)
+
+
+def run_name(config: ConfigDict) -> str:
+    """The name of a run's work folder, from its recipe, benchmark and seed."""
+    return f"{config.name}-{config.benchmark.replace(',', '-')}-seed{config.seed}"
 
 
 def run_and_report(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, Any]:

@@ -9,6 +9,7 @@ apply to every run.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 
 from ml_collections import ConfigDict
@@ -16,14 +17,14 @@ from ml_collections import ConfigDict
 from jaxuda import files
 from jaxuda.cli import Parser, guarded, parse, seeds
 from jaxuda.files import user_path
-from jaxuda.main import run_and_report
+from jaxuda.main import run_and_report, run_name
 
 
 def run(argv: list[str] | None) -> None:
     """Parses the command line, and runs the table."""
     parser = Parser("jaxuda.table", __doc__)
     parser.add_argument("--configs", required=True, type=lambda text: text.split(","), help="comma-separated files")
-    parser.add_argument("--benchmarks", default="streets", help="comma-separated")
+    parser.add_argument("--benchmarks", default="streets", help="comma-separated, such as camvid,camvid,lite")
     parser.add_argument("--seeds", default="0", type=seeds, help="comma-separated")
     parser.add_argument("--runs", default="runs", type=user_path, help="the folder of work folders")
     run_all(*parser.parse_with_fields(argv))
@@ -35,7 +36,7 @@ def run_all(args: argparse.Namespace, overrides: list[str]) -> None:
     from jaxuda.pipeline.results import check_comparable
 
     planned = []
-    for benchmark in args.benchmarks.split(","):
+    for benchmark in re.split(r",(?!lite\b)", args.benchmarks):  # "streets,lite" is one benchmark
         configs = {file: parse(["table", f"--config={file}:{benchmark}", *overrides]).config for file in args.configs}
         check_comparable((f"{file}:{benchmark}", tables.facts(config)) for file, config in configs.items())
         planned += [(config, seed) for config in configs.values() for seed in args.seeds]
@@ -43,7 +44,7 @@ def run_all(args: argparse.Namespace, overrides: list[str]) -> None:
     for config, seed in planned:
         seeded = ConfigDict(config)
         seeded.seed = seed
-        results.append(run_and_report(seeded, args.runs / f"{config.name}-{config.benchmark}-seed{seed}"))
+        results.append(run_and_report(seeded, args.runs / run_name(seeded)))
     tables.comparable(results)
     files.write_json(args.runs / "table.json", results)
     files.write_bytes(args.runs / "table.md", (tables.summary(results) + "\n").encode())

@@ -115,7 +115,7 @@ def test_sdca_settings() -> None:
     assert stages["self_train"].source.name == "cityscapes" and stages["self_train"].source.crop == (1024, 512)
     assert stages["oracle"].source.crop is None
     assert (stages["adapt"].schedule_steps, stages["adapt"].tau) == (62_500, 100.0)
-    with pytest.raises(ValueError, match="no network 'r50'"):
+    with pytest.raises(ValueError, match="no variant 'r50'"):
         sdca.get_config("gta5,r50")
 
 
