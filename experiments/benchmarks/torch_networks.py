@@ -1,4 +1,4 @@
-"""The reference of the benchmarks: DeepLab-v2 and the train steps of three methods in plain PyTorch.
+"""The reference of the benchmarks: DeepLab-v2, EfficientNet-Lite0 and train steps of three methods in plain PyTorch.
 
 The same networks and losses as in jaxuda, with the parameter names of the published networks, so that
 `jaxuda.interop` can convert weights. The code is fast where it stays readable: fused library operations, either memory
@@ -6,6 +6,7 @@ layout, gradients set to None.
 """
 
 import itertools
+from functools import partial
 
 import torch
 from torch import nn
@@ -109,6 +110,36 @@ class DeepLab(nn.Module):
         return self.layer5(features), None, features
 
 
+class LightLite(nn.Module):
+    """EfficientNet-Lite0 of the package efficientnet-lite-pytorch under the head "light" of jaxuda."""
+
+    def __init__(self, classes: int, width: int):
+        super().__init__()
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.backbone = EfficientNet.from_name("efficientnet-lite0", image_size=None)
+        for unused in ("_conv_head", "_bn1", "_fc"):
+            delattr(self.backbone, unused)
+        self.decoder, self.head = nn.Module(), nn.Conv2d(width, classes, 1)
+        self.decoder.branches = nn.ModuleList(
+            nn.Conv2d(320, width, 3, padding=rate, dilation=rate, bias=False) for rate in (1, 2, 4)
+        )
+        self.decoder.fine_conv, self.decoder.bn = conv(40, width, 1), nn.BatchNorm2d(width, eps=1e-3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        """Logits, None, features."""
+        network, decoder = self.backbone, self.decoder
+        x = network._swish(network._bn0(network._conv_stem(x)))
+        for number, block in enumerate(network._blocks):
+            x = block(x)
+            if number == 4:
+                fine = x
+        coarse = sum(layer(x) for layer in decoder.branches)
+        coarse = F.interpolate(coarse, fine.shape[2:], mode="bilinear", align_corners=False)
+        features = F.relu(decoder.bn(decoder.fine_conv(fine) + coarse), inplace=True)
+        return self.head(features), None, features
+
+
 def discriminator(classes: int, width: int) -> nn.Sequential:
     """Five 4x4 convolutions of stride 2."""
     widths, layers = (classes, width, 2 * width, 4 * width, 8 * width, 1), []
@@ -195,16 +226,19 @@ class Trainer:
     def __init__(self, method: str, config, classes: int, device: str, layout: torch.memory_format):
         model, optim = config.model, config.optim
         self.method, self.config, self.device, self.layout = method, config, device, layout
-        caffe = model.variant == "caffe"
-        self.model = DeepLab(classes, model.backbone, model.width, caffe, model.aux)
+        if model.name == "deeplab":
+            self.model = DeepLab(classes, model.backbone, model.width, model.variant == "caffe", model.aux)
+            arguments = {"momentum": optim.momentum, "weight_decay": optim.weight_decay}
+            make_optimizer = partial(torch.optim.SGD, **arguments)
+        else:
+            self.model = LightLite(classes, model.decoder_width)
+            make_optimizer = partial(torch.optim.AdamW, weight_decay=optim.weight_decay)
         self.model.to(device, memory_format=layout).train()
         self.bfloat16 = model.dtype == "bfloat16"
-        self.optimizers = [
-            torch.optim.SGD(self.model.parameters(), config.lr, optim.momentum, weight_decay=optim.weight_decay)
-        ]
+        self.optimizers = [make_optimizer(self.model.parameters(), config.lr)]
         self.discriminators = {}
         if method == "advent":
-            levels = ("main", "aux") if model.aux else ("main",)
+            levels = ("main", "aux") if self.model.aux else ("main",)
             for level in levels:
                 network = discriminator(classes, config.discriminator_width).to(device, memory_format=layout)
                 self.discriminators[level] = network

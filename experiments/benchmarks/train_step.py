@@ -4,6 +4,7 @@
     python experiments/benchmarks/train_step.py --method advent
     python experiments/benchmarks/train_step.py --network resnet101 --width 64 --batch 1 --source 513x257
     python experiments/benchmarks/train_step.py --network resnet101 --width 64 --levels 2 --method sdca --memory
+    python experiments/benchmarks/train_step.py --network lite0 --source 240x180 --one_core --layout channels_last
 
 Both start from the same weights and use the same images; a check tests that their losses agree over the first steps.
 Then their steps take turns in one process, on the same number of threads, and the medians are compared. If other
@@ -61,13 +62,23 @@ CLASSES = 19
 def stage_config(options: argparse.Namespace):
     """The stage `adapt` of the method's quick recipe (MinEnt's `source_only`) with the chosen network."""
     name = {"source_only": "minent"}.get(options.method, options.method)
-    config = importlib.import_module(f"configs.{name}").get_config("streets")
+    lite = options.network == "lite0"
+    config = importlib.import_module(f"configs.{name}").get_config("streets,lite" if lite else "streets")
+    if lite:
+        config.optim.head_factor = 1.0  # as in the reference, whose optimizer has one learning rate
+        config.model.dtype = options.dtype
+        return planned(config, options)
     variant = "torchvision" if options.network == "resnet18" else "caffe"
     config.model.update({"backbone": options.network, "variant": variant, "width": options.width})
     config.model.update({"aux": options.levels == 2, "dtype": options.dtype})
     for stage in ("source_only", "adapt"):
         # The first steps of a deep network from scratch are huge: they would amplify rounding errors at once.
         config[stage].lr = 1e-4 if options.network == "resnet18" else 1e-7
+    return planned(config, options)
+
+
+def planned(config, options: argparse.Namespace):
+    """The settings of the stage that is measured."""
     known = SimpleNamespace(fingerprint="", labelled=True)
     stages = {stage.name: stage for stage in plan(config, Path("runs"), Domains(known, known, (known,)))}
     return stages["source_only" if options.method == "source_only" else "adapt"].config
@@ -122,6 +133,7 @@ class Ours:
             return update(state, (), config.seed, batch)
 
         self.model = model
+        self.layout = "lite" if options.network == "lite0" else ("one_level", "two_level")[options.levels - 1]
         self.plain = partial(jax.make_jaxpr(lambda *arguments: step(*arguments)), self.state, self.batch)
         started = time.perf_counter()
         self.compiled = jax.jit(step, donate_argnums=0).lower(self.state, self.batch).compile()
@@ -135,7 +147,7 @@ class Ours:
         """Torch state dicts of the network and the discriminators."""
         discriminators = self.state.params.get("discriminator", {})
         fields = {"params": self.state.params["model"], "batch_stats": self.state.batch_stats}
-        network = self.model.torch_layouts()["two_level" if self.model.aux else "one_level"]
+        network = self.model.torch_layouts()[self.layout]
         (layout,) = FCDiscriminator().torch_layouts().values()
         return torch_weights(fields, network), {
             level: torch_weights({"params": params}, layout) for level, params in discriminators.items()
@@ -226,7 +238,7 @@ def main() -> None:
     """Prints losses, times, rates and, with --memory, memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=("source_only", "advent", "sdca"), default="source_only")
-    parser.add_argument("--network", choices=("resnet18", "resnet50", "resnet101"), default="resnet18")
+    parser.add_argument("--network", choices=("resnet18", "resnet50", "resnet101", "lite0"), default="resnet18")
     parser.add_argument("--width", type=int, default=32, help="channels of the stem; 64 in the literature")
     parser.add_argument("--levels", type=int, choices=(1, 2), default=1)
     parser.add_argument("--batch", type=int, default=4, help="images of each domain")
