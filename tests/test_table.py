@@ -40,8 +40,8 @@ def test_benchmarks_with_a_variant_are_one_word(tmp_path, monkeypatch) -> None:
 
     def run(config, workdir: Path) -> dict:
         ran.append((config.benchmark, config.model.name, workdir.name))
-        facts = {"config": config.name, "benchmark": config.benchmark, "seed": config.seed, "classes": [], "data": {}}
-        return facts | {"fingerprints": {}, "stages": {}}
+        facts = {"config": config.name, "benchmark": config.benchmark, "seed": config.seed, "classes": []}
+        return facts | {"data": {"evaluation": None}, "fingerprints": {}, "stages": {}}
 
     monkeypatch.setattr(table, "run_and_report", run)
     words = ["--configs=configs/source_only.py", "--benchmarks=camvid,camvid,lite,streets", f"--runs={tmp_path}"]
