@@ -69,7 +69,8 @@ def import_imagenet(
     folder = weights.imagenet_folder(network, data_dir)
     source, state = _read(path, say)
     match = match_backbone(state, model, part, f"{path}: ")
-    if problem := load_family(fields).imagenet_problem(network, source["sha256"], source["names"], match.leaves):
+    find_problem = getattr(load_family(fields), "imagenet_problem", lambda *_: "")
+    if problem := find_problem(network, source["sha256"], source["names"], match.leaves):
         raise UserError(f"{path} {problem}")
     hint = f"{network} is {public.file} from {public.publisher}"
     raise_problems(match._replace(unused=match.deeper), model, f"{path}: ", hint)

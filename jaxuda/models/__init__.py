@@ -4,7 +4,8 @@ A family is a module, in this package or (named by its dotted path) of the user,
 
     make(fields, num_classes) -> a Flax module
 
-fields: the section `config.model` without `name`; it has the field `dtype`, the family defines the others.
+fields: the section `config.model` without `name`, lists as tuples; it has the field `dtype`, the family defines the
+    others.
 num_classes: C.
 
 The Flax module has
@@ -45,12 +46,12 @@ Optional, for published weights:
     leaves)
         In the family's module, only for families of jaxuda: the public ImageNet weights; which of them a network
         starts from; and why a given file is not the expected one ("" if it may be), from its checksum, the names in
-        it and the variables that it gives.
+        it and the variables that it gives (may be missing).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -86,6 +87,10 @@ class Outputs(NamedTuple):
     aux: jax.Array | None = None
     depth: jax.Array | None = None
     levels: tuple[jax.Array, ...] | None = None
+
+    def widened(self) -> Outputs:
+        """The same with narrow types as float32: resizing, softmax and statistics need more than bfloat16."""
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), self)
 
 
 class Pretrained(NamedTuple):
@@ -126,7 +131,9 @@ def make_model(fields: Mapping[str, Any], num_classes: int, *, imported: bool = 
     """
     family = load_family(fields, imported=imported)
     try:
-        model = family.make({name: value for name, value in fields.items() if name != "name"}, num_classes)
+        # A section that was read from a file has lists, and a Flax module with a list cannot be hashed.
+        own = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items() if name != "name"}
+        model = family.make(own, num_classes)
     except TypeError as error:
         raise UserError(f"config.model does not fit the network '{fields.get('name')}': {error}") from error
     if lacking := [name for name in _CONTRACT if not hasattr(model, name)]:
@@ -150,6 +157,13 @@ def make_saved_model(fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
     if classes is None:
         raise UserError(f"{where} has no '{model.CLASSIFIERS[0]}': it is of another network or method")
     return model.clone(num_classes=classes)
+
+
+def check_choices(model: nn.Module, **known: Sequence[Any]) -> None:
+    """Raises a UserError if a field of a network has none of its known values: `norm=("batch", "frozen")`."""
+    for field, choices in known.items():
+        if (value := getattr(model, field)) not in choices:
+            raise UserError(f"model.{field} = {value!r} is unknown; choose one of: {', '.join(map(str, choices))}")
 
 
 def saved_classes(arrays: Mapping[str, Any], part: str) -> int | None:

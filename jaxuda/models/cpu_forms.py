@@ -5,23 +5,40 @@ maps are NHWC; kernels are (height, width, in, out).
 """
 
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+Pads = Sequence[tuple[int, int]]  # before and after the rows, and before and after the columns
 
-def library_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, padding: int) -> jax.Array:
-    """XLA's own convolution of (N, H, W, A) with (kh, kw, A, B), zero `padding` on all four sides."""
+
+def library_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, pads: Pads) -> jax.Array:
+    """XLA's own convolution of (N, H, W, A) with (kh, kw, A / groups, B), padded with zeros."""
     return lax.conv_general_dilated(
         x,
         kernel,
         window_strides=(stride, stride),
-        padding=((padding, padding), (padding, padding)),
+        padding=pads,
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1] // kernel.shape[2],
     )
+
+
+def _padded(x: jax.Array, pads: Pads, value: float = 0.0) -> jax.Array:
+    """(N, H, W, A) with `value` around it; negative pads cut."""
+    return lax.pad(x, jnp.asarray(value, x.dtype), ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)))
+
+
+def _interleaved(remainder: Callable[[int, int], jax.Array], stride: int) -> jax.Array:
+    """The map whose positions with the remainders (a, b) modulo `stride` are `remainder(a, b)`, (N, h, w, A) each."""
+    # (N, h, stride, w, stride, A)
+    maps = jnp.stack([jnp.stack([remainder(a, b) for b in range(stride)], 3) for a in range(stride)], 2)
+    count, rows, _, columns, _, channels = maps.shape
+    return maps.reshape(count, rows * stride, columns * stride, channels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -32,7 +49,7 @@ def few_channels(x: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
     columns = (x.shape[2] + 2 * padding - size) // 2 + 1
     extra = size % 2  # a column of zeros makes the kernel's width even
     right = 2 * columns + size + extra - 2 - x.shape[2] - padding
-    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (padding, padding, 0), (padding, right, 0), (0, 0, 0)))
+    x = _padded(x, ((padding, padding), (padding, right)))
     x = x.reshape(*x.shape[:2], x.shape[2] // 2, -1)
     kernel = jnp.pad(kernel, ((0, 0), (0, extra), (0, 0), (0, 0)))
     kernel = kernel.reshape(size, kernel.shape[1] // 2, x.shape[-1], -1)
@@ -45,7 +62,8 @@ def _few_channels_forward(x, kernel, padding):
 
 def _few_channels_backward(padding, saved, g):
     # The library's gradients are faster than those of the form above.
-    _, pullback = jax.vjp(lambda x, kernel: library_conv(x, kernel, 2, 1, padding), *saved)
+    pads = ((padding, padding), (padding, padding))
+    _, pullback = jax.vjp(lambda x, kernel: library_conv(x, kernel, 2, 1, pads), *saved)
     return pullback(g)
 
 
@@ -78,8 +96,7 @@ def _seen(x: jax.Array, offset: tuple[int, int]) -> jax.Array:
 
 def _put_at(part: jax.Array, offset: tuple[int, int], sign: int) -> jax.Array:
     """A map of the full size with `part` = `_seen(map, sign * offset)` and zeros elsewhere."""
-    shifts = [(max(sign * o, 0), max(-sign * o, 0), 0) for o in offset]
-    return lax.pad(part, jnp.zeros((), part.dtype), ((0, 0, 0), *shifts, (0, 0, 0)))
+    return _padded(part, [(max(sign * o, 0), max(-sign * o, 0)) for o in offset])
 
 
 def _tap_by_tap_forward(x, kernel, dilation):
@@ -131,8 +148,7 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 def _shifted(x: jax.Array, rows: int, columns: int) -> jax.Array:
     """y[:, i, j] = x[:, i + rows, j + columns], zero outside."""
-    zero = jnp.zeros((), x.dtype)
-    return lax.pad(x, zero, ((0, 0, 0), (-rows, rows, 0), (-columns, columns, 0), (0, 0, 0)))
+    return _padded(x, ((-rows, rows), (-columns, columns)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -158,9 +174,7 @@ project_and_shift.defvjp(_project_and_shift_forward, _project_and_shift_backward
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def depthwise_taps(
-    x: jax.Array, kernel: jax.Array, stride: int, dilation: int, pads: tuple[tuple[int, int], ...]
-) -> jax.Array:
+def depthwise_taps(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, pads: Pads) -> jax.Array:
     """Depthwise convolution of (N, H, W, A) with (k, k, 1, A): the sum of shifted maps, one for each tap."""
     size, x = kernel.shape[0], _padded(x, pads)
     height, width = ((n - (size - 1) * dilation - 1) // stride + 1 for n in x.shape[1:3])
@@ -170,10 +184,6 @@ def depthwise_taps(
         return x[:, rows : rows + stride * height : stride, columns : columns + stride * width : stride]
 
     return sum(seen(i, j) * kernel[i, j, 0] for i, j in np.ndindex(size, size))
-
-
-def _padded(x: jax.Array, pads: tuple[tuple[int, int], ...]) -> jax.Array:
-    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)))
 
 
 def _depthwise_forward(x, kernel, stride, dilation, pads):
@@ -214,7 +224,7 @@ def _depthwise_kernel_gradient(x: jax.Array, size: int, stride: int, dilation: i
 def _depthwise_input_gradient(
     kernel: jax.Array, stride: int, dilation: int, whole: list[int], g: jax.Array
 ) -> jax.Array:
-    # Positions with the same remainder modulo the stride see the same taps, as in `_max_of_taps_backward`.
+    # Positions with the same remainder modulo the stride see the same taps.
     size = kernel.shape[0]
     grid = [n // stride for n in whole]
     most = (size - 1) * dilation // stride  # the farthest row of the result, counted back, that a position is seen by
@@ -230,10 +240,7 @@ def _depthwise_input_gradient(
         ]
         return sum(parts[1:], parts[0])
 
-    if stride == 1:
-        return remainder(0, 0)
-    maps = jnp.stack([jnp.stack([remainder(a, b) for b in range(stride)], 3) for a in range(stride)], 2)
-    return maps.reshape(len(g), *whole, g.shape[-1])
+    return _interleaved(remainder, stride)
 
 
 depthwise_taps.defvjp(_depthwise_forward, _depthwise_backward)
@@ -267,7 +274,7 @@ def max_of_taps(x: jax.Array, size: int, stride: int, pads: tuple[tuple[int, int
 
 def _max_of_taps_forward(x, size, stride, pads, shape):
     # One byte keeps which tap was the first maximum. XLA:CPU would keep four integers, and scatter the gradient.
-    x = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)))
+    x = _padded(x, pads, -jnp.inf)
     rows, columns = (length - (length - size) % stride - size + 1 for length in x.shape[1:3])
     taps = [x[:, i : i + rows : stride, j : j + columns : stride] for i, j in np.ndindex(size, size)]
     best, choice = taps[0], jnp.zeros(taps[0].shape, jnp.int8)
@@ -280,20 +287,16 @@ def _max_of_taps_forward(x, size, stride, pads, shape):
 def _max_of_taps_backward(size, stride, pads, shape, choice, g):
     # Positions with the same remainder modulo the stride belong to the same taps: one map for each remainder.
     grid = [-(-(length + sum(pad)) // stride) for length, pad in zip(shape, pads, strict=True)]
-    zero = jnp.zeros((), g.dtype)
 
     def seen_by(i: int, j: int) -> jax.Array:
         shifts = ((i // stride, grid[0] - g.shape[1] - i // stride), (j // stride, grid[1] - g.shape[2] - j // stride))
-        chosen = jnp.where(choice == i * size + j, g, zero)
-        return lax.pad(chosen, zero, ((0, 0, 0), *((*shift, 0) for shift in shifts), (0, 0, 0)))
+        return _padded(jnp.where(choice == i * size + j, g, jnp.zeros((), g.dtype)), shifts)
 
     def remainder(a: int, b: int) -> jax.Array:
         parts = [seen_by(i, j) for i in range(a, size, stride) for j in range(b, size, stride)]
         return sum(parts[1:], parts[0]) if parts else jnp.zeros((len(g), *grid, g.shape[-1]), g.dtype)
 
-    # (N, rows, stride, columns, stride, A): this interleaves the maps of the remainders.
-    maps = jnp.stack([jnp.stack([remainder(a, b) for b in range(stride)], 3) for a in range(stride)], 2)
-    whole = maps.reshape(len(g), grid[0] * stride, grid[1] * stride, g.shape[-1])
+    whole = _interleaved(remainder, stride)
     (top, _), (left, _) = pads
     return (whole[:, top : top + shape[0], left : left + shape[1]],)
 

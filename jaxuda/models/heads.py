@@ -7,31 +7,38 @@ import jax.numpy as jnp
 from jaxuda.errors import UserError
 from jaxuda.models.layers import Conv, conv2d_sum, head_init
 
+DILATIONS = (6, 12, 18, 24)
 PROJECTIONS = ("mlp", "linear", "none")
 
 
 class DilatedHead(nn.Module):
-    """DeepLab-v2's classifier: the sum of dilated 3x3 convolutions from features (N, h, w, A) to (N, h, w, C) logits.
+    """DeepLab-v2's classifier: the sum of four dilated 3x3 convolutions from features (N, h, w, A) to logits.
 
-    dilations: one for each convolution.
     use_bias: whether each convolution has a bias.
     dtype: compute dtype.
     """
 
     num_classes: int
-    dilations: tuple[int, ...]
     use_bias: bool
     dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape, places = (3, 3, x.shape[-1], self.num_classes), range(len(self.dilations))
-        kernels = [self.param(f"kernel{i}", head_init, shape) for i in places]
-        y = conv2d_sum(x.astype(self.dtype), [k.astype(self.dtype) for k in kernels], self.dilations)
+        y = dilated_sum(self, x, self.num_classes, DILATIONS, head_init)
         if self.use_bias:
-            biases = [self.param(f"bias{i}", nn.initializers.zeros, shape[-1:]) for i in places]
+            zeros = nn.initializers.zeros
+            biases = [self.param(f"bias{i}", zeros, (self.num_classes,)) for i in range(len(DILATIONS))]
             y = y + sum(biases).astype(self.dtype)
         return y
+
+
+def dilated_sum(
+    module: nn.Module, x: jax.Array, features: int, dilations: tuple[int, ...], init: nn.initializers.Initializer
+) -> jax.Array:
+    """The sum of dilated 3x3 convolutions of (N, h, w, A); `module`, which has a `dtype`, gets kernel0, kernel1, ..."""
+    shape = (3, 3, x.shape[-1], features)
+    kernels = [module.param(f"kernel{i}", init, shape).astype(module.dtype) for i in range(len(dilations))]
+    return conv2d_sum(x.astype(module.dtype), kernels, dilations)
 
 
 class ProjectionHead(nn.Module):

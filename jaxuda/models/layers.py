@@ -37,6 +37,7 @@ _BGR_MEANS = {
 _RGB_MEAN = (0.485, 0.456, 0.406)
 _RGB_STD = (0.229, 0.224, 0.225)
 
+NORMS = ("batch", "frozen")  # modes of `BatchNorm`
 head_init = nn.initializers.normal(0.01)
 backbone_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -83,7 +84,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1, 
             return few_channels(x, kernel, padding)
         if kernel.shape[:2] == (3, 3) and stride == 1 and dilation == padding >= 4:
             return tap_by_tap(x, kernel, dilation)
-    return library_conv(x, kernel, stride, dilation, padding)
+    return library_conv(x, kernel, stride, dilation, ((padding, padding), (padding, padding)))
 
 
 def conv2d_sum(x: jax.Array, kernels: Sequence[jax.Array], dilations: Sequence[int]) -> jax.Array:
@@ -121,15 +122,7 @@ def depthwise_conv2d(
     """
     if use_cpu_forms():
         return depthwise_taps(x, kernel, stride, dilation, pads)
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(stride, stride),
-        padding=pads,
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
-    )
+    return library_conv(x, kernel, stride, dilation, pads)
 
 
 class Conv(nn.Module):

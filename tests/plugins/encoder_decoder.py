@@ -73,8 +73,7 @@ class EncoderDecoder(nn.Module):
         dropped = Dropout(self.dropout)(features, train, index)
         main = Conv(self.num_classes, 1, use_bias=True, dtype=self.dtype, name="head")(dropped)
         depth = Conv(1, 1, use_bias=True, dtype=self.dtype, name="depth_head")(dropped) if self.depth else None
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        return jax.tree.map(lambda x: x.astype(wide), Outputs(main, features, depth=depth, levels=levels))
+        return Outputs(main, features, depth=depth, levels=levels).widened()
 
     def classifier(self, num_classes: int) -> nn.Module:
         return Conv(num_classes, 1, use_bias=True, dtype=self.dtype, parent=None)
