@@ -22,12 +22,12 @@ PUBLISHED = {**common.ADVENT_SCHEDULE, "steps": 90_000, "schedule_steps": 90_000
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
     """The config for one benchmark: streets, synthia or mapillary."""
-    if benchmark not in ("streets", "synthia", "mapillary"):
+    if benchmark.partition(",")[0] not in ("streets", "synthia", "mapillary"):
         raise ValueError(
             f"DADA needs the depth of source images, which '{benchmark}' does not have: use configs/dada.py:streets, "
             f":synthia or :mapillary, or configs/advent.py:{benchmark}, which adapts without depth"
         )
-    config = common.base("dada", benchmark, published=("synthia", "mapillary"))
+    config = common.base("dada", benchmark, published=("synthia", "mapillary"), variants=())
     config.pipeline = ("source_only", "adapt", "oracle")
     if benchmark != "streets":
         common.advent_family(config)

@@ -39,15 +39,10 @@ def known(module: ModuleType, benchmarks: tuple[str, ...]) -> list[str]:
     """The given benchmarks that a recipe has, also in the recipe's variants ("gta5,vgg16")."""
     found = []
     for benchmark in benchmarks:
-        try:
-            module.get_config(benchmark)
-        except ValueError:
-            continue  # it has no recipe for this one
-        found.append(benchmark)
-        for variant in getattr(module, "VARIANTS", ()):
-            with contextlib.suppress(ValueError):  # a variant may be of some benchmarks only
-                module.get_config(f"{benchmark},{variant}")
-                found.append(f"{benchmark},{variant}")
+        for name in (benchmark, *(f"{benchmark},{variant}" for variant in getattr(module, "VARIANTS", ()))):
+            with contextlib.suppress(ValueError):  # it has no recipe for this one
+                module.get_config(name)
+                found.append(name)
     return found
 
 

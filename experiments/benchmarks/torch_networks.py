@@ -228,8 +228,7 @@ class Trainer:
         self.method, self.config, self.device, self.layout = method, config, device, layout
         if model.name == "deeplab":
             self.model = DeepLab(classes, model.backbone, model.width, model.variant == "caffe", model.aux)
-            arguments = {"momentum": optim.momentum, "weight_decay": optim.weight_decay}
-            make_optimizer = partial(torch.optim.SGD, **arguments)
+            make_optimizer = partial(torch.optim.SGD, momentum=optim.momentum, weight_decay=optim.weight_decay)
         else:
             self.model = LightLite(classes, model.decoder_width)
             make_optimizer = partial(torch.optim.AdamW, weight_decay=optim.weight_decay)
@@ -238,7 +237,7 @@ class Trainer:
         self.optimizers = [make_optimizer(self.model.parameters(), config.lr)]
         self.discriminators = {}
         if method == "advent":
-            levels = ("main", "aux") if self.model.aux else ("main",)
+            levels = ("main", "aux") if model.aux else ("main",)
             for level in levels:
                 network = discriminator(classes, config.discriminator_width).to(device, memory_format=layout)
                 self.discriminators[level] = network

@@ -64,21 +64,16 @@ def stage_config(options: argparse.Namespace):
     name = {"source_only": "minent"}.get(options.method, options.method)
     lite = options.network == "lite0"
     config = importlib.import_module(f"configs.{name}").get_config("streets,lite" if lite else "streets")
+    config.model.dtype = options.dtype
     if lite:
         config.optim.head_factor = 1.0  # as in the reference, whose optimizer has one learning rate
-        config.model.dtype = options.dtype
-        return planned(config, options)
-    variant = "torchvision" if options.network == "resnet18" else "caffe"
-    config.model.update({"backbone": options.network, "variant": variant, "width": options.width})
-    config.model.update({"aux": options.levels == 2, "dtype": options.dtype})
-    for stage in ("source_only", "adapt"):
-        # The first steps of a deep network from scratch are huge: they would amplify rounding errors at once.
-        config[stage].lr = 1e-4 if options.network == "resnet18" else 1e-7
-    return planned(config, options)
-
-
-def planned(config, options: argparse.Namespace):
-    """The settings of the stage that is measured."""
+    else:
+        variant = "torchvision" if options.network == "resnet18" else "caffe"
+        config.model.update({"backbone": options.network, "variant": variant, "width": options.width})
+        config.model.aux = options.levels == 2
+        for stage in ("source_only", "adapt"):
+            # The first steps of a deep network from scratch are huge: they would amplify rounding errors at once.
+            config[stage].lr = 1e-4 if options.network == "resnet18" else 1e-7
     known = SimpleNamespace(fingerprint="", labelled=True)
     stages = {stage.name: stage for stage in plan(config, Path("runs"), Domains(known, known, (known,)))}
     return stages["source_only" if options.method == "source_only" else "adapt"].config
@@ -252,6 +247,8 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--alone", choices=("ours", "theirs", "first"), help="one's memory, or only a step")
     options = parser.parse_args()
+    if options.network == "lite0" and (options.method, options.levels) != ("source_only", 1):
+        parser.error("the reference trains lite0 on the source only, with one level")
     options.target = options.target or options.source
     if options.one_core:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
