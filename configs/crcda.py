@@ -24,7 +24,7 @@ mixed regions merge into one cluster. Weights: after 40 steps on the source and 
 gradients on the backbone, as shares of the cross-entropy's, were 1.1 (CE of regions), 0.41 (pixel entropy; 0.63
 without margin) and 0.10 (region entropy). Hence 0.02, as in configs/minent.py, for pixels, and 0.1 for regions: each
 about a hundredth of the cross-entropy's gradient. Five times one or both weights gave 0.2 to 0.5 points more on streets
-with seed 0, less than the difference between seeds (experiments/RESULTS.md), so the weights were kept.
+with seed 0, less than the difference between seeds, so the weights were kept.
 """
 
 from ml_collections import ConfigDict

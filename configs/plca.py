@@ -7,7 +7,7 @@
 Stages: source only (with Lovasz) -> PLCA from there -> oracle. With ",paired" after the benchmark
 (`configs/plca.py:streets,paired`), each target image gets, out of 16 random source images, the one that best covers the
 classes which the source-only network predicts in it. The small networks are evaluated without test-time aggregation:
-they have only 16x32 positions, and it blurs their predictions (experiments/RESULTS.md).
+they have only 16x32 positions, and it blurs their predictions (mIoU 18.5 instead of 24.6 on streets with seed 0).
 
 As published (gta5, synthia): ResNet-101 from ImageNet without head bias, learning rate 2.5e-4 everywhere, batch 8 + 8
 accumulated in two parts, normalisation trained; images of both domains with a short side of 760..988, crop 730x730;
