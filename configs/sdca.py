@@ -47,8 +47,9 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
 def _quick(config: ConfigDict, weight: float) -> None:
     lovasz = {"lambda_lovasz": 0.75, "lovasz_shrink": 4}
     config.source_only = common.source_only(**lovasz)
-    contrast = _contrast(tau=1.0, weight=weight)
-    config.adapt = common.train_stage("sdca", init="source_only", steps=200, lr=0.005, **lovasz, **contrast)
+    config.adapt = common.train_stage(
+        "sdca", init="source_only", steps=200, lr=0.005, **lovasz, **_contrast(tau=1.0, weight=weight)
+    )
     config.self_train = common.train_stage(
         "source_only", init="adapt", domains=("target",), labels="pseudo_labels", steps=200, lr=0.005
     )
@@ -89,5 +90,4 @@ def _published(config: ConfigDict, backbone: str, benchmark: str) -> None:
 
 
 def _contrast(tau: float, weight: float = 1.0) -> dict:
-    weights = {"lambda_features": weight, "lambda_logits": weight}
-    return {"reads": ("statistics",), "tau": tau, "confidence": 0.9, **weights}
+    return {"reads": ("statistics",), "tau": tau, "confidence": 0.9, "lambda_features": weight, "lambda_logits": weight}
