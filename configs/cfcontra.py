@@ -64,4 +64,4 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
         **shared,
         **fields,
     )
-    return common.lite(config, ("adapt",))  # MinEnt's are finished
+    return common.lite(config)

@@ -40,12 +40,11 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
         config.adapt = common.train_stage("plca", **PUBLISHED, **association(**FEATURES_ONLY))
         config.oracle = common.oracle(**PUBLISHED)
     else:
-        lovasz = {"lambda_lovasz": 0.75, "lovasz_shrink": 4}
-        config.source_only = common.source_only(**lovasz)
+        config.source_only = common.source_only(**common.LOVASZ)
         config.adapt = common.train_stage(
-            "plca", init="source_only", steps=200, lr=0.005, **lovasz, **association(**FEATURES_ONLY)
+            "plca", init="source_only", steps=200, lr=0.005, **common.LOVASZ, **association(**FEATURES_ONLY)
         )
-        config.oracle = common.oracle(**lovasz)
+        config.oracle = common.oracle(**common.LOVASZ)
     if variant == "paired":
         pair(config)
     return common.lite(config)

@@ -36,18 +36,17 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
     if benchmark in common.TO_CITYSCAPES:
         _published(config, *((30, 28) if benchmark == "gta5" else (10, 8)))
     else:
-        lovasz = {"lambda_lovasz": 0.75, "lovasz_shrink": 4}
-        config.source_only = common.source_only(**lovasz)
+        config.source_only = common.source_only(**common.LOVASZ)
         config.adapt = common.train_stage(
             "plca",
             init="source_only",
             steps=200,
             lr=0.005,
             align_corners=False,
-            **lovasz,
+            **common.LOVASZ,
             **association(test_aggregation=0.0),
         )
-        config.oracle = common.oracle(**lovasz)
+        config.oracle = common.oracle(**common.LOVASZ)
     if variant == "paired":
         pair(config)
     return common.lite(config)
