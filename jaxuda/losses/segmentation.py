@@ -26,16 +26,44 @@ def cross_entropy(
       Scalar; 0 if no pixel is labelled.
     """
     labels = labels.astype(jnp.int32)
+    losses, chosen = _pixel_losses(logits, labels)
+    if not len(weights):
+        return masked_mean(losses, labels != IGNORE, axis_name)
+    weight = jnp.sum(jnp.where(chosen, jnp.asarray(weights, losses.dtype), 0), axis=-1)  # 0 where ignored
+    total = global_sum(weight, axis_name)
+    return global_sum(weight * losses, axis_name) / jnp.where(total > 0, total, 1)
+
+
+def weighted_cross_entropy(
+    logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None, axis_name: str | None = None
+) -> jax.Array:
+    """Mean over ALL pixels of weight * -log softmax(logits)[label], where ignored pixels contribute 0.
+
+    This is the loss of self-training with a teacher (Tranheden et al., DACS, WACV 2021; Hoyer et al., DAFormer,
+    CVPR 2022). `cross_entropy` divides by the number of labelled pixels instead.
+
+    Args:
+      logits: (..., C) float, for instance (N, H, W, C).
+      labels: (...) integers in 0..C-1, or 255 = ignore.
+      weights: (...) float, one per pixel; None: all are 1.
+      axis_name: device axis over which the mean is taken.
+
+    Returns:
+      Scalar; 0 if no pixel is labelled.
+    """
+    losses, _ = _pixel_losses(logits, labels.astype(jnp.int32))
+    if weights is not None:
+        losses = losses * weights.astype(losses.dtype)
+    return masked_mean(jnp.where(labels != IGNORE, losses, 0), axis_name=axis_name)
+
+
+def _pixel_losses(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """-log softmax(logits)[label] (...), of no meaning where ignored, and whether a label is each class, (..., C)."""
     logits = _at_least_float32(logits)
     # A comparison instead of a gather: its gradient is elementwise, not a scatter.
     chosen = labels[..., None] == jnp.arange(logits.shape[-1])
     picked = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
-    losses = jax.nn.logsumexp(logits, axis=-1) - picked
-    if not len(weights):
-        return masked_mean(losses, labels != IGNORE, axis_name)
-    weight = jnp.sum(jnp.where(chosen, jnp.asarray(weights, logits.dtype), 0), axis=-1)  # 0 where ignored
-    total = global_sum(weight, axis_name)
-    return global_sum(weight * losses, axis_name) / jnp.where(total > 0, total, 1)
+    return jax.nn.logsumexp(logits, axis=-1) - picked, chosen
 
 
 def lovasz_softmax(probs: jax.Array, labels: jax.Array, *, axis_name: str | None = None) -> jax.Array:

@@ -14,7 +14,8 @@ The Flax module has
         Fields. dtype: the compute dtype; parameters, statistics and outputs are at least float32. axis_name: the
         device axis over which batch statistics are reduced in training; the step sets it with `clone`.
     __call__(images, train=False, index=None) -> Outputs
-        images: (N, H, W, 3) float, normalised. train: batch statistics are used and updated, and layers draw at random.
+        images: (N, H, W, 3) float, normalised. train: batch statistics are used and updated, and layers draw at random
+            if the key "dropout" is given.
         index: (N,) int32, the place of each example in the global batch, for `layers.Dropout` and `layers.DropPath`.
         Variables are in the collections "params" and "batch_stats". Weights of image classifiers go into
         params["backbone"].

@@ -56,20 +56,40 @@ def normalise(images: jax.Array, kind: str) -> jax.Array:
         "efficientnet" (RGB, -1..1).
 
     Returns:
-      (N, H, W, 3) float32.
+      (N, H, W, 3) float32, or float64 if `images` are.
 
     Raises:
       UserError: unknown `kind`.
     """
-    images = jnp.asarray(images, jnp.float32)
+    images = jnp.asarray(images)
+    images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
     if kind in _BGR_MEANS:
         return images[..., ::-1] - jnp.asarray(_BGR_MEANS[kind], jnp.float32)
     if kind == "imagenet":
         return (images / 255.0 - jnp.asarray(_RGB_MEAN)) / jnp.asarray(_RGB_STD)
     if kind == "efficientnet":
         return (images - 127.0) / 128.0
+    raise _unknown_kind(kind)
+
+
+def denormalise(images: jax.Array, kind: str) -> jax.Array:
+    """The inverse of `normalise`: float images of a `kind`, (N, H, W, 3), as RGB in 0..255.
+
+    Raises:
+      UserError: unknown `kind`.
+    """
+    if kind in _BGR_MEANS:
+        return (images + jnp.asarray(_BGR_MEANS[kind], images.dtype))[..., ::-1]
+    if kind == "imagenet":
+        return 255.0 * (images * jnp.asarray(_RGB_STD, images.dtype) + jnp.asarray(_RGB_MEAN, images.dtype))
+    if kind == "efficientnet":
+        return images * 128.0 + 127.0
+    raise _unknown_kind(kind)
+
+
+def _unknown_kind(kind: str) -> UserError:
     known = ", ".join((*_BGR_MEANS, "imagenet", "efficientnet"))
-    raise UserError(f"unknown normalisation {kind!r}; known: {known}")
+    return UserError(f"unknown normalisation {kind!r}; known: {known}")
 
 
 # Convolution ------------------------------------------------------------------------------------------------
@@ -227,7 +247,8 @@ class Dropout(nn.Module):
     """In training, sets each entry to zero with probability `rate` (0 <= rate < 1), and divides the others by 1 - rate.
 
     Every example draws by its place in the global batch, so that neither devices nor accumulation matter; Flax's own
-    layer would give two devices the same mask. The key is that of "dropout", see `jaxuda.methods.supervised.forward`.
+    layer would give two devices the same mask. The key is that of "dropout", see `jaxuda.methods.supervised.forward`;
+    a forward pass without this key drops nothing (a teacher's, whose batch normalisation is in training mode).
     """
 
     rate: float
@@ -251,7 +272,7 @@ class DropPath(nn.Module):
 
 def _drop(layer: nn.Module, x: jax.Array, train: bool, index: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
     """`x` times a mask; the mask of each example has `shape`, which broadcasts to the example."""
-    if not train or not layer.rate:
+    if not train or not layer.rate or not layer.has_rng("dropout"):
         return x
     if index is None:
         raise UserError("a network that draws at random needs `index` in training: the examples' global places")
