@@ -212,18 +212,26 @@ def augment(
     Returns:
       (N, H, W, 3), normalised.
     """
+    drawn = augment_parameters(keys, strength, images.dtype, per_batch)
+    return augmented(images, preprocess, coins, *drawn)
 
-    def parameters(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+
+def augment_parameters(
+    keys: Keys, strength: float, dtype: Any, per_batch: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What `augment` draws for N images: the jitter's factors (N, 4) and order (N, 4), the blur's deviation (N,)."""
+
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         colour, operations, blur = jax.random.split(key, 3)
-        factors = jax.random.uniform(colour, (4,), images.dtype, -strength, strength) + jnp.asarray([1, 1, 1, 0])
-        order = jax.random.permutation(operations, 4)
-        return factors, order, jax.random.uniform(blur, (), images.dtype, *_SIGMA)
+        changes = jax.random.uniform(colour, (4,), dtype, -strength, strength)
+        factors = changes + jnp.asarray([1, 1, 1, 0])
+        return factors, jax.random.permutation(operations, 4), jax.random.uniform(blur, (), dtype, *_SIGMA)
 
-    factors, order, sigma = jax.vmap(parameters)(keys.examples)
+    factors, order, sigma = jax.vmap(draw)(keys.examples)
     if per_batch:
-        _, *shared = parameters(keys.batch)
+        _, *shared = draw(keys.batch)
         order, sigma = (jnp.broadcast_to(one, each.shape) for one, each in zip(shared, (order, sigma), strict=True))
-    return augmented(images, preprocess, coins, factors, order, sigma)
+    return factors, order, sigma
 
 
 def augmented(

@@ -22,7 +22,8 @@ from jaxuda.losses.contrastive import (
 )
 from jaxuda.losses.depth import berhu
 from jaxuda.losses.entropy import adaptive_entropy, entropy_loss
-from jaxuda.losses.segmentation import cross_entropy, lovasz_softmax
+from jaxuda.losses.feature_distance import feature_distance
+from jaxuda.losses.segmentation import cross_entropy, lovasz_softmax, weighted_cross_entropy
 
 
 @pytest.mark.parametrize("rows", [32_769, 33_000, 40_000, 65_000, 130_000])
@@ -75,12 +76,14 @@ def copied(given: Given) -> Given:
 
 LOSSES: dict[str, Callable[[Given], jax.Array]] = {
     "cross_entropy": lambda x: cross_entropy(x.maps, x.labels),
+    "weighted_cross_entropy": lambda x: weighted_cross_entropy(x.maps, x.labels, x.soft[..., 0]),
     "lovasz_softmax": lambda x: lovasz_softmax(softmax(x.maps), x.labels),
     "entropy_loss": lambda x: entropy_loss(softmax(x.maps)),
     "adaptive_entropy": lambda x: adaptive_entropy(softmax(x.maps), 0.7),
     "domain_bce": lambda x: domain_bce(x.maps, 1),
     "class_domain_ce": lambda x: class_domain_ce(jnp.concatenate([x.maps, x.other], -1), x.soft, 1),
     "berhu": lambda x: berhu(x.maps[..., 0], x.other[..., 0]),
+    "feature_distance": lambda x: feature_distance(x.maps, x.other, x.labels == 1),
     "distribution_contrast": lambda x: distribution_contrast(x.maps, x.labels, x.statistics, 0.3),
     "prototype_contrast": lambda x: prototype_contrast(x.maps, x.labels, x.memory, 0.07),
     "smoothness": lambda x: smoothness(x.maps),
@@ -98,9 +101,11 @@ def in_numpy(given: Given) -> dict[str, float]:
     threshold = 0.2 * error.max()
     return {
         "cross_entropy": -np.mean(log[known, labels[known]]),
+        "weighted_cross_entropy": -np.sum(soft[known, 0] * log[known, labels[known]]) / labels.size,
         "entropy_loss": -np.mean(np.sum(np.exp(log) * log, -1)) / np.log(len(CLASSES)),
         "domain_bce": np.mean(np.log1p(np.exp(-maps))),
         "class_domain_ce": -np.mean(np.sum(soft * target, -1)),
+        "feature_distance": np.mean(np.linalg.norm(maps - other, axis=-1)[labels == 1]),
         "berhu": np.mean(np.where(error <= threshold, error, (error**2 + threshold**2) / (2 * threshold))),
     }
 

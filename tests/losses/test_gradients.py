@@ -22,8 +22,9 @@ from jaxuda.losses.association import aggregate, cycle_association, smoothness
 from jaxuda.losses.contrastive import ClassStatistics, distribution_contrast, prototype_contrast
 from jaxuda.losses.depth import berhu
 from jaxuda.losses.entropy import adaptive_entropy, entropy_loss, entropy_map
+from jaxuda.losses.feature_distance import feature_distance
 from jaxuda.losses.reduction import masked_mean
-from jaxuda.losses.segmentation import cross_entropy, lovasz_softmax
+from jaxuda.losses.segmentation import cross_entropy, lovasz_softmax, weighted_cross_entropy
 from jaxuda.models.layers import gradient_reversal
 
 SHAPE = (2, 3, 4, 5)
@@ -84,6 +85,7 @@ def _dense_aggregate(x: jax.Array) -> jax.Array:
 # Name -> loss of an array of SHAPE, and another function whose differences its gradient must equal (None: the loss).
 CASES = {
     "cross_entropy": (lambda x: cross_entropy(x, LABELS), None),
+    "weighted_cross_entropy": (lambda x: weighted_cross_entropy(x, LABELS, SOFT[..., 0]), None),
     "lovasz_softmax": (lambda x: lovasz_softmax(softmax(x), LABELS), None),
     "entropy_loss": (lambda x: entropy_loss(softmax(x)), None),
     "entropy_map": (lambda x: jnp.sum(OTHER * entropy_map(softmax(x))), None),
@@ -91,6 +93,7 @@ CASES = {
     "domain_bce": (lambda x: domain_bce(x, 0) + 2 * domain_bce(x, 1), None),
     "class_domain_ce": (lambda x: class_domain_ce(jnp.concatenate([x, x[..., :1]], -1), SOFT, 1), None),
     "berhu": (lambda x: berhu(x[..., 0] * (FAR == 0), FAR), None),
+    "feature_distance": (lambda x: feature_distance(x, OTHER, LABELS == 1), None),
     "distribution_contrast": (lambda x: distribution_contrast(x, LABELS, STATS, 0.3), None),
     "prototype_contrast": (lambda x: prototype_contrast(x, LABELS, UNIT, 0.3), None),
     "cycle_association": (
@@ -117,7 +120,7 @@ CASES = {
 # The other functions in the modules of losses: they have no gradient, or are parts of those above.
 NO_LOSSES = {
     *("class_centres", "cycle", "empty_statistics", "global_max", "global_sum", "image_means"),
-    *("nearest_prototype_labels", "positive", "update_memory", "update_statistics"),
+    *("nearest_prototype_labels", "positive", "shrink_labels", "update_memory", "update_statistics"),
 }
 
 

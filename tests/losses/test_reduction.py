@@ -11,8 +11,9 @@ from jax import lax
 from jaxuda.losses.adversarial import domain_bce
 from jaxuda.losses.depth import berhu
 from jaxuda.losses.entropy import entropy_loss
+from jaxuda.losses.feature_distance import feature_distance
 from jaxuda.losses.reduction import masked_mean
-from jaxuda.losses.segmentation import cross_entropy, lovasz_softmax
+from jaxuda.losses.segmentation import cross_entropy, lovasz_softmax, weighted_cross_entropy
 
 DEVICES = 4
 CLASSES = 5
@@ -24,7 +25,11 @@ def softmaxed(loss):
 
 LOSSES = {
     "cross_entropy": cross_entropy,
-    "weighted_cross_entropy": functools.partial(cross_entropy, weights=(1.0, 4.0, 0.5, 2.0, 9.0)),
+    "cross_entropy of weighted classes": functools.partial(cross_entropy, weights=(1.0, 4.0, 0.5, 2.0, 9.0)),
+    "weighted_cross_entropy": lambda logits, labels, **axis: weighted_cross_entropy(
+        logits, labels, jnp.where(labels == 1, 0.3, 1.0), **axis
+    ),
+    "feature_distance": lambda logits, labels, **axis: feature_distance(logits, 0.1, labels == 1, **axis),
     "lovasz_softmax": softmaxed(lovasz_softmax),
     "entropy_loss": softmaxed(lambda probs, _, **axis: entropy_loss(probs, **axis)),
     "domain_bce": lambda logits, _, **axis: domain_bce(logits, 1, **axis),

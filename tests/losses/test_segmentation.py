@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from golden_weights import golden
 
-from jaxuda.losses.segmentation import cross_entropy, lovasz_softmax
+from jaxuda.losses.segmentation import cross_entropy, lovasz_softmax, weighted_cross_entropy
 
 
 def check(actual, expected, tolerance=1e-5):
@@ -29,6 +29,19 @@ def test_class_weights_of_the_cross_entropy():
     check(cross_entropy(logits, labels, weights=weights), expected)
     check(cross_entropy(logits, labels, weights=(3.0,) * 5), cross_entropy(logits, labels))
     assert cross_entropy(logits, np.full((4, 3), 255), weights=weights) == 0
+
+
+@pytest.mark.parametrize("case", "abc")
+def test_weighted_cross_entropy_matches_golden(case):
+    with jax.enable_x64(True):
+        arrays = {k[2:]: v for k, v in golden("pseudo_weight").items() if k.startswith(case)}
+        logits, label, weight = arrays["student_logits"].astype(np.float64), arrays["label"], arrays["pixel_weight"]
+        assert (label == 255).any()
+        both = jax.jit(jax.value_and_grad(weighted_cross_entropy))
+        for given, name in ((weight, ""), (None, "unweighted_")):
+            loss, gradient = both(logits, label, given)
+            check(loss, arrays[f"{name}loss_f64"], 1e-9)
+            check(gradient, arrays[f"{name}grad_student_logits"], 1e-6)
 
 
 @pytest.mark.parametrize("case", "abc")
@@ -67,7 +80,7 @@ def test_lovasz_gradient_is_that_of_finite_differences():
         np.testing.assert_allclose(jnp.vdot(jax.grad(loss)(logits), direction), numeric, rtol=1e-7)
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, lovasz_softmax])
+@pytest.mark.parametrize("loss", [cross_entropy, lovasz_softmax, weighted_cross_entropy])
 def test_no_label_at_all_gives_zero_and_no_gradient(loss):
     logits = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
     labels = jnp.full((2, 3, 4), 255, jnp.uint8)
@@ -76,7 +89,7 @@ def test_no_label_at_all_gives_zero_and_no_gradient(loss):
     np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, lovasz_softmax])
+@pytest.mark.parametrize("loss", [cross_entropy, lovasz_softmax, weighted_cross_entropy])
 def test_bfloat16_input_and_flat_positions(loss):
     x = jax.nn.softmax(jax.random.normal(jax.random.key(0), (2, 3, 4, 5)))
     labels = np.random.default_rng(0).integers(0, 5, (2, 3, 4)).astype(np.uint8)

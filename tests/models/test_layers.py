@@ -139,8 +139,15 @@ def test_normalise():
         [(1 - 0.485) / 0.229, -0.456 / 0.224, (0.2 - 0.406) / 0.225],
         rtol=1e-5,
     )
-    with pytest.raises(UserError, match="caffe, vgg, imagenet"):
-        layers.normalise(pixel, "pytorch")
+    for function in (layers.normalise, layers.denormalise):
+        with pytest.raises(UserError, match="caffe, vgg, imagenet"):
+            function(pixel, "pytorch")
+
+
+@pytest.mark.parametrize("kind", ["caffe", "vgg", "imagenet", "efficientnet"])
+def test_denormalise_is_the_inverse(kind):
+    pixels = np.array([[[[255, 0, 51], [3, 128, 17]]]], np.uint8)
+    np.testing.assert_allclose(layers.denormalise(layers.normalise(pixels, kind), kind), pixels, atol=1e-4)
 
 
 def test_gradient_reversal():
@@ -263,12 +270,13 @@ def test_share_and_scale_of_what_is_dropped(kind):
 
 
 @pytest.mark.parametrize("kind", [layers.Dropout, layers.DropPath])
-def test_nothing_is_dropped_in_evaluation_or_at_rate_0(kind):
+def test_nothing_is_dropped_in_evaluation_or_at_rate_0_or_without_a_key(kind):
     x = jnp.ones((4, 3, 2, 5))
     for y in (
         drop(kind, x, None, train=False),
         drop(kind, x, jnp.arange(4), rate=0.0),
         kind(0.3).apply({}, x, False, None),
+        kind(0.3).apply({}, x, True, None),  # without a key
     ):
         np.testing.assert_array_equal(y, x)
     with pytest.raises(UserError, match="needs `index`"):
