@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,31 +26,37 @@ def kornia_jitter(x: jax.Array, factors: jax.Array, order: jax.Array) -> jax.Arr
     Returns:
       (N, H, W, 3), the dtype of `x`.
     """
-    brightness, contrast, saturation, hue = factors.astype(x.dtype).T[..., None, None, None]
-    for operation in order.T[..., None, None, None]:  # (N, 1, 1, 1)
-        bright = jnp.clip(x + (brightness - 1), 0, 1)
-        contrasted = jnp.clip(x * contrast, 0, 1)
-        coloured = _in_hsv(x, jnp.where(operation == SATURATION, saturation, 1), jnp.where(operation == HUE, hue, 0))
-        x = jnp.where(operation == BRIGHTNESS, bright, jnp.where(operation == CONTRAST, contrasted, coloured))
-    return x
+    brightness, contrast, saturation, hue = factors.astype(x.dtype).T[..., None, None]  # (N, 1, 1) each
+    channels = [x[..., c] for c in range(3)]  # elementwise on single channels: XLA makes one loop of it
+    for operation in order.T[..., None, None]:
+        saturated = jnp.where(operation == SATURATION, saturation, 1)
+        turned = jnp.where(operation == HUE, hue, 0)
+        coloured = _in_hsv(channels, saturated, turned)
+        shifted = jnp.where(operation == BRIGHTNESS, brightness - 1, 0)
+        scaled = jnp.where(operation == CONTRAST, contrast, 1)
+        toned = [jnp.clip(scaled * (channel + shifted), 0, 1) for channel in channels]
+        is_tone = (operation == BRIGHTNESS) | (operation == CONTRAST)
+        channels = [jnp.where(is_tone, a, b) for a, b in zip(toned, coloured, strict=True)]
+    return jnp.stack(channels, axis=-1)
 
 
-def _in_hsv(x: jax.Array, saturation: jax.Array, hue: jax.Array) -> jax.Array:
-    """RGB images whose S is multiplied by `saturation` and clipped, and whose H is moved by `hue` turns."""
-    red, green, blue = (x[..., c : c + 1] for c in range(3))
-    value = jnp.max(x, axis=-1, keepdims=True)
-    chroma = value - jnp.min(x, axis=-1, keepdims=True)
+def _in_hsv(channels: Sequence[jax.Array], saturation: jax.Array, hue: jax.Array) -> list[jax.Array]:
+    """The channels (N, H, W) of RGB images, S multiplied by `saturation` and clipped, H moved by `hue` turns."""
+    red, green, blue = channels
+    value = jnp.maximum(jnp.maximum(red, green), blue)
+    chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
     safe = jnp.where(chroma > 0, chroma, 1)
     sixth = jnp.where(
         value == red,
         (green - blue) / safe,
         jnp.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
-    sixth = jnp.where(chroma > 0, sixth, 0) + 6 * hue
+    sixth += 6 * hue  # a grey pixel has no hue: its S is 0
     level = value * jnp.clip(saturation * chroma / (value + 1e-6), 0, 1)
     # A channel lies below V by the share of V * S that the distance of the hue from the channel's colour decides.
-    place = jnp.mod(jnp.asarray([5, 3, 1], x.dtype) + sixth, 6)
-    return value - level * jnp.clip(jnp.minimum(place, 4 - place), 0, 1)
+    turns = [(start + sixth) / 6 for start in (5, 3, 1)]
+    places = [6 * (turn - jnp.floor(turn)) for turn in turns]
+    return [value - level * jnp.clip(jnp.minimum(place, 4 - place), 0, 1) for place in places]
 
 
 def blur_size(side: int) -> int:
