@@ -35,15 +35,19 @@ def domain(name: str, **transforms) -> ConfigDict:
     """One training domain: a dataset ("streets/game"), and how its images are transformed (None = not at all).
 
     Several are joined with "+" ("gta5+synthia"); `parts` has what differs, {"synthia": {"resize": (1280, 760)}}.
-    Sizes are (width, height). The order is: resize | fit | short_side | scale, crop, flip, jitter, grey, blur.
+    Sizes are (width, height). The order is: resize | within | fit | short_side | scale, crop (balanced), flip, jitter,
+    grey, blur.
     """
-    config = ConfigDict({"name": name, "path": "", "split": "train", "interpolation": "bicubic"})
+    interpolation = transforms.pop("interpolation", "bicubic")
+    config = ConfigDict({"name": name, "path": "", "split": "train", "interpolation": interpolation})
     for field in ("resize", "short_side", "scale", "base", "crop", "flip", "jitter", "grey", "blur"):
         config[field] = optional(transforms.pop(field, None))
-    if "fit" in transforms:
-        config.fit = optional(transforms.pop("fit"))
+    # Set only when used: every field enters the stage's fingerprint.
+    for field in ("within", "fit", "balanced"):
+        if field in transforms:
+            config[field] = optional(transforms.pop(field))
     if "parts" in transforms:
-        config.parts = transforms.pop("parts")  # set only when used: every field enters the stage's fingerprint
+        config.parts = transforms.pop("parts")
     assert not transforms, f"unknown transforms: {', '.join(transforms)}"
     return config
 

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import grain.python as grain
@@ -29,6 +29,19 @@ _THREADS = min(4, os.cpu_count() or 1)
 _BUFFERED_BATCHES = 4
 
 
+class Draws(NamedTuple):
+    """The records to draw, in order, and a class that each of their crops should show.
+
+    indices: (n,) integers.
+    classes: (n,) train ids, or None: the crops are free.
+    pixels: (n,) numbers; a crop with more pixels of its class than this is taken, see `TransformSpec`.
+    """
+
+    indices: np.ndarray
+    classes: np.ndarray | None = None
+    pixels: np.ndarray | None = None
+
+
 def make_input(
     source: Sequence[Record],
     target: Sequence[Record] | None = None,
@@ -40,7 +53,7 @@ def make_input(
     source_transform: Transform,
     target_transform: Transform | None = None,
     target_labels: bool = False,
-    source_order: Sequence[int] | np.ndarray | None = None,
+    source_order: Sequence[int] | np.ndarray | Draws | None = None,
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -58,7 +71,7 @@ def make_input(
       source_transform, target_transform: see `build_transform`; they must bring all images to one size.
       target_labels: puts the target's labels, if it has any, into the batches after all, for figures that are
         marked as using them.
-      source_order: indices of the source records to draw, steps * batch of them (see
+      source_order: the source records to draw, steps * batch of them, as `Draws` or indices (see
         `jaxuda.data.orders`); None: shuffled anew every epoch.
       num_workers: processes that decode and transform; 0 uses threads of this one.
       process_index, process_count: this process gets rows process_index * b .. (process_index + 1) * b - 1
@@ -71,7 +84,7 @@ def make_input(
 
     Raises:
       UserError: a dataset is empty or the source unlabelled, the number of processes does not divide the
-        batch, or, while iterating, images of a batch differ in size.
+        batch, the target's crops are to be balanced, or, while iterating, images of a batch differ in size.
     """
     if batch < 1 or batch % process_count:
         raise UserError(f"a batch of {batch} cannot be divided between {process_count} processes")
@@ -80,6 +93,11 @@ def make_input(
     if target is not None:
         if target_transform is None:
             raise UserError("the target has no transform")
+        if getattr(target_transform, "balanced", None):
+            raise UserError(
+                "config.target.balanced chooses crops by their labels, which a stage that adapts to the target must "
+                "not read: unset it"
+            )
         domains["target"] = _stream(target, target_transform, seed, "target", count, keep_labels=target_labels)
     examples = ZipMapDataset(list(domains.values()))
     batches = examples.batch(batch // process_count, batch_fn=_Collate(tuple(domains)))
@@ -140,7 +158,7 @@ def _stream(
     seed: int,
     domain: str,
     count: int,
-    order: Sequence[int] | np.ndarray | None = None,
+    order: Sequence[int] | np.ndarray | Draws | None = None,
     keep_labels: bool = True,
 ) -> grain.MapDataset:
     """The first `count` records of a domain, in a given order or shuffled and repeated without end; transformed."""
@@ -153,10 +171,11 @@ def _stream(
     if order is None:
         dataset = _shuffled(records, count, seed, domain)
     else:
-        if len(order) < count:
-            raise UserError(f"the order of the {domain} has {len(order)} entries, but {count} records are to be drawn")
-        dataset = grain.MapDataset.source(_Ordered(records, order)).seed(_domain_seed(seed, domain))
-    keys = ("image", "id", *(("label",) if keep_labels else ()), *(("depth",) if domain == "source" else ()))
+        draws = order if isinstance(order, Draws) else Draws(np.asarray(order))
+        if (drawn := len(draws.indices)) < count:
+            raise UserError(f"the order of the {domain} has {drawn} entries, but {count} records are to be drawn")
+        dataset = grain.MapDataset.source(_Ordered(records, draws)).seed(_domain_seed(seed, domain))
+    keys = ("image", "id", "wanted", *(("label",) if keep_labels else ()), *(("depth",) if domain == "source" else ()))
     return dataset.random_map(_TransformKeys(transform, keys))[:count]
 
 
@@ -178,16 +197,18 @@ def draw_order(length: int, count: int, seed: int, domain: str) -> np.ndarray:
 
 
 class _Ordered(Sequence):
-    """Records in a given order, in which some may come often and others never."""
+    """Records in a given order, in which some may come often and others never; with "wanted", see `TransformSpec`."""
 
-    def __init__(self, records: Sequence[Record], order: Sequence[int] | np.ndarray):
-        self._records, self._order = records, np.asarray(order)
+    def __init__(self, records: Sequence[Record], draws: Draws):
+        self._records, self._draws = records, draws
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._draws.indices)
 
     def __getitem__(self, index: int) -> Record:
-        return self._records[int(self._order[index])]
+        indices, classes, pixels = self._draws
+        record = self._records[int(indices[index])]
+        return record if classes is None else {**record, "wanted": (int(classes[index]), float(pixels[index]))}
 
 
 class _TransformKeys:

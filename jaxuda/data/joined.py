@@ -88,6 +88,11 @@ class TransformByPart:
 
     transforms: Mapping[str, Transform]
 
+    @property
+    def balanced(self) -> bool:
+        """Whether a part's crops depend on its labels."""
+        return any(transform.balanced for transform in self.transforms.values())
+
     def __call__(self, record: Record, rng: np.random.Generator) -> Record:
         """See `transforms.TransformSpec`."""
         part = record["id"].partition(PLUS)[0]

@@ -6,12 +6,14 @@ randomness comes from the generator that is passed in, so that equal generators 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from jaxuda.data.encoding import count_ids
 from jaxuda.data.labels import IGNORE
 from jaxuda.errors import UserError
 
@@ -19,6 +21,10 @@ Record = dict[str, Any]
 Transform = Callable[[Record, np.random.Generator], Record]
 
 _INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+OPENCV = "opencv"
+# How often a crop is drawn again. In the published code of class-balanced crops, and of rare class sampling, the crop
+# after the last refusal is used whatever it shows.
+_REFUSALS = 10
 # Fill values of a window that is larger than the image: black, ignore, and no depth (infinitely far).
 _PADDING = {"image": 0, "label": IGNORE, "depth": 0}
 
@@ -27,31 +33,41 @@ _PADDING = {"image": 0, "label": IGNORE, "depth": 0}
 class TransformSpec:
     """Fields of a transform, applied in this order; None and 0 mean "off". Sizes are (width, height).
 
-    At most one of `resize`, `fit`, `short_side` and `scale` may be set.
+    At most one of `resize`, `within`, `fit`, `short_side` and `scale` may be set.
     """
 
     resize: tuple[int, int] | None = None  # to this size; the aspect may change
+    within: tuple[int, int] | None = None  # to the largest size inside this one, aspect kept, sides rounded half up
     fit: tuple[int, int] | None = None  # to fit into this size, aspect kept, at the top left; the rest is padding
     short_side: tuple[int, int] | None = None  # the short side uniform in lo..hi (integers, both included)
     scale: tuple[float, float] | None = None  # to a uniform factor in lo..hi of `base`
     base: tuple[int, int] | None = None  # size that `scale` refers to; default: the image's own
     crop: tuple[int, int] | None = None  # random window; smaller images are padded at the right and bottom
+    balanced: float | None = None  # crops show two classes or more, none on this share of the labelled pixels or more
     flip: float = 0.0  # probability of a mirror image
     jitter: tuple[float, float, float, float] | None = None  # brightness, contrast, saturation, hue
     grey: float = 0.0  # probability of a grey image
     blur: tuple[float, float] | None = None  # 3x3 Gaussian with sigma uniform in lo..hi
-    interpolation: str = "bicubic"  # of images, "bicubic" or "bilinear", both antialiased
+    # "bicubic" or "bilinear": images antialiased, labels by the pixel at the centre, as Pillow. "opencv": bilinear
+    # without antialiasing, labels by pixel floor(i * in / out), as OpenCV and the recipes of mmsegmentation.
+    interpolation: str = "bicubic"
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Record:
-        """Transforms a record: "image" (H, W, 3) uint8 and, where present, "label" and "depth" (H, W)."""
+        """Transforms a record: "image" (H, W, 3) uint8 and, where present, "label" and "depth" (H, W).
+
+        Its entry "wanted", (class, pixels), is removed: the crop should show more pixels of the class than that.
+        `balanced` and "wanted" look at the label, which must be there, after the resize; a crop is drawn at most eleven
+        times for each, and the last one is used whatever it shows.
+        """
         record = dict(record)
+        wanted = record.pop("wanted", None)
         size = self._target_size(record["image"].shape, rng)
         if size is not None:
-            record = _resize(record, size, _INTERPOLATION[self.interpolation])
+            record = _resize(record, size, self.interpolation)
         if self.fit:
             record = _window(record, 0, 0, self.fit)
         if self.crop:
-            record = _random_crop(record, self.crop, rng)
+            record = _random_crop(record, self.crop, rng, self.balanced, wanted)
         if self.flip and rng.random() < self.flip:
             for key in _PADDING.keys() & record.keys():
                 record[key] = np.ascontiguousarray(record[key][:, ::-1])
@@ -67,6 +83,9 @@ class TransformSpec:
         height, width = shape[:2]
         if self.fit:
             return fitted_size((width, height), self.fit)
+        if self.within:
+            factor = min(self.within[0] / width, self.within[1] / height)
+            return max(1, int(width * factor + 0.5)), max(1, int(height * factor + 0.5))
         if self.short_side:
             factor = rng.integers(self.short_side[0], self.short_side[1] + 1) / min(width, height)
         elif self.scale:
@@ -98,26 +117,32 @@ def build_transform(spec: Mapping[str, Any] | None) -> Transform:
         problem = _problem(key, value)
         if problem:
             raise UserError(f"transform field {key}={value!r}: {problem}")
-    if len(several := [key for key in ("resize", "fit", "short_side", "scale") if key in spec]) > 1:
+    if len(several := [key for key in ("resize", "within", "fit", "short_side", "scale") if key in spec]) > 1:
         raise UserError(
-            f"a transform takes one of resize, fit, short_side and scale, not several: unset {several[0]} "
+            f"a transform takes one of resize, within, fit, short_side and scale, not several: unset {several[0]} "
             f"({several[0]}=None) or {several[1]}"
         )
     if "base" in spec and "scale" not in spec:
         raise UserError("transform field base is the size that scale refers to, but scale is not set")
+    if spec.get("balanced") and "crop" not in spec:
+        raise UserError("transform field balanced says which crops are taken, but crop is not set")
     return TransformSpec(**spec)
 
 
 def _problem(key: str, value: Any) -> str:
     """What is wrong with the value of a field; "" if nothing is."""
     if key == "interpolation":
-        return "" if value in _INTERPOLATION else f"choose {' or '.join(_INTERPOLATION)}"
+        known = (*_INTERPOLATION, OPENCV)
+        return "" if value in known else f"choose {', '.join(known[:-1])} or {known[-1]}"
+    if key == "balanced":
+        return "" if _numbers((value,)) and 0 <= value < 1 else "must be a share below 1"
     if key in ("flip", "grey"):
         return "" if _numbers((value,)) and 0 <= value <= 1 else "must be a probability"
     length = 4 if key == "jitter" else 2
     if not isinstance(value, tuple) or len(value) != length or not _numbers(value):
         return f"must be {length} numbers, or None"
-    if key in ("resize", "fit", "base", "crop", "short_side") and not all(isinstance(v, int) and v > 0 for v in value):
+    integers = key in ("resize", "within", "fit", "base", "crop", "short_side")
+    if integers and not all(isinstance(v, int) and v > 0 for v in value):
         return "must be positive integers"
     if key in ("short_side", "scale", "blur") and not 0 < value[0] <= value[1]:
         return "must be 0 < low <= high"
@@ -131,8 +156,8 @@ def _numbers(values: tuple) -> bool:
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int], interpolation: str = "bicubic") -> np.ndarray:
-    """Resizes (H, W, 3) uint8 to `size` (width, height) as Pillow does, antialiased."""
-    return _resize({"image": image}, size, _INTERPOLATION[interpolation])["image"]
+    """Resizes (H, W, 3) uint8 to `size` (width, height); see `TransformSpec.interpolation`."""
+    return _resize({"image": image}, size, interpolation)["image"]
 
 
 def resize_nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -152,20 +177,56 @@ def _nearest(length: int, new_length: int) -> np.ndarray:
     return np.minimum(positions.astype(np.int64), length - 1)
 
 
-def _resize(record: Record, size: tuple[int, int], resampling: Image.Resampling) -> Record:
+def _resize(record: Record, size: tuple[int, int], interpolation: str) -> Record:
     if record["image"].shape[1::-1] == tuple(size):
         return record
-    resized = {key: resize_nearest(record[key], size) for key in ("label", "depth") if key in record}
-    resized["image"] = np.asarray(Image.fromarray(record["image"]).resize(size, resampling))
+    maps = {key: record[key] for key in ("label", "depth") if key in record}
+    if interpolation == OPENCV:
+        resized = {key: cv2.resize(each, size, interpolation=cv2.INTER_NEAREST) for key, each in maps.items()}
+        resized["image"] = cv2.resize(record["image"], size, interpolation=cv2.INTER_LINEAR)
+    else:
+        resized = {key: resize_nearest(each, size) for key, each in maps.items()}
+        resized["image"] = np.asarray(Image.fromarray(record["image"]).resize(size, _INTERPOLATION[interpolation]))
     return {**record, **resized}
 
 
-def _random_crop(record: Record, size: tuple[int, int], rng: np.random.Generator) -> Record:
+def _random_crop(
+    record: Record,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    largest: float | None,
+    wanted: tuple[int, float] | None,
+) -> Record:
+    """A random window; `largest` and `wanted` are `TransformSpec.balanced` and the record's entry."""
     width, height = size
     rows, columns = record["image"].shape[:2]
-    top = rng.integers(max(rows - height, 0) + 1)
-    left = rng.integers(max(columns - width, 0) + 1)
-    return _window(record, top, left, size)
+
+    def draw() -> tuple[int, int]:
+        return rng.integers(max(rows - height, 0) + 1), rng.integers(max(columns - width, 0) + 1)
+
+    def accepts(rule: Callable[[np.ndarray], bool], corner: tuple[int, int]) -> bool:
+        top, left = corner
+        return rule(count_ids(record["label"][top : top + height, left : left + width]))
+
+    if largest:
+        draw = partial(_redrawn, draw, partial(accepts, partial(_is_balanced, largest)))
+    if wanted:
+        draw = partial(_redrawn, draw, partial(accepts, lambda pixels: pixels[wanted[0]] > wanted[1]))
+    return _window(record, *draw(), size)
+
+
+def _redrawn(draw: Callable[[], Any], accepts: Callable[[Any], bool]) -> Any:
+    """The first draw that is accepted; after ten refusals the next one, unseen."""
+    for _ in range(_REFUSALS):
+        if accepts(drawn := draw()):
+            return drawn
+    return draw()
+
+
+def _is_balanced(largest: float, pixels: np.ndarray) -> bool:
+    """Whether a label with so many pixels of each id (256,) has several classes, each on less than this share."""
+    valid = pixels[:IGNORE]
+    return np.count_nonzero(valid) > 1 and valid.max() / valid.sum() < largest
 
 
 def _window(record: Record, top: int, left: int, size: tuple[int, int]) -> Record:

@@ -19,7 +19,6 @@ from jaxuda.errors import UserError
 from jaxuda.inference.restore import restore
 from jaxuda.sweeps.scores import (
     input_transform,
-    kept_aspect,
     make_scores,
     probabilities,
     resize,
@@ -65,8 +64,7 @@ class Predictor(NamedTuple):
             config = FrozenConfigDict({name: config[name] for name in ("preprocess", "align_corners", "evaluation")})
         grid, run = _compiled(self.model, method, config)
         small = input_transform(config)({"image": image}, np.random.default_rng(0))["image"]
-        sizes, aspect = [image.shape[:2]], kept_aspect(config)
-        rows, columns = resize_matrices(grid(self.variables), sizes, config.align_corners, aspect)
+        rows, columns = resize_matrices(grid(self.variables), [image.shape[:2]], config)
         found = np.asarray(run(self.variables, small[None], rows, columns))[0, : image.shape[0], : image.shape[1]]
         return found.argmax(-1).astype(np.uint8), found
 

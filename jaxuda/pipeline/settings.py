@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxuda.data.joined import domain_transform
+from jaxuda.data.transforms import build_transform
 from jaxuda.errors import UserError
 
 _LARGEST = 2**31 - 1
@@ -21,7 +22,7 @@ _LEAST = {
     **dict.fromkeys(("lovasz_shrink", "stem", "block", "shortcut", "width"), 1),
     **dict.fromkeys(("keep_every", "devices", "num_workers", "seed", "schedule_steps", "lr", "momentum", "power"), 0),
     **dict.fromkeys(("weight_decay", "head_factor", "norm_eps", "rare_class_pixels"), 0),
-    **dict.fromkeys(("warmup_steps", "warmup_ratio"), 0),
+    **dict.fromkeys(("warmup_steps", "warmup_ratio", "rare_class_crop_ratio"), 0),
     "rare_class_temperature": 1e-6,
 }
 _NEEDED = ("name", "benchmark", "seed", "pipeline", "source", "target", "evaluation", "test", "model", "optim")
@@ -46,6 +47,10 @@ def check(config: ConfigDict) -> None:
             wrong.append(f"config.{domain}: {error}")
     if not _pair(plain["evaluation"]["size"]):
         wrong.append(f"config.evaluation.size={plain['evaluation']['size']!r} must be (width, height)")
+    try:
+        build_transform({"interpolation": plain["evaluation"].get("interpolation")})
+    except UserError as error:
+        wrong.append(f"config.evaluation: {error}")
     scales, weights = plain["test"]["scales"], plain["test"]["weights"]
     if not _all_numbers(plain.get("class_weights", ())):
         wrong.append(f"config.class_weights={plain['class_weights']!r} must be one number for each class")

@@ -10,7 +10,6 @@ import flax.linen as nn
 import jax
 
 from jaxuda.sweeps.scores import (
-    kept_aspect,
     make_scores,
     padded_sizes,
     probabilities,
@@ -72,19 +71,17 @@ class Ensemble:
           A batch of `data.sweep_batches`, and its passes for `coarse` and `average`.
         """
         batch_size = self.members[0].config.evaluation.batch
-        configs = [self.members[index].config for index, _, _ in self._passes]
+        inputs = [(self.members[index].config, size) for index, size, _ in self._passes]
         grids = [self.grid(variables, which) for which in range(len(self._passes))]
-        sweeps = [
-            sweep(records, config, size, batch_size) for config, (_, size, _) in zip(configs, self._passes, strict=True)
-        ]
+        sweeps = [sweep(records, config, size, batch_size) for config, size in inputs]
         for batches in zip(*sweeps, strict=True):
             first = batches[0]
             labelled = of_labels and first["label"] is not None
             sizes = [label.shape for label in first["label"]] if labelled else first["size"]
             sizes = padded_sizes(sizes, len(first["image"]))
             passes = []
-            for batch, grid, config in zip(batches, grids, configs, strict=True):
-                rows, columns = resize_matrices(grid, sizes, config.align_corners, kept_aspect(config))
+            for batch, grid, (config, size) in zip(batches, grids, inputs, strict=True):
+                rows, columns = resize_matrices(grid, sizes, config, size)
                 passes.append({"image": batch["image"], "rows": rows, "columns": columns})
             yield first, passes
 

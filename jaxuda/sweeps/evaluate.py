@@ -41,7 +41,7 @@ def make_evaluator(
     """`evaluate(variables, records) -> Evaluation`, compiled once for all its calls.
 
     Images are resized to `config.evaluation.size` for the network; its scores are resized bilinearly to each
-    label's own size, then argmax, as the published evaluations do.
+    label's own size, then argmax, as the published evaluations do. `sweep` and `resize_matrices` have the options.
     """
     evaluate = make_ensemble_evaluator(Ensemble([Member(model, method, config)]), devices)
     return lambda variables, records: evaluate([variables], records)

@@ -22,7 +22,6 @@ from jaxuda.data.pseudo import LABELS, write_pseudo_label
 from jaxuda.data.records import Domains, Subset
 from jaxuda.models.layers import resize_bilinear
 from jaxuda.sweeps.scores import (
-    kept_aspect,
     make_scores,
     padded_sizes,
     probabilities,
@@ -118,7 +117,7 @@ def _write_labels(
     with progress_bar(len(names), "pseudo-labels", "img", initial=len(names) - len(missing)) as bar:
         for batch in sweep(Subset(target, missing), config):
             sizes = padded_sizes(batch["size"], len(batch["image"]))
-            arrays = (batch["image"], *resize_matrices(grid, sizes, config.align_corners, kept_aspect(config)))
+            arrays = (batch["image"], *resize_matrices(grid, sizes, config))
             maps = np.asarray(label(variables, *parallel.spread(arrays, devices)))
             for name, (height, width), ids in zip(batch["id"], batch["size"], maps, strict=False):
                 ids = np.ascontiguousarray(ids[:height, :width])

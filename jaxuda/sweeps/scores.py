@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -58,6 +60,7 @@ def sweep(
 
     Images are resized to `size`, in batches of `batch`; both are those of `config.evaluation` unless given. With
     `config.evaluation.keep_aspect` they keep their aspect within that size, at the top left; the rest is black.
+    `config.evaluation.interpolation` ("bicubic") may name another resize, see `TransformSpec`.
     """
     return data.sweep_batches(records, input_transform(config, size), batch or config.evaluation.batch)
 
@@ -65,7 +68,8 @@ def sweep(
 def input_transform(config: Any, size: tuple[int, int] | None = None) -> Transform:
     """The transform from an image to the network's input in `sweep`; `size` defaults to `config.evaluation.size`."""
     kind = "fit" if kept_aspect(config) else "resize"
-    return data.build_transform({kind: tuple(size or config.evaluation.size)})
+    interpolation = config.evaluation.get("interpolation", "bicubic")
+    return data.build_transform({kind: tuple(size or config.evaluation.size), "interpolation": interpolation})
 
 
 def shown_pixels(batch: dict[str, Any], config: Any, grid: tuple[int, int] | None = None) -> np.ndarray:
@@ -109,30 +113,41 @@ def padded_sizes(sizes: list[tuple[int, int]], batch: int) -> list[tuple[int, in
 
 
 def resize_matrices(
-    grid: tuple[int, int], sizes: Sequence[tuple[int, int]], align_corners: bool, aspect: float | None = None
+    grid: tuple[int, int], sizes: Sequence[tuple[int, int]], config: Any, size: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bilinear resizes from one grid to several sizes, as matrices of one shape: sizes are data, not shapes.
 
     Args:
       grid: (h, w) of the scores.
       sizes: (height, width) of each image of a batch of N.
-      align_corners: as in `resize_bilinear`.
-      aspect: None if the grid shows the image alone. Otherwise it shows the image at the top left of a canvas with
-        this width / height (see `kept_aspect`): scores are resized to the canvas, and only the image is kept.
+      config: `align_corners` is read, as in `resize_bilinear`. With `evaluation.keep_aspect` the grid shows the image
+        at the top left of a canvas: scores are resized to the canvas, and only the image is kept. With
+        `evaluation.through_input` scores are resized to the network's input, and from there to the image, which is what
+        mmsegmentation and its descendants do; without it, at once.
+      size: (width, height) of the network's input; default: `evaluation.size`.
 
     Returns:
       float32 (N, H, h) and (N, W, w); H and W are the largest sizes, rounded up to a multiple of `BUCKET`. Rows
       beyond an image's own size are zero.
     """
-    stacks = []
+    stacks, aspect = [], kept_aspect(config)
+    width, height = size or config.evaluation.size
+    between = ((height,), (width,)) if config.evaluation.get("through_input", False) else ((), ())
     for axis in (0, 1):
         longest = -(-max(size[axis] for size in sizes) // BUCKET) * BUCKET
         stack = np.zeros((len(sizes), longest, grid[axis]), np.float32)
-        for row, size in zip(stack, sizes, strict=True):
-            whole = canvas(size, aspect)[axis] if aspect else size[axis]
-            row[: size[axis]] = interpolation_matrix(grid[axis], whole, align_corners)[: size[axis]]
+        for row, own in zip(stack, sizes, strict=True):
+            whole = canvas(own, aspect)[axis] if aspect else own[axis]
+            row[: own[axis]] = _chain((grid[axis], *between[axis], whole), config.align_corners)[: own[axis]]
         stacks.append(stack)
     return stacks[0], stacks[1]
+
+
+@functools.lru_cache(maxsize=64)
+def _chain(lengths: tuple[int, ...], align_corners: bool) -> np.ndarray:
+    """The matrix that resizes from the first length to the second, from there to the third, and so on."""
+    steps = [interpolation_matrix(source, target, align_corners) for source, target in itertools.pairwise(lengths)]
+    return functools.reduce(lambda matrix, step: step @ matrix, steps)
 
 
 def canvas(size: tuple[int, int], aspect: float) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from jaxuda.data.input import make_input, prefetch_to_device, sweep_batches
+from jaxuda.data.input import Draws, make_input, prefetch_to_device, sweep_batches
+from jaxuda.data.joined import domain_transform
 from jaxuda.data.transforms import build_transform
 from jaxuda.errors import UserError
 
@@ -194,3 +195,47 @@ def test_prefetch_places_arrays_and_keeps_the_rest():
     assert [b["source"]["id"] for b in everything] == [[f"a{i}"] for i in range(5)]
     assert everything[3]["source"]["image"][0] == "device"
     np.testing.assert_array_equal(everything[3]["source"]["image"][1], [3, 3])
+
+
+SPOTS = {"crop": (8, 6), "flip": 0.5, "balanced": 0.9}
+
+
+def _spots(count=4):
+    """Records with class 1 in a corner, the rest class 0 with a line of class 2."""
+    records = _records(count)
+    for record in records:
+        record["label"][:] = 0
+        record["label"][9] = 2
+        record["label"][11:, 15:] = 1
+    return records
+
+
+def test_crops_show_the_class_that_they_are_drawn_for():
+    order = np.arange(40) % 4
+    draws = Draws(order, np.where(order < 2, 1, 2), np.where(order < 2, 12.0, 0.0))
+    batches = _batches(_spots(), steps=10, spec=SPOTS, source_order=draws)
+    assert batches[0]["source"].keys() == {"image", "label", "id"}
+    counts = {1: [], 2: []}
+    for batch in batches:
+        for name, label in zip(batch["source"]["id"], batch["source"]["label"], strict=True):
+            wanted = 1 if name in ("0-0", "0-1") else 2
+            counts[wanted].append((label == wanted).sum())
+    free = _batches(_spots(), steps=10, spec=SPOTS, source_order=order)
+    found = sum((label == 1).sum() > 12 for batch in free for label in batch["source"]["label"])
+    assert np.mean(np.array(counts[1]) > 12) > 0.8 and found < 0.4 * 40
+    assert np.mean(np.array(counts[2]) > 0) > 0.95
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_crops_that_are_drawn_again_resume(num_workers):
+    draws = Draws(np.arange(24) % 4, np.ones(24, int), np.full(24, 12.0))
+    options = {"spec": SPOTS, "source_order": draws}
+    whole = _batches(_spots(), **options)
+    _assert_equal(whole[2:], _batches(_spots(), start=2, num_workers=num_workers, **options))
+
+
+def test_balanced_crops_of_the_target_are_refused():
+    balanced = domain_transform({"name": "a+b", "crop": (8, 6), "parts": {"b": {"balanced": 0.75}}})
+    for transform in (build_transform(SPOTS), balanced):
+        with pytest.raises(UserError, match="a stage that adapts to the target must not read"):
+            make_input(_spots(), _spots(), batch=1, steps=1, source_transform=transform, target_transform=transform)

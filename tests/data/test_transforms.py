@@ -1,4 +1,5 @@
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from configs import common
 from jaxuda.data.transforms import build_transform, resize_image, resize_nearest
 from jaxuda.errors import UserError
 
+GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "sepico_crop.npz"))
 EVERYTHING = {
     "scale": (0.5, 1.5),
     "crop": (24, 16),
@@ -164,8 +167,12 @@ def test_nothing_is_done_without_a_spec():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"resise": (4, 4)}, "unknown transform field resise; known: resize, fit, short_side"),
-        ({"resize": (4, 4), "scale": (1, 2)}, "takes one of resize, fit, short_side and scale"),
+        ({"resise": (4, 4)}, "unknown transform field resise; known: resize, within, fit, short_side"),
+        ({"resize": (4, 4), "scale": (1, 2)}, "takes one of resize, within, fit, short_side and scale"),
+        ({"within": (4, 4), "fit": (4, 4)}, "takes one of resize, within, fit, short_side and scale"),
+        ({"within": (4, 0)}, "positive integers"),
+        ({"balanced": 0.75}, "crop is not set"),
+        ({"balanced": 1.0, "crop": (4, 4)}, "must be a share below 1"),
         ({"base": (4, 4)}, "scale is not set"),
         ({"resize": (4, 0)}, "positive integers"),
         ({"resize": 4}, "must be 2 numbers"),
@@ -174,7 +181,7 @@ def test_nothing_is_done_without_a_spec():
         ({"scale": (1.5, 0.5)}, "0 < low <= high"),
         ({"jitter": (1, 1, 1)}, "must be 4 numbers"),
         ({"jitter": (1, 1, 1, 0.6)}, "hue at most 0.5"),
-        ({"interpolation": "cubic"}, "choose bicubic or bilinear"),
+        ({"interpolation": "cubic"}, "choose bicubic, bilinear or opencv"),
     ],
 )
 def test_wrong_specs_are_explained(spec, message):
@@ -193,3 +200,101 @@ def test_fit_keeps_the_aspect_and_pads():
     assert (fitted["label"][24:] == 255).all() and not fitted["depth"][24:].any()
     high = build_transform({"fit": (64, 48)})({"image": image.transpose(1, 0, 2)}, rng)["image"]
     assert high.shape == (48, 64, 3) and high[:, :18].any(-1).all() and not high[:, 18:].any()
+
+
+@pytest.mark.parametrize(
+    ("size", "within", "expected"),
+    [
+        ((1914, 1052), (1280, 720), (1280, 704)),
+        ((1914, 1052), (2560, 1440), (2560, 1407)),
+        ((1280, 760), (2560, 1520), (2560, 1520)),
+        ((1920, 1080), (960, 540), (960, 540)),
+        ((20, 60), (40, 30), (10, 30)),
+        ((20, 9), (10, 10), (10, 5)),  # 4.5: half up
+    ],
+)
+def test_within_keeps_the_aspect_without_padding(size, within, expected):
+    image = np.ones((*size[::-1], 3), np.uint8)
+    found = build_transform({"within": within, "interpolation": "opencv"})({"image": image}, np.random.default_rng(0))
+    assert found["image"].shape[1::-1] == expected and found["image"].all()
+
+
+@pytest.mark.parametrize("size", [(13, 11), (64, 50)])
+def test_resize_as_opencv(size):
+    """Images by the two nearest pixels alone, with half-pixel centres; labels by pixel floor(i * in / out)."""
+    record = {**_record(), "image": np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8)}
+    found = build_transform({"resize": size, "interpolation": "opencv"})(record, np.random.default_rng(0))
+    expected = record["image"].astype(float)
+    for axis, length in enumerate(size[::-1]):
+        position = np.clip((np.arange(length) + 0.5) * expected.shape[axis] / length - 0.5, 0, expected.shape[axis] - 1)
+        low = position.astype(int)
+        high = np.minimum(low + 1, expected.shape[axis] - 1)
+        weight = np.expand_dims(position - low, tuple(k for k in range(3) if k != axis))
+        expected = (1 - weight) * np.take(expected, low, axis) + weight * np.take(expected, high, axis)
+    np.testing.assert_allclose(found["image"], expected, atol=1.01)  # OpenCV computes with integers
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size[::-1], (30, 40), strict=True))
+    np.testing.assert_array_equal(found["label"], record["label"][rows[:, None], columns])
+    np.testing.assert_array_equal(found["depth"], found["label"] + np.float32(0.5))
+
+
+class Scripted:
+    """A generator whose integers are given."""
+
+    def __init__(self, corners):
+        self.left = [int(each) for corner in corners for each in corner]
+
+    def integers(self, high):
+        value = self.left.pop(0)
+        assert value < high
+        return value
+
+
+@pytest.mark.parametrize("case", "abcdef")
+def test_balanced_crops_are_those_of_the_published_code(case):
+    """Golden corners: the one that is taken, after those that were refused; in `d` ten are."""
+    label = GOLDEN[f"{case}_labels"].astype(np.uint8)
+    height, width = GOLDEN[f"{case}_crop_size"]
+    top, bottom, left, right = GOLDEN[f"{case}_first_box"]
+    rng = Scripted(GOLDEN[f"{case}_first_draws"])
+    spec = {"crop": (int(width), int(height)), "balanced": 0.75}
+    found = build_transform(spec)({"image": np.repeat(label[..., None], 3, 2), "label": label}, rng)["label"]
+    expected = label[top:bottom, left:right]
+    np.testing.assert_array_equal(found[: len(expected), : expected.shape[1]], expected)
+    assert rng.left == [] and (found[len(expected) :] == 255).all() and found.shape == (height, width)
+
+
+def _halves():
+    """Class 3 in the left half, class 4 in the right one; columns are counted in the image."""
+    label = np.repeat(np.array([[3] * 10 + [4] * 10], np.uint8), 8, 0)
+    image = np.repeat(np.broadcast_to(np.arange(20, dtype=np.uint8), (8, 20))[..., None], 3, 2)
+    return {"image": image, "label": label}
+
+
+def test_a_crop_shows_more_than_the_wanted_pixels():
+    crop = build_transform({"crop": (4, 8)})
+    rng = Scripted([(0, 7), (0, 8), (0, 9)])  # 8, 16, 24 pixels of class 4
+    found = crop({**_halves(), "wanted": (4, 16.0)}, rng)
+    assert found["image"][0, 0, 0] == 9 and found.keys() == {"image", "label"}
+    rng = Scripted([(0, left) for left in range(1, 12)])
+    assert crop({**_halves(), "wanted": (5, 0)}, rng)["image"][0, 0, 0] == 11 and rng.left == []  # the eleventh
+    whole = build_transform({})({**_halves(), "wanted": (5, 0)}, np.random.default_rng(0))
+    assert whole.keys() == {"image", "label"}
+
+
+def test_each_crop_for_a_wanted_class_is_a_balanced_one():
+    crop = build_transform({"crop": (4, 8), "balanced": 0.6})
+    # Balanced crops begin at column 8 alone; one that is balanced, but shows too little, is refused as well.
+    rng = Scripted([(0, 12), (0, 8), (0, 3), (0, 8)])
+    assert crop({**_halves(), "wanted": (4, 15)}, rng)["image"][0, 0, 0] == 8 and len(rng.left) == 4
+    rng = Scripted([(0, 8)] * 10 + [(0, 12), (0, 8)])
+    assert crop({**_halves(), "wanted": (4, 16)}, rng)["image"][0, 0, 0] == 8 and rng.left == []
+
+
+def test_a_domain_has_the_fields_of_some_recipes_only_where_they_are_set():
+    plain = common.domain("gta5", resize=(1280, 720))
+    assert not {"within", "fit", "balanced"} & set(plain) and plain.interpolation == "bicubic"
+    fields = {"within": (1280, 720), "crop": (512, 512), "balanced": 0.75, "interpolation": "opencv"}
+    set_ = common.domain("gta5", **fields).to_dict()
+    assert {key: set_[key] for key in fields} == fields
+    with pytest.raises(AssertionError, match="unknown transforms: withn"):
+        common.domain("gta5", withn=(1280, 720))

@@ -2,7 +2,7 @@
 
 An order is a module with one function,
 
-    order(labelled, unlabelled, count, config, artifacts) -> (count,) int32 indices of `labelled`, or None
+    order(labelled, unlabelled, count, config, artifacts) -> (count,) int32 indices of `labelled`, `Draws`, or None
 
 labelled, unlabelled: the records that the stage learns from; unlabelled may be None.
 count: steps * batch. The arguments alone decide the result, and a longer result begins with the shorter one: a run
@@ -10,7 +10,8 @@ count: steps * batch. The arguments alone decide the result, and a longer result
 config: the stage's settings; `seed` decides the draws.
 artifacts: the artifacts of earlier stages for this stage, stage -> folder.
 
-None: the input decides the order, and shuffles anew every epoch.
+`jaxuda.data.input.Draws` also says which class each crop should show. None: the input decides the order, and shuffles
+anew every epoch.
 """
 
 from __future__ import annotations

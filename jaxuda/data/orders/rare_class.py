@@ -1,4 +1,4 @@
-"""Rare class sampling: a class is drawn, rare ones more often, then an image that shows enough of the class.
+"""Rare class sampling: a class is drawn, rare ones more often, then an image that shows enough of it, then a crop.
 
 (Hoyer, Dai, Van Gool: DAFormer, CVPR 2022, sec. 3.2.)
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxuda.data.input import Draws
 from jaxuda.data.records import class_pixels
 from jaxuda.errors import UserError
 
@@ -17,11 +18,14 @@ from jaxuda.errors import UserError
 _AREA = 1280 * 760
 
 
-def order(labelled: Any, unlabelled: Any, count: int, config: Any, artifacts: Any) -> np.ndarray:
-    """See `data.orders`; `config.rare_class_temperature` (0.01) and `config.rare_class_pixels` (3000) may be set.
+def order(labelled: Any, unlabelled: Any, count: int, config: Any, artifacts: Any) -> Draws:
+    """See `data.orders`; these fields of `config` may be set.
 
-    An image shows enough of a class if it has more than `rare_class_pixels` pixels of it; in images smaller than
-    SYNTHIA's, this number is smaller in proportion to their area.
+    rare_class_temperature: 0.01; see `rare_class_probabilities`.
+    rare_class_pixels: 3000. An image shows enough of a class if it has more pixels of it than this, as stored; in
+      images smaller than SYNTHIA's, the number is smaller in proportion to their area.
+    rare_class_crop_ratio: 0.5. A crop, after the resize, should show more pixels of its class than this times the
+      number for the image; 0.5 as published for crops of 512, 2.0 for crops of 1024 (HRDA, MIC).
     """
     classes = labelled.label_space.classes
     counts = class_pixels(labelled, len(classes))
@@ -31,7 +35,8 @@ def order(labelled: Any, unlabelled: Any, count: int, config: Any, artifacts: An
         text = f"no image of {labelled.name} shows enough of {', '.join(left_out)} to be drawn for it"
         warnings.warn(text, stacklevel=2)
     temperature = config.get("rare_class_temperature", 0.01)
-    return rare_class_order(counts[:, :-1].sum(0), eligible, count, config.seed, temperature)
+    indices, drawn = rare_class_order(counts[:, :-1].sum(0), eligible, count, config.seed, temperature)
+    return Draws(indices, drawn, least[indices, 0] * config.get("rare_class_crop_ratio", 0.5))
 
 
 def rare_class_probabilities(pixels: np.ndarray, temperature: float) -> np.ndarray:
@@ -51,8 +56,8 @@ def rare_class_probabilities(pixels: np.ndarray, temperature: float) -> np.ndarr
 
 def rare_class_order(
     pixels: np.ndarray, eligible: np.ndarray, draws: int, seed: int, temperature: float = 0.01
-) -> np.ndarray:
-    """Indices of the images to draw; draws are independent of each other.
+) -> tuple[np.ndarray, np.ndarray]:
+    """The images to draw, and the class that each is drawn for; draws are independent of each other.
 
     The arguments alone decide the order, and a longer order begins with the shorter one.
 
@@ -64,7 +69,7 @@ def rare_class_order(
       temperature: see `rare_class_probabilities`.
 
     Returns:
-      (draws,) int32 indices in 0..n-1.
+      (draws,) int32 indices in 0..n-1, and (draws,) int32 classes.
 
     Raises:
       UserError: no class has an image.
@@ -81,4 +86,5 @@ def rare_class_order(
     images = [np.flatnonzero(column) for column in eligible.T]
     sizes = np.array([len(each) for each in images])
     places = (uniform[:, 1] * sizes[chosen]).astype(int)
-    return np.array([images[c][place] for c, place in zip(chosen, places, strict=True)], np.int32)
+    indices = np.array([images[c][place] for c, place in zip(chosen, places, strict=True)], np.int32)
+    return indices, chosen.astype(np.int32)
