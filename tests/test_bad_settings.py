@@ -20,6 +20,7 @@ from jaxuda.main import main
 from jaxuda.models import make_model
 from jaxuda.optimizers import make_optimizer
 from jaxuda.pipeline import stages
+from jaxuda.pipeline.settings import check
 
 VALUES = ["-1", "0", "1", "3", "2147483648", "1e300", "nan", "inf", "-0.5", "", "x", "../x", "None", "True", "()"]
 VALUES += [
@@ -89,6 +90,17 @@ def test_transforms_of_a_benchmark_can_be_unset(field: str) -> None:
     words = ["--config.target.fit=None", "--config.target.scale=(0.5, 0.5)"]
     config = parse(["x", "--config=configs/dada.py:mapillary", *words]).config
     assert domain_transform(config.target.to_dict())(record, np.random.default_rng(0))["image"].shape == (4, 7, 3)
+
+
+def test_fields_that_only_some_recipes_have_are_checked_too() -> None:
+    config = parse(["x", "--config=configs/minent.py"]).config
+    with config.unlocked():
+        config.evaluation.interpolation = "cubic"
+        config.adapt.rare_class_crop_ratio = -0.5
+    with pytest.raises(UserError) as found:
+        check(config)
+    assert "config.evaluation: transform field interpolation='cubic': choose bicubic, bilinear or" in str(found.value)
+    assert "config.adapt.rare_class_crop_ratio=-0.5 must be at least 0" in str(found.value)
 
 
 @pytest.mark.parametrize(

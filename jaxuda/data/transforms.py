@@ -25,7 +25,8 @@ OPENCV = "opencv"
 # How often a crop is drawn again. In the published code of class-balanced crops, and of rare class sampling, the crop
 # after the last refusal is used whatever it shows.
 _REFUSALS = 10
-# Fill values of a window that is larger than the image: black, ignore, and no depth (infinitely far).
+# Fill values of a window that is larger than the image: black, ignore, and no depth (infinitely far). mmsegmentation
+# pads normalised images with 0, the mean colour; the recipes that follow it have no crop larger than its image.
 _PADDING = {"image": 0, "label": IGNORE, "depth": 0}
 
 

@@ -281,6 +281,12 @@ def test_a_crop_shows_more_than_the_wanted_pixels():
     assert whole.keys() == {"image", "label"}
 
 
+def test_a_class_on_just_the_share_is_too_large():
+    rng = Scripted([(0, 8)] * 10 + [(0, 9)])
+    crop = build_transform({"crop": (4, 8), "balanced": 0.5})
+    assert crop(_halves(), rng)["image"][0, 0, 0] == 9 and rng.left == []
+
+
 def test_each_crop_for_a_wanted_class_is_a_balanced_one():
     crop = build_transform({"crop": (4, 8), "balanced": 0.6})
     # Balanced crops begin at column 8 alone; one that is balanced, but shows too little, is refused as well.

@@ -12,6 +12,7 @@ from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.layers import normalise, resize_bilinear
 from jaxuda.sweeps.evaluate import make_evaluator
 from jaxuda.sweeps.predict import predictions
+from jaxuda.sweeps.scores import resize, resize_matrices
 
 MODEL = DeepLabV2(4, "resnet18", "torchvision", width=8, blocks=(1, 1, 1, 1))
 CONFIG = ConfigDict({"evaluation": {"size": (64, 48), "batch": 2}, "preprocess": "imagenet", "align_corners": True})
@@ -54,6 +55,17 @@ def test_mixed_sizes_equal_one_by_one(variables: dict, devices: int) -> None:
     expected = sum(confusion_matrix(row["label"], by_hand(variables, row, row["label"].shape), 4) for row in rows)
     np.testing.assert_array_equal(evaluation.confusion, expected)
     assert evaluation.confusion.sum() == sum((row["label"] != 255).sum() for row in rows)
+
+
+def test_scores_go_through_the_input_of_each_pass() -> None:
+    """Of another size than `evaluation.size` where inputs are scaled, and with the border of a kept aspect."""
+    evaluation = {"size": (64, 48), "keep_aspect": True, "through_input": True}
+    config = ConfigDict({"align_corners": False, "evaluation": evaluation})
+    found = resize_matrices((6, 8), [(30, 80)], config, size=(32, 24))
+    scores = np.random.default_rng(0).random((1, 6, 8, 2), np.float32)
+    at_input = resize_bilinear(scores, (24, 32), align_corners=False)
+    canvas = resize_bilinear(at_input, (60, 80), align_corners=False)
+    np.testing.assert_allclose(resize(scores, *found)[:, :30, :80], canvas[:, :30], atol=1e-5)
 
 
 def test_figures_without_labels_do_not_count_the_filling(variables: dict) -> None:
