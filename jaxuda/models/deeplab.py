@@ -14,7 +14,7 @@ import numpy as np
 from jaxuda.errors import UserError
 from jaxuda.interop.torch_checkpoint import LEAVES, Layout
 from jaxuda.models import Outputs, Pretrained, check_choices
-from jaxuda.models.heads import DilatedHead
+from jaxuda.models.heads import DILATIONS, DilatedHead
 from jaxuda.models.layers import NORMS, BatchNorm, Conv
 from jaxuda.models.resnet import DEPTHS, VARIANTS, ResNet
 from jaxuda.models.vgg import BLOCKS, NEW_LAYERS, VGG
@@ -50,11 +50,12 @@ class DeepLabV2(nn.Module):
 
     num_classes: C.
     backbone: "resnet18", "resnet50", "resnet101" or "vgg16".
-    variant: "caffe" or "torchvision" (see `resnet.py`); VGG-16 has only one kind and ignores it.
+    variant: "caffe", "torchvision" or "v1c" (see `resnet.py`); VGG-16 has only one kind and ignores it.
     width: channels of the stem; every other layer of the backbone scales with it (64 in the literature).
     blocks: residual blocks (VGG: convolutions) per stage, if they differ from the published network.
     aux: a second head on the third stage of a ResNet (the 1024-channel stage of ResNet-101).
     head_bias: whether the head's convolutions have a bias.
+    head_dilations: the dilations of the head's convolutions; (6, 12) in DACS, DAFormer and MIC.
     dilated: whether stages 3 and 4 of a ResNet are dilated; they keep stride 1 either way.
     depth: DADA's depth branch.
     norm: "batch" (statistics of the global batch in training) or "frozen" (always the running statistics).
@@ -74,6 +75,7 @@ class DeepLabV2(nn.Module):
     blocks: tuple[int, ...] | None = None
     aux: bool = False
     head_bias: bool = True
+    head_dilations: tuple[int, ...] = DILATIONS
     dilated: bool = True
     depth: bool = False
     norm: str = "batch"
@@ -84,7 +86,7 @@ class DeepLabV2(nn.Module):
 
     CLASSIFIERS = ("head", "aux_head")
     NEW_LAYERS = NEW_LAYERS
-    SHAPE_FIELDS = ("backbone", "variant", "width", "blocks", "aux", "depth", "head_bias")
+    SHAPE_FIELDS = ("backbone", "variant", "width", "blocks", "aux", "depth", "head_bias", "head_dilations")
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, index: jax.Array | None = None) -> Outputs:
@@ -108,14 +110,14 @@ class DeepLabV2(nn.Module):
         depth = None
         if self.depth:
             depth, features = DepthBranch(self.dtype, name="depth")(features)
-        head = functools.partial(DilatedHead, self.num_classes, self.head_bias, self.dtype)
+        head = functools.partial(DilatedHead, self.num_classes, self.head_bias, self.dtype, self.head_dilations)
         main = head(name="head")(features)
         aux = head(name="aux_head")(middle) if self.aux else None
         return Outputs(main, features, aux, depth).widened()
 
     def classifier(self, num_classes: int) -> DilatedHead:
         """A head like the network's own, which maps `Outputs.features` to logits of `num_classes` classes."""
-        return DilatedHead(num_classes, self.head_bias, self.dtype, parent=None)
+        return DilatedHead(num_classes, self.head_bias, self.dtype, self.head_dilations, parent=None)
 
     def parameter_group(self, path: tuple[str, ...]) -> str:
         """The optimizer group of a parameter, from its path in the network's parameters; see `jaxuda.optimizers`."""
@@ -150,6 +152,8 @@ class DeepLabV2(nn.Module):
         """The layout of the published network that is most like this one."""
         if self.aux or self.depth:
             return "two_level"
+        if self.variant == "v1c" and self.backbone != "vgg16":
+            return "mmseg"
         if not self.head_bias:
             return "plca"
         if self.backbone == "vgg16" or self.variant == "torchvision":
@@ -179,6 +183,11 @@ class DeepLabV2(nn.Module):
         check_choices(self, backbone=BACKBONES, variant=VARIANTS, norm=NORMS)
         if self.aux and self.backbone == "vgg16":
             raise UserError("model.aux = True needs a ResNet: there is no second level for vgg16")
+        if not self.head_dilations or not all(isinstance(each, int) and each > 0 for each in self.head_dilations):
+            raise UserError(
+                f"model.head_dilations = {self.head_dilations} must be positive integers, one for each convolution of "
+                f"the head, such as (6, 12) or {DILATIONS}"
+            )
         if self.remat and self.backbone == "vgg16":
             raise UserError(
                 "model.remat = True needs a ResNet: it would not save memory in vgg16 (its first layers need most)"
@@ -208,10 +217,15 @@ PLACES = {
     "one_level": Places("", "layer5.conv2d_list.{}"),  # LFASS
     "split": Places("feature_extractor.backbone.", "classifier.conv2d_list.{}"),  # SDCA
     "plca": Places("backbone.", "classifier.0.convs.{}.0"),
+    "mmseg": Places("backbone.", "decode_head.aspp_modules.{}.conv"),  # DACS, DAFormer, MIC, SePiCo
 }
 # Published PLCA networks have an order of classes of their own: the Cityscapes train id of each class. The networks
 # for SYNTHIA have the first 16.
 PLCA_ORDER = (10, 2, 0, 1, 4, 8, 5, 13, 7, 11, 18, 17, 6, 12, 15, 3, 9, 14, 16)
+# The stem of v1c is a Sequential of convolution, normalisation and ReLU, three times.
+_STEM = {
+    f"{kind}{layer + 1}": f"stem.{3 * layer + place}" for layer in range(3) for place, kind in enumerate(("conv", "bn"))
+}
 _DEPTH = {"enc1": "enc4_1", "enc2": "enc4_2", "enc3": "enc4_3", "dec": "dec4"}
 
 
@@ -226,6 +240,8 @@ def _torch_name(model: DeepLabV2, places: Places, path: tuple[str, ...]) -> str 
     if model.backbone == "vgg16":
         numbers = _vgg_numbers(tuple(model.blocks or BLOCKS), places.pools)
         return f"{places.backbone}{numbers[inner[0]]}.{LEAVES[leaf]}" if inner[0] in numbers else None
+    if model.variant == "v1c" and inner[0] in _STEM:
+        return f"{places.backbone}{_STEM[inner[0]]}.{LEAVES[leaf]}"
     modules = {"downsample_conv": "downsample.0", "downsample_bn": "downsample.1"}
     names = [re.sub(r"^(layer\d)_(\d+)$", r"\1.\2", modules.get(name, name)) for name in inner]
     return f"{places.backbone}{'.'.join(names)}.{LEAVES[leaf]}"

@@ -12,22 +12,24 @@ PROJECTIONS = ("mlp", "linear", "none")
 
 
 class DilatedHead(nn.Module):
-    """DeepLab-v2's classifier: the sum of four dilated 3x3 convolutions from features (N, h, w, A) to logits.
+    """DeepLab-v2's classifier: the sum of dilated 3x3 convolutions from features (N, h, w, A) to logits.
 
     use_bias: whether each convolution has a bias.
     dtype: compute dtype.
+    dilations: those of the convolutions.
     """
 
     num_classes: int
     use_bias: bool
     dtype: str
+    dilations: tuple[int, ...] = DILATIONS
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = dilated_sum(self, x, self.num_classes, DILATIONS, head_init)
+        y = dilated_sum(self, x, self.num_classes, self.dilations, head_init)
         if self.use_bias:
             zeros = nn.initializers.zeros
-            biases = [self.param(f"bias{i}", zeros, (self.num_classes,)) for i in range(len(DILATIONS))]
+            biases = [self.param(f"bias{i}", zeros, (self.num_classes,)) for i in range(len(self.dilations))]
             y = y + sum(biases).astype(self.dtype)
         return y
 

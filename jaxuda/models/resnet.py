@@ -1,9 +1,10 @@
-"""ResNet backbones with output stride 8 (He et al., CVPR 2016), in the two kinds that published weights come
+"""ResNet backbones with output stride 8 (He et al., CVPR 2016), in the three kinds that published weights come
 in.
 
 "caffe": a bottleneck strides in its first 1x1, the max-pool rounds up, the first dilated block already uses
 the new dilation. "torchvision": it strides in its 3x3, the pool rounds down, the first block of a dilated
-stage keeps the dilation of the stage before.
+stage keeps the dilation of the stage before (half of its own). "v1c": like torchvision's, but three 3x3 convolutions
+replace the 7x7 of the stem (He et al., CVPR 2019, figure 2, ResNet-C).
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ DEPTHS = {
     "resnet50": (True, (3, 4, 6, 3)),
     "resnet101": (True, (3, 4, 23, 3)),
 }
-VARIANTS = ("caffe", "torchvision")
+VARIANTS = ("caffe", "torchvision", "v1c")
 
 
 class BasicBlock(nn.Module):
@@ -101,15 +102,14 @@ class ResNet(nn.Module):
         strides = (1, 2, 1, 1)
         dilations = (1, 1, 2, 4) if self.dilated else (1, 1, 1, 1)
 
-        x = self.conv(self.width, 7, stride=2, name="conv1")(images)
-        x = self.norm(name="bn1")(x, train)
+        x = self._stem(images, train)
         # The ReLU comes after the pool: the same result, at a quarter of the positions.
         x = nn.relu(max_pool(x, 3, 2, padding=1, ceil=self.variant == "caffe"))
         outputs = []
         for stage in range(4):
             for block in range(blocks[stage]):
                 first = new = dilations[stage]
-                if block == 0 and self.variant == "torchvision":
+                if block == 0 and self.variant != "caffe":
                     first = dilations[max(stage - 1, 0)]
                 x = make_block(
                     features=self.width * 2**stage,
@@ -122,3 +122,14 @@ class ResNet(nn.Module):
                 )(x, train)
             outputs.append(x)
         return outputs[2], outputs[3]
+
+    def _stem(self, images: jax.Array, train: bool) -> jax.Array:
+        """The layers before the pool, without the last ReLU: (N, H, W, 3) to (N, H / 2, W / 2, width)."""
+        if self.variant != "v1c":
+            return self.norm(name="bn1")(self.conv(self.width, 7, stride=2, name="conv1")(images), train)
+        x = images
+        for layer, features in enumerate((self.width // 2, self.width // 2, self.width), start=1):
+            x = nn.relu(x) if layer > 1 else x
+            x = self.conv(features, 3, stride=2 if layer == 1 else 1, name=f"conv{layer}")(x)
+            x = self.norm(name=f"bn{layer}")(x, train)
+        return x

@@ -7,6 +7,7 @@ from golden_weights import golden, golden_keys, network_input, random_variables,
 from jaxuda.errors import UserError
 from jaxuda.interop import load_torch
 from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.models.layers import resize_bilinear
 from jaxuda.models.resnet import ResNet
 
 NETWORKS = {
@@ -55,6 +56,55 @@ def test_published_network_matches_golden(name):
             check_features(outputs.features, arrays, "features")
         if "features_aux_shape" in arrays:
             check_features(inner["backbone"]["__call__"][0][0], arrays, "features_aux")
+
+
+def test_deep_stem_and_dilations_of_v1c_match_golden():
+    """The source's cross-entropy of the first step, over all pixels, of a network in batch mode."""
+    arrays, keys = golden("train_sepico"), golden_keys("train_sepico")["param_and_buffer_keys"]
+    keys = [pair for pair in keys if not pair[0].startswith("auxiliary_head.")]
+    with jax.enable_x64(True):
+        model = DeepLabV2(19, "resnet50", "v1c", width=16, blocks=(1, 1, 2, 2), dtype="float64")
+        variables = jax.tree.map(lambda x: x.astype(jnp.float64), load_torch(state_dict(keys), model))
+        images, labels = arrays["src_images"].astype(np.float64), arrays["src_labels"]
+
+        @jax.jit
+        def loss(variables):
+            outputs, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+            scores = jax.nn.log_softmax(resize_bilinear(outputs.main, labels.shape[1:], align_corners=False))
+            chosen = jnp.take_along_axis(scores, jnp.where(labels == 255, 0, labels)[..., None], -1)[..., 0]
+            return -jnp.mean(jnp.where(labels == 255, 0, chosen))
+
+        np.testing.assert_allclose(loss(variables), arrays["dist_double_losses_f64"][0, 0], rtol=1e-12)
+
+
+@pytest.mark.parametrize(("variant", "stem"), [("torchvision", (64,)), ("v1c", (32, 32, 64))])
+def test_stem_and_branches_of_the_head(variant, stem):
+    model = DeepLabV2(19, variant=variant, head_dilations=(6, 12))
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    backbone, head = variables["params"]["backbone"], variables["params"]["head"]
+    widths = [backbone[name]["kernel"].shape[-1] for name in sorted(backbone) if name.startswith("conv")]
+    assert tuple(widths) == stem
+    assert sorted(head) == ["bias0", "bias1", "kernel0", "kernel1"]
+    paths = [(name, leaf) for name, layer in backbone.items() if not name.startswith("layer") for leaf in layer]
+    groups = {model.parameter_group(("backbone", *path)) for path in paths}
+    assert groups == {"stem", "norm"}
+    features = jnp.zeros((1, 8, 8, 2048))
+    anew = jax.eval_shape(model.classifier(19).init, jax.random.key(0), features)["params"]
+    assert jax.tree.map(jnp.shape, anew) == jax.tree.map(jnp.shape, head)
+
+
+def test_branches_have_their_dilations():
+    """A head of two branches is one of four whose other branches are zero."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(1, 16, 20, 8)).astype(np.float32)
+    two = {f"kernel{i}": rng.normal(size=(3, 3, 8, 5)).astype(np.float32) for i in range(2)}
+    two |= {f"bias{i}": rng.normal(size=5).astype(np.float32) for i in range(2)}
+    four = two | {f"kernel{i}": np.zeros((3, 3, 8, 5), np.float32) for i in (2, 3)}
+    four |= {f"bias{i}": np.zeros(5, np.float32) for i in (2, 3)}
+    whole = DeepLabV2(5).classifier(5).apply({"params": four}, features)
+    check(DeepLabV2(5, head_dilations=(6, 12)).classifier(5).apply({"params": two}, features), whole)
+    other = DeepLabV2(5, head_dilations=(6, 10)).classifier(5).apply({"params": two}, features)
+    assert np.abs(np.asarray(other - whole)).max() > 0.1
 
 
 SMALL = {
@@ -138,10 +188,12 @@ def test_forms_chosen_on_cpu_leave_the_network_unchanged(monkeypatch):
     ("fields", "message"),
     [
         ({"backbone": "resnet34"}, "model.backbone = 'resnet34'.*resnet18"),
-        ({"variant": "pytorch"}, "model.variant = 'pytorch'.*caffe, torchvision"),
+        ({"variant": "pytorch"}, "model.variant = 'pytorch'.*caffe, torchvision, v1c"),
         ({"norm": "sync"}, "model.norm = 'sync'.*batch, frozen"),
         ({"backbone": "vgg16", "aux": True}, "model.aux"),
         ({"backbone": "vgg16", "remat": True}, "model.remat"),
+        ({"head_dilations": ()}, r"model.head_dilations = \(\).*\(6, 12\)"),
+        ({"head_dilations": (6, 0)}, r"model.head_dilations = \(6, 0\)"),
         ({"blocks": (1, 1)}, r"model.blocks = \(1, 1\).*4 numbers"),
         ({"backbone": "vgg16", "blocks": (1, 1, 1, 1)}, "5 numbers"),
     ],
