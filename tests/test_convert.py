@@ -23,7 +23,8 @@ from jaxuda.inference.restore import restore
 from jaxuda.interop import load_torch, read_tensors, save_torch
 from jaxuda.interop.tensor_files import pth_bytes
 from jaxuda.main import main
-from jaxuda.models.deeplab import PLCA_ORDER, DeepLabV2
+from jaxuda.models.deeplab import DeepLabV2
+from jaxuda.models.deeplab_files import PLCA_ORDER
 from jaxuda.pipeline import stages
 from jaxuda.training import checkpoints, weights
 

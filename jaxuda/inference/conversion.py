@@ -22,6 +22,7 @@ from jaxuda.inference.restore import evaluated_network, stage_config
 from jaxuda.interop import save_torch
 from jaxuda.interop.parts import clean
 from jaxuda.interop.pickle_names import Unread
+from jaxuda.interop.projection import match_projection, projection_state
 from jaxuda.interop.tensor_files import read_entries
 from jaxuda.interop.torch_checkpoint import (
     Match,
@@ -29,8 +30,6 @@ from jaxuda.interop.torch_checkpoint import (
     as_variables,
     match_backbone,
     match_network,
-    match_projection,
-    projection_state,
     published_layout,
     raise_problems,
     torch_layouts,
@@ -41,6 +40,8 @@ from jaxuda.training.classes import reordered
 
 PyTree = Any
 Say = Callable[[str], None]
+# Where SePiCo keeps the running statistics of its student's projection head in `extra`.
+_STATISTICS = "projection_stats"
 
 
 def import_imagenet(
@@ -109,9 +110,12 @@ def import_checkpoint(
     match, layout = match_network(state, model, part, f"{path}: ")
     raise_problems(match._replace(unused=match.deeper), model, f"{path}: ")
     variables, projection = as_variables(match.leaves), {}
-    if stage.get("projection", "none") == "mlp":
-        channels = output_shapes(model, stage.evaluation.size[::-1]).features.shape[-1]
-        projection, taken = match_projection(state, channels, match.prefix, f"{path}: ")
+    if kind := _projection_kind(stage):
+        outputs = output_shapes(model, stage.evaluation.size[::-1])
+        maps = (outputs.features,) if kind == "mlp" else outputs.levels or (outputs.features,)
+        inputs = sum(each.shape[-1] for each in maps)
+        channels = (inputs, stage.get("channels", inputs))
+        projection, taken = match_projection(state, kind, channels, match.prefix, f"{path}: ")
         match = match._replace(unused=[name for name in match.unused if name not in taken])
         say(f"{'with' if taken else 'without'} a projection head")
     _account(match, say, more=len(projection))
@@ -144,7 +148,7 @@ def export(folder: Path, path: Path, layout: str = "", say: Say = print) -> None
         arrays = reordered(arrays, model, order)
         say(f"its classes were reordered: to the order of '{layout}'")
     variables = checkpoints.unflatten(arrays, abstract_variables(model, config.evaluation.size), str(folder))
-    head = _projection(folder / "checkpoints", step, say) if config.get("projection", "none") != "none" else {}
+    head = _projection(folder / "checkpoints", config, step, say)
     save_torch(variables, model, path, layout, head)
     load = "torch.load(FILE, weights_only=True)" if path.suffix == ".pth" else "safetensors.torch.load_file(FILE)"
     say(f"{path}: step {step} of {folder}, named as in the layout '{layout}'; {load} reads it")
@@ -177,9 +181,11 @@ def _write(
     projection: Mapping[str, np.ndarray] | None = None,
     classes: dict[str, Any] | None = None,
 ) -> None:
-    """Writes, atomically, a folder like that of a finished stage; with the parameters of a projection head, if any."""
-    players = {"projection": flax.traverse_util.unflatten_dict(projection, sep=".")} if projection else {}
-    flat = flax.traverse_util.flatten_dict(jax.device_get({**variables, **players}), sep=".")
+    """Writes, atomically, a folder like that of a finished stage; with the variables of a projection head, if any."""
+    head = flax.traverse_util.unflatten_dict(projection or {}, sep=".")
+    players = {"projection": head["params"]} if head else {}
+    extra = {_STATISTICS: head["batch_stats"]} if "batch_stats" in head else {}
+    flat = flax.traverse_util.flatten_dict(jax.device_get({**variables, **players, **extra}), sep=".")
     checksum = _checksum(flat)
     if (record := files.read_json(folder / "stage.json")) is not None:
         same_classes = None in (classes, record.get("classes")) or classes == record["classes"]
@@ -193,7 +199,7 @@ def _write(
         aside.mkdir(parents=True)
         saved = checkpoints.Checkpoints(aside / "checkpoints")
         params = {"model": variables["params"], **players}
-        state = {"params": params, "batch_stats": variables.get("batch_stats", {})}
+        state = {"params": params, "batch_stats": variables.get("batch_stats", {}), "extra": extra}
         saved.save(0, jax.device_get(state))
         saved.close()
         origin = {"file": source["file"], "sha256": source["sha256"]}
@@ -217,12 +223,27 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
     return total.hexdigest()
 
 
-def _projection(folder: Path, step: int, say: Say) -> dict[str, np.ndarray]:
-    """The projection head in a checkpoint, by torch name; empty if there is none, or no torch file has this kind."""
-    saved, prefix = checkpoints.Checkpoints(folder, read_only=True), "params.projection."
-    arrays = {name: array for name, array in saved.read(step).items() if name.startswith(prefix)}
+def _projection_kind(config: Mapping[str, Any]) -> str:
+    """The kind of a method's projection head that is published; "": none."""
+    if config.get("projection", "none") == "mlp":
+        return "mlp"
+    return "normed" if "contrast_start" in config else ""
+
+
+def _projection(folder: Path, config: Mapping[str, Any], step: int, say: Say) -> dict[str, np.ndarray]:
+    """The student's projection head in a checkpoint, by torch name; empty if there is none, or none as published."""
+    if config.get("projection", "none") == "none" and not _projection_kind(config):
+        return {}
+    if evaluated_network(config) != checkpoints.STUDENT:
+        say(f"the projection head is left out: it is the {checkpoints.STUDENT}'s")
+        return {}
+    saved = checkpoints.Checkpoints(folder, read_only=True)
+    state, arrays = saved.read(step), {}
     saved.close()
-    state = projection_state({name.removeprefix(prefix): array for name, array in arrays.items()}) if arrays else {}
-    if state is None:
-        say("its projection head is left out: only the kind 'mlp' was ever published")
-    return state or {}
+    for place, collection in (("params.projection", "params"), (f"extra.{_STATISTICS}", "batch_stats")):
+        inside = [name for name in state if name.startswith(f"{place}.")]
+        arrays |= {collection + name.removeprefix(place): state[name] for name in inside}
+    head = projection_state(arrays) if arrays else {}
+    if head is None:
+        say("its projection head is left out: no published file has one of its kind")
+    return head or {}

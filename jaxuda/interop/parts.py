@@ -18,6 +18,8 @@ from jaxuda.interop.pickles import shown
 _WRAPPERS = ("module", "Scale", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # What training loops save beside the weights.
 _BESIDE = re.compile(r"optim|scaler|sched")
+# The names of these networks in files of mmsegmentation's DAFormer, MIC and SePiCo.
+_ALIASES = {"student": "model", "teacher": "ema_model"}
 # Words in the names of networks that are not the trained one: they are listed last.
 _COPIES = re.compile(r"teacher|ema|imnet|imagenet|momentum|average|avg|swa|target|old|pretrained|frozen", re.IGNORECASE)
 
@@ -64,8 +66,8 @@ def choose(
     Args:
       state: name -> array.
       found: for each prefix, the names (without it) and the shapes of the parameters that the network needs.
-      part: the name of a part, or its prefix; "": there is only one. Parts that lack some of the parameters do not
-        count unless all do; parts that hold the same numbers are one.
+      part: the name of a part, its prefix, or "student" or "teacher"; "": there is only one. Parts that lack some of
+        the parameters do not count unless all do; parts that hold the same numbers are one.
       where: begins messages.
 
     Raises:
@@ -73,10 +75,11 @@ def choose(
     """
     labels = _labels(list(found))
     if part:
-        words = part.strip(".") or "."
-        for label, prefix in labels.items():
-            if words in (label, prefix.rstrip(".")) or (len(labels) == 1 and words in prefix.split(".")):
-                return prefix
+        asked = part.strip(".") or "."
+        for words in filter(None, (asked, _ALIASES.get(asked))):
+            for label, prefix in labels.items():
+                if words in (label, prefix.rstrip(".")) or (len(labels) == 1 and words in prefix.split(".")):
+                    return prefix
         others = f"its parts are: {_listed(labels)}" if len(labels) > 1 else "it holds one network: leave out --part"
         raise UserError(f"{where}the torch checkpoint has no part '{part}' with this network; {others}")
     fitting = [prefix for prefix, needed in found.items() if _fits(state, prefix, needed)] or list(found)

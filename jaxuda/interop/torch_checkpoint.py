@@ -51,12 +51,6 @@ LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-# CFContra's projection head: a Sequential of linear, ReLU, linear.
-_PROJECTION = {
-    f"{layer}.{leaf}": f"head.{place}.{LEAVES[leaf]}"
-    for layer, place in (("linear0", 0), ("linear1", 2))
-    for leaf in ("kernel", "bias")
-}
 
 
 class Match(NamedTuple):
@@ -129,10 +123,15 @@ def match_network(state: State, model: nn.Module, part: str = "", where: str = "
       where: begins messages.
 
     Raises:
-      UserError: the file has none of the network's layouts, or it has several such networks and `part` is none of them.
+      UserError: the file has none of the network's layouts, it has several such networks and `part` is none of them,
+        or its classifier is of other layers.
     """
     layouts = torch_layouts(model)
     layout, prefixes, shapes = _find(state, model, layouts, f"{type(model).__name__} that is known", part, where)
+    if hasattr(model, "other_head"):
+        names = [name.removeprefix(prefixes[0]) for name in state if name.startswith(prefixes[0])]
+        if problem := model.other_head(layout, names):
+            raise UserError(f"{where}{problem}")
     match = _match(state, model, layouts[layout], prefixes, shapes)
     homeless = [".".join(path[1:]) for path in shapes if layouts[layout].name(path) is None]
     return match._replace(missing=[*match.missing, *homeless]), layout
@@ -264,53 +263,6 @@ def unusable(array: np.ndarray, leaf: str) -> str:
     return ""
 
 
-def match_projection(
-    state: State, channels: int, prefix: str = "", where: str = ""
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """CFContra's projection head for features of that many channels, if the file has one.
-
-    Args:
-      state: as returned by `clean`.
-      channels: those of the features.
-      prefix: the prefix of the network that the head belongs to.
-      where: begins messages.
-
-    Returns:
-      Path of a parameter ("linear0.kernel", ...) -> array in our layout, and the names of its entries in the file; both
-      are empty if the file has none.
-
-    Raises:
-      UserError: an entry is missing, of another shape or not finite.
-    """
-    last = _PROJECTION["linear0.kernel"]
-    found = [name for name in prefixes_of(state, last) if name.startswith(prefix)]
-    if not found:
-        return {}, []
-    prefix, arrays, problems = min(found, key=len), {}, []
-    for path, name in _PROJECTION.items():
-        array, shape = state.get(prefix + name), (channels, channels, 1, 1) if path.endswith("kernel") else (channels,)
-        if array is None:
-            problems.append(f"missing: {prefix}{name}")
-        elif isinstance(array, Unread):
-            problems.append(f"{prefix}{name} {array}")
-        elif array.size != np.prod(shape) or array.shape != shape[: array.ndim]:  # linear layers have two axes
-            problems.append(f"shape of {prefix}{name}: {array.shape} in the checkpoint, {shape} in the network")
-        elif problem := unusable(array, "kernel"):
-            problems.append(f"{prefix}{name} {problem}")
-        else:
-            arrays[path] = from_torch(array.reshape(shape)).astype(np.float32)
-    if problems:
-        raise UserError(f"{where}the projection head of the torch checkpoint does not fit:{_lines(problems)}")
-    return arrays, [prefix + name for name in _PROJECTION.values()]
-
-
-def projection_state(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-    """The inverse of `match_projection`: torch name -> array; None if the head is not of the published kind."""
-    if arrays.keys() != _PROJECTION.keys():
-        return None
-    return {_PROJECTION[path]: to_torch(np.asarray(array)) for path, array in arrays.items()}
-
-
 def raise_problems(match: Match, model: nn.Module, where: str = "", hint: str = "") -> None:
     """Raises a UserError if an entry is missing, unused, of another shape, or no weights.
 
@@ -327,13 +279,14 @@ def raise_problems(match: Match, model: nn.Module, where: str = "", hint: str = 
         hint = hint or f"compare it with the classes and the fields of config.model ({fields})"
         kind = f" (its backbone is {match.kind})" if match.kind else ""
         raise UserError(
-            f"{where}the torch checkpoint does not fit {type(model).__name__}{kind}; {hint}:{_lines(problems)}"
+            f"{where}the torch checkpoint does not fit {type(model).__name__}{kind}; {hint}:{listed(problems)}"
         )
     if match.invalid:
-        raise UserError(f"{where}the torch checkpoint cannot be used:{_lines(match.invalid)}")
+        raise UserError(f"{where}the torch checkpoint cannot be used:{listed(match.invalid)}")
 
 
-def _lines(problems: list[str]) -> str:
+def listed(problems: list[str]) -> str:
+    """Problems as the end of a message, one a line; only the first twelve."""
     return "\n  " + "\n  ".join(problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else []))
 
 

@@ -43,6 +43,9 @@ Optional, for published weights:
     other_backbone(shapes) -> str
         The backbone of a torch file in words, for messages, from torch name -> shape; "" if it is this network's or
         not known.
+    other_head(layout, names) -> str
+        Why the classifier of a torch file of this layout, with entries of these names, has other layers, with the field
+        to set; "" if it has not. (A sum of two branches would otherwise take the first two of four.)
     IMAGENET = {name: Pretrained}, imagenet_name(fields, preprocess) -> name, imagenet_problem(name, sha256, entries,
     leaves)
         In the family's module, only for families of jaxuda: the public ImageNet weights; which of them a network

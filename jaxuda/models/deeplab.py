@@ -2,9 +2,8 @@
 
 import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxuda.errors import UserError
-from jaxuda.interop.torch_checkpoint import LEAVES, Layout
+from jaxuda.interop.torch_checkpoint import Layout
 from jaxuda.models import Outputs, Pretrained, check_choices
+from jaxuda.models.deeplab_files import PLACES, Places, backbone_kind, other_head, plca_order, resnet_kind, torch_name
 from jaxuda.models.heads import DILATIONS, DilatedHead
 from jaxuda.models.layers import NORMS, BatchNorm, Conv
 from jaxuda.models.resnet import DEPTHS, VARIANTS, ResNet
-from jaxuda.models.vgg import BLOCKS, NEW_LAYERS, VGG
+from jaxuda.models.vgg import NEW_LAYERS, VGG
 
 BACKBONES = (*DEPTHS, "vgg16")
 
@@ -140,10 +140,10 @@ class DeepLabV2(nn.Module):
         """How published files name the variables; `Layout.order` is set for the numbers of classes of PLCA's files."""
         return {
             name: Layout(
-                functools.partial(_torch_name, self, places),
+                functools.partial(torch_name, self, places),
                 f"{places.head.format(0)}.weight",
                 parts=("feature_extractor", "classifier") if name == "split" else (),
-                order=_plca_order(self.num_classes) if name == "plca" else (),
+                order=plca_order(self.num_classes) if name == "plca" else (),
             )
             for name, places in PLACES.items()
         }
@@ -163,11 +163,11 @@ class DeepLabV2(nn.Module):
     def backbone_layouts(self) -> dict[str, Layout]:
         """How files of image classifiers, and of segmentation networks, name the backbone."""
         if self.backbone != "vgg16":
-            name = functools.partial(_torch_name, self, Places("", ""))
+            name = functools.partial(torch_name, self, Places("", ""))
             return {"resnet": Layout(name, "layer1.0.conv1.weight")}
         # torchvision's VGG has its convolutions and all of its pools below "features".
         return {
-            name: Layout(functools.partial(_torch_name, self, Places(f"{name}.", "", pools=pools)), f"{name}.0.weight")
+            name: Layout(functools.partial(torch_name, self, Places(f"{name}.", "", pools=pools)), f"{name}.0.weight")
             for name, pools in (("features", 4), ("backbone", 3))
         }
 
@@ -177,7 +177,12 @@ class DeepLabV2(nn.Module):
         if self.backbone == "vgg16":
             return "" if kind == "a VGG-16" and self.blocks is None else kind
         bottleneck, blocks = DEPTHS[self.backbone]
-        return "" if kind == _resnet_kind(bottleneck, tuple(self.blocks or blocks)) else kind
+        ours = resnet_kind(bottleneck, tuple(self.blocks or blocks), deep=self.variant == "v1c")
+        return "" if kind == ours else kind
+
+    def other_head(self, layout: str, names: Sequence[str]) -> str:
+        """Why the head in a torch file of this layout is another one, and what to set; "" if it is not."""
+        return other_head(PLACES[layout], self.head_dilations, names)
 
     def _check_fields(self) -> None:
         check_choices(self, backbone=BACKBONES, variant=VARIANTS, norm=NORMS)
@@ -202,73 +207,6 @@ def make(fields: Mapping[str, Any], num_classes: int) -> DeepLabV2:
 # Published weights ------------------------------------------------------------------------------------------
 
 
-class Places(NamedTuple):
-    """Prefixes of the parts in the published files of one kind; `{}` is the index of the head's convolution."""
-
-    backbone: str
-    head: str
-    aux_head: str = ""
-    pools: int = 3  # the pools that still take a place in a VGG's list of layers
-
-
-# A file is compared with them in this order.
-PLACES = {
-    "two_level": Places("", "layer6.conv2d_list.{}", "layer5.conv2d_list.{}"),  # MinEnt, AdvEnt, DADA and kin
-    "one_level": Places("", "layer5.conv2d_list.{}"),  # LFASS
-    "split": Places("feature_extractor.backbone.", "classifier.conv2d_list.{}"),  # SDCA
-    "plca": Places("backbone.", "classifier.0.convs.{}.0"),
-    "mmseg": Places("backbone.", "decode_head.aspp_modules.{}.conv"),  # DACS, DAFormer, MIC, SePiCo
-}
-# Published PLCA networks have an order of classes of their own: the Cityscapes train id of each class. The networks
-# for SYNTHIA have the first 16.
-PLCA_ORDER = (10, 2, 0, 1, 4, 8, 5, 13, 7, 11, 18, 17, 6, 12, 15, 3, 9, 14, 16)
-# The stem of v1c is a Sequential of convolution, normalisation and ReLU, three times.
-_STEM = {
-    f"{kind}{layer + 1}": f"stem.{3 * layer + place}" for layer in range(3) for place, kind in enumerate(("conv", "bn"))
-}
-_DEPTH = {"enc1": "enc4_1", "enc2": "enc4_2", "enc3": "enc4_3", "dec": "dec4"}
-
-
-def _torch_name(model: DeepLabV2, places: Places, path: tuple[str, ...]) -> str | None:
-    """The torch name of one variable; None if the files lack it."""
-    part, *inner, leaf = path[1:]
-    if part in model.CLASSIFIERS:
-        place = getattr(places, part)
-        return f"{place.format(leaf[-1])}.{LEAVES[leaf[:-1]]}" if place else None
-    if part == "depth":
-        return f"{_DEPTH[inner[0]]}.{LEAVES[leaf]}"
-    if model.backbone == "vgg16":
-        numbers = _vgg_numbers(tuple(model.blocks or BLOCKS), places.pools)
-        return f"{places.backbone}{numbers[inner[0]]}.{LEAVES[leaf]}" if inner[0] in numbers else None
-    if model.variant == "v1c" and inner[0] in _STEM:
-        return f"{places.backbone}{_STEM[inner[0]]}.{LEAVES[leaf]}"
-    modules = {"downsample_conv": "downsample.0", "downsample_bn": "downsample.1"}
-    names = [re.sub(r"^(layer\d)_(\d+)$", r"\1.\2", modules.get(name, name)) for name in inner]
-    return f"{places.backbone}{'.'.join(names)}.{LEAVES[leaf]}"
-
-
-@functools.cache
-def _vgg_numbers(blocks: tuple[int, ...], pools: int) -> dict[str, int]:
-    """Index of each convolution in torch's flat list of convolutions, activations and the first `pools` pools."""
-    numbers, number = {}, 0
-    for stage, count in enumerate(blocks):
-        for index in range(count):
-            numbers[f"conv{stage + 1}_{index + 1}"] = number
-            number += 2
-        number += stage < pools
-    # An image classifier has four pools; other layers follow them.
-    new = {} if pools > 3 else {name: number + 2 * index for index, name in enumerate(NEW_LAYERS)}
-    return numbers | new
-
-
-def _plca_order(num_classes: int) -> tuple[int, ...]:
-    """For each class of a published PLCA network, our index of it; () if no such network has so many classes."""
-    if num_classes not in (16, 19):
-        return ()
-    ids = PLCA_ORDER[:num_classes]
-    return tuple(sorted(ids).index(id_) for id_ in ids)  # the 16 classes lack terrain, truck and train
-
-
 _RESNET18 = {"backbone": "resnet18", "variant": "torchvision"}
 _RESNET50 = {"backbone": "resnet50", "variant": "torchvision"}
 _RESNET101 = {"backbone": "resnet101", "variant": "torchvision"}
@@ -280,6 +218,11 @@ IMAGENET = {
         _RESNET101 | {"variant": "caffe"},
         "DeepLab_resnet_pretrained_imagenet.pth",
         "the ADVENT repository's releases",
+    ),
+    "resnet101-v1c": Pretrained(
+        _RESNET101 | {"variant": "v1c"},
+        "resnet101_v1c-e67eebb6.pth",
+        "OpenMMLab (https://download.openmmlab.com/pretrain/third_party/)",
     ),
     "vgg16-caffe": Pretrained({"backbone": "vgg16", "variant": "caffe"}, "vgg16-00b39a1b.pth", "jcjohnson/pytorch-vgg"),
     "vgg16-torchvision": Pretrained(
@@ -295,16 +238,6 @@ _TORCHVISION = {
 # Between the standard deviations of normalised images, about 1, and of images in 0..255, about 60; see
 # `_input_deviation`, whose first factor is small for filters of edges and large for those of colours.
 _DEVIATION = 12.0
-# (whether blocks are bottlenecks, blocks per stage) -> layers, and convolutions -> layers.
-_RESNETS = {
-    (False, (1, 1, 1, 1)): 10,
-    (False, (2, 2, 2, 2)): 18,
-    (False, (3, 4, 6, 3)): 34,
-    (True, (3, 4, 6, 3)): 50,
-    (True, (3, 4, 23, 3)): 101,
-    (True, (3, 8, 36, 3)): 152,
-}
-_VGGS = {8: 11, 10: 13, 13: 16, 16: 19}
 
 
 def imagenet_name(fields: Mapping[str, Any], preprocess: str) -> str:
@@ -314,8 +247,8 @@ def imagenet_name(fields: Mapping[str, Any], preprocess: str) -> str:
       UserError: there are none for this network.
     """
     backbone, variant = fields["backbone"], fields["variant"]
-    if backbone == "resnet18":
-        return backbone  # published in one kind only; the LFASS experiments use it in a caffe network
+    if backbone == "resnet18" and variant != "v1c":
+        return backbone  # the LFASS experiments use torchvision's file in a caffe network
     if backbone == "vgg16":
         variant = "torchvision" if preprocess == "imagenet" else "caffe"
     if f"{backbone}-{variant}" not in IMAGENET:
@@ -367,27 +300,3 @@ def _input_deviation(leaves: Mapping[tuple[str, ...], np.ndarray]) -> float:
     squares = float(np.sum(np.square(kernel, dtype=np.float64)))
     total = float(np.sum(variance, dtype=np.float64))
     return math.sqrt(total / squares) if squares > 0 and total >= 0 else math.nan
-
-
-def backbone_kind(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The image classifier whose convolutions a torch file has ("a ResNet-34"), in words; "" if it is not known.
-
-    Args:
-      shapes: torch name -> shape; names may have a prefix.
-    """
-    found = [(re.search(r"(?:^|\.)layer([1-4])\.(\d+)\.conv(\d)\.weight$", name), name) for name in shapes]
-    places = {tuple(map(int, match.groups())): shapes[name] for match, name in found if match}
-    if places:
-        blocks = tuple(len({block for stage, block, _ in places if stage == each}) for each in (1, 2, 3, 4))
-        grouped = len(shape := places.get((1, 0, 2), ())) == 4 and shape[1] < shape[0]
-        return _resnet_kind(any(conv == 3 for *_, conv in places), blocks, grouped)
-    layers = [n for n, shape in shapes.items() if re.search(r"(?:^|\.)features\.\d+\.weight$", n) and len(shape) == 4]
-    normed = " with batch normalisation" if any(re.search(r"features\.\d+\.running_mean$", n) for n in shapes) else ""
-    return f"a VGG-{_VGGS[len(layers)]}{normed}" if len(layers) in _VGGS else ""
-
-
-def _resnet_kind(bottleneck: bool, blocks: tuple[int, ...], grouped: bool = False) -> str:
-    family = "ResNeXt" if grouped else "ResNet"
-    if (bottleneck, blocks) in _RESNETS:
-        return f"a {family}-{_RESNETS[bottleneck, blocks]}"
-    return f"a {family} of {'-'.join(map(str, blocks))} {'bottleneck' if bottleneck else 'basic'} blocks"

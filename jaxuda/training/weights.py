@@ -156,6 +156,9 @@ def fit(
         else:
             unlike.append(f"{name}: {shape or 'missing'} in the checkpoint, {leaf.shape} in the network")
     extra = sorted(arrays.keys() - flat.keys())
+    more = {_part(name, new) for name in extra}
+    # A part of which the checkpoint has more (a head of more branches) is another one, whatever its first arrays.
+    anew += [part for part in (_part(name, new) for name in flat) if part != "backbone" and part in more]
     unlike += [
         f"{name}: {arrays[name].shape} in the checkpoint, missing in the network"
         for name in extra
@@ -170,7 +173,7 @@ def fit(
         )
     taken = {name: arrays[name] for name in flat if _part(name, new) not in anew}
     notes = [_why_anew(part, arrays, flat, model, other_classes) for part in dict.fromkeys(anew)]
-    unused = dict.fromkeys(name.split(".")[1] for name in extra)
+    unused = dict.fromkeys(name.split(".")[1] for name in extra if _part(name, new) not in anew)
     notes += [f"{part} of the checkpoint is not used" for part in unused]
     return flax.traverse_util.unflatten_dict(flat | taken, sep="."), notes
 

@@ -15,7 +15,7 @@ from golden_weights import golden, golden_keys, network_input, state_dict
 from jaxuda import convert
 from jaxuda.inference.restore import restore
 from jaxuda.interop.tensor_files import pth_bytes
-from jaxuda.models.deeplab import PLCA_ORDER
+from jaxuda.models.deeplab_files import PLCA_ORDER
 
 ROOT = Path(__file__).parents[2]
 # Golden network -> recipe, and the fields to change; SDCA's last stage has another normalisation.
