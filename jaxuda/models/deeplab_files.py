@@ -68,8 +68,8 @@ def other_head(places: Places, dilations: tuple[int, ...], names: Iterable[str])
     published = DILATIONS[:count] if count <= len(DILATIONS) else f"its {count} dilations"
     return (
         f"the head in the torch checkpoint is a sum of {count} dilated convolutions, that of "
-        f"config.model.head_dilations = {dilations} of {len(dilations)}: set it to {published} (the recipes of DACS, "
-        "DAFormer, MIC and SePiCo have this field)"
+        f"config.model.head_dilations = {dilations} of {len(dilations)}: set it to {published} (the published "
+        "recipes of DACS, DAFormer, MIC and SePiCo have this field)"
     )
 
 
