@@ -59,6 +59,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     recipe, words = _take_recipe(argv)
     config = load_config(recipe) if recipe else None
     if config is not None:
+        _add_networks(config, words)
         _check_fields(config, words)
         words = _last_of_each(config, words)
     args = flags.FlagValues()
@@ -192,6 +193,16 @@ def _text(error: BaseException) -> str:
 def _close(name: str, known: Iterable[str]) -> list[str]:
     """[the name in `known` that is most similar to `name`], or [] if none is similar."""
     return difflib.get_close_matches(name, list(known), 1, cutoff=0.75)
+
+
+def _add_networks(config: ConfigDict, words: Sequence[str]) -> None:
+    """Adds `evaluation.network` to each training stage for which a word sets it: methods differ in their networks."""
+    for word in words[1:]:
+        found = re.match(r"--?config\.(\w+)\.evaluation\.network(=|$)", word)
+        stage = config.get(found[1]) if found else None
+        if isinstance(stage, ConfigDict) and "train" in stage and "network" in config.get("evaluation", ()):
+            with stage.unlocked():
+                stage.setdefault("evaluation", ConfigDict()).setdefault("network", config.evaluation.network)
 
 
 def _check_fields(config: ConfigDict, words: Sequence[str]) -> None:

@@ -148,18 +148,20 @@ def choose_devices(
     return devices[:count]
 
 
-def compile_step(step: Callable, devices: list[jax.Device]) -> Callable:
+def compile_step(step: Callable, devices: list[jax.Device], donate: bool = True) -> Callable:
     """`step(state, constants, seed, batch, axis_name=...) -> (state, metrics)` compiled for `devices`.
 
-    The state is donated. The compiled function takes state and constants as `replicate` makes them and a batch as
-    `shard` makes it. It returns the new state in the same form, and metrics, with a leading device axis if there are
-    several devices. The seed is an argument, a plain number, so that runs of several seeds share a program.
+    The state is donated, unless `donate` is False: for a function that only looks at it. The compiled function takes
+    state and constants as `replicate` makes them and a batch as `shard` makes it. It returns the new state in the same
+    form, and metrics, with a leading device axis if there are several devices. The seed is an argument, a plain number,
+    so that runs of several seeds share a program.
     """
+    donated = (0,) if donate else ()
     if not _stacked(devices):
-        return jax.jit(partial(step, axis_name=None), donate_argnums=0)
+        return jax.jit(partial(step, axis_name=None), donate_argnums=donated)
     everyone = [d for k in range(jax.process_count()) for d in jax.local_devices(process_index=k)[: len(devices)]]
     compiled = jax.pmap(
-        partial(step, axis_name=AXIS), axis_name=AXIS, devices=everyone, in_axes=(0, 0, None, 0), donate_argnums=0
+        partial(step, axis_name=AXIS), axis_name=AXIS, devices=everyone, in_axes=(0, 0, None, 0), donate_argnums=donated
     )
     if devices[0].platform != "cpu":
         return compiled

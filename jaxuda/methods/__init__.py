@@ -23,7 +23,8 @@ axis_name: the device axis, or None on one device.
 
 A pass returns GLOBAL values: losses and metrics reduce sums and counts over `axis_name` before they divide. The
 library then averages the gradients over the devices, once. Metrics are scalars; the library adds the metric `loss`,
-the sum of the scalars that the passes return.
+the sum of the scalars that the passes return. A method with pseudo-labels logs `share`, the share of pixels with a
+confident one.
 
 Optional functions:
 
@@ -40,6 +41,11 @@ Optional functions:
         Runs once per update, for any number of parts of the batch: for an EMA teacher. `state` is a `TrainState`.
     evaluated(state, *, config) -> {"student": variables, "teacher": variables}
         The networks in a state; all their arrays are arrays of the state. Default: the student alone.
+    pictures(carry, batch, *, config) -> {name: array}
+        What there is to see while the stage trains, for its folder `pictures`, the report and TensorBoard: images
+        (N, H, W, 3) float, normalised; labels (N, H, W) int, 255 = ignore; weights (N, H, W) float 0..1 or bool. It
+        is called at each evaluation, with the carry of `before_passes` on the last batch (on several devices: on the
+        share of the first one), and changes nothing. Names: "source", "target", "mixed", "mixed_label", "weights".
     predict(variables, images, *, model, config) -> probabilities (N, h, w, C)
         Needed if evaluation is more than the softmax of the network's main output.
 

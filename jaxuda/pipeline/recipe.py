@@ -20,6 +20,7 @@ from jaxuda.pipeline.results import collect, final_table, versions
 from jaxuda.pipeline.stages import Stage
 from jaxuda.pipeline.tracing import check_steps
 from jaxuda.sweeps.evaluate import make_evaluator
+from jaxuda.sweeps.predict import make_labeller
 from jaxuda.training import checkpoints, weights
 from jaxuda.training.allocation import keep_freed_memory
 from jaxuda.training.classes import describe, in_order
@@ -118,7 +119,7 @@ def _run_stage(stage: Stage, config: ConfigDict, domains: Domains, log: RunLog, 
     else:
         log.say(f"{stage.name}: begins; its first step waits for the compiler, up to a minute or two")
         task = Task(stage.name, stage.folder, stage.config, stage.init, stage.artifacts(), stage.weights)
-        train(task, Options(*(config[field] for field in Options._fields)), domains, log, make_evaluator)
+        train(task, Options(*(config[field] for field in Options._fields)), domains, log, make_evaluator, make_labeller)
     parallel.on_first(lambda: stage.mark("done"))
     log.say(f"{stage.name}: finished in {(time.perf_counter() - began) / 60:.1f} min")
 

@@ -76,9 +76,17 @@ def final_table(results: dict[str, Any]) -> str:
     scored = {name: result for name, result in results["stages"].items() if "best_on_val_using_target_labels" in result}
     if not scored:
         return "no labelled validation images: nothing to score (see metrics.jsonl for the label-free figures)"
-    columns = {name.replace("_", " "): np.asarray(result["last"]["confusion"]) for name, result in scored.items()}
+    columns = {}
+    for name, result in scored.items():
+        last, title = result["last"], name.replace("_", " ")
+        others = last.get("other_networks", {})
+        columns[f"{title} ({last['network']})" if others else title] = last
+        columns |= {f"{title} ({network})": found for network, found in others.items()}
     lines = [f"IoU in % on {results['validation']}, last checkpoint of each stage", ""]
-    lines += [iou_table(columns, results["classes"]), ""]
+    lines += [
+        iou_table({name: np.asarray(found["confusion"]) for name, found in columns.items()}, results["classes"]),
+        "",
+    ]
     for beside in dict.fromkeys(name for result in scored.values() for name in result["last"].get("beside", {})):
         found = {name: result["last"].get("beside", {}).get(beside, {}).get("miou") for name, result in scored.items()}
         cells = (f"{name.replace('_', ' ')} {100 * miou:.1f}" for name, miou in found.items() if miou is not None)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable, Sequence
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
 from jaxuda import methods, sweeps
@@ -19,6 +20,7 @@ from jaxuda.models import make_model
 from jaxuda.optimizers import make_optimizer
 from jaxuda.pipeline.stages import Stage
 from jaxuda.training.loop import phases
+from jaxuda.training.pictures import make_look
 from jaxuda.training.start import evaluated, method_start, new_state
 from jaxuda.training.state import TrainState
 from jaxuda.training.step import make_update, to_float
@@ -46,6 +48,21 @@ def abstract_step(
     """
     model, method = make_model(config.model, classes), methods.load(config.train)
     tx = make_optimizer(config, model)
+    arguments = _abstract_arguments(model, method, tx, config, batch, depth)
+    evaluated(method, arguments[0], config)
+    phase = phases(method, config)[-1] if phase is None else phase
+    update = make_update(method, model, tx, config, phase, value_and_grad)
+
+    def step(state: TrainState, constants: PyTree, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array]]:
+        return update(state, constants, config.seed, to_float(batch, config.preprocess))
+
+    return step, arguments
+
+
+def _abstract_arguments(
+    model: Any, method: ModuleType, tx: optax.GradientTransformation, config: Any, batch: int, depth: bool
+) -> tuple[TrainState, PyTree, PyTree]:
+    """The shapes of state, constants and `batch` images of each domain."""
     shapes = {}
     for domain in ("source", "target"):
         if domain in config:
@@ -62,15 +79,7 @@ def abstract_step(
         given = method_start(method, jax.random.key(1), model, zeros, config, {}, None, variables)
         return new_state(variables, given, tx), given.constants
 
-    state, constants = jax.eval_shape(begin)
-    evaluated(method, state, config)
-    phase = phases(method, config)[-1] if phase is None else phase
-    update = make_update(method, model, tx, config, phase, value_and_grad)
-
-    def step(state: TrainState, constants: PyTree, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array]]:
-        return update(state, constants, config.seed, to_float(batch, config.preprocess))
-
-    return step, (state, constants, shapes)
+    return *jax.eval_shape(begin), shapes
 
 
 def image_size(domain: Any) -> tuple[int, int]:
@@ -104,6 +113,7 @@ def check_steps(stages: Sequence[Stage], classes: int, depth: bool) -> None:
             for phase in phases(methods.load(config.train), config):
                 step, arguments = abstract_step(config, classes, config.batch, depth, phase, _without_gradient)
                 jax.eval_shape(step, *arguments)
+            _check_pictures(config, classes, arguments)
         except UserError as error:
             raise UserError(f"the stage '{stage.name}' cannot be trained: {error}") from error
         except (AttributeError, KeyError) as error:
@@ -113,6 +123,15 @@ def check_steps(stages: Sequence[Stage], classes: int, depth: bool) -> None:
                 f"{missing.reader} reads config.{missing.section or stage.name}.{missing.field}, which the config "
                 "lacks: add it to that section"
             ) from error
+
+
+def _check_pictures(config: Any, classes: int, arguments: tuple[TrainState, PyTree, PyTree]) -> None:
+    """Traces the method's `pictures`, if it has them; `arguments` are those of the step."""
+    method = methods.load(config.train)
+    if hasattr(method, "pictures"):
+        look = make_look(method, make_model(config.model, classes), config)
+        state, constants, batch = arguments
+        jax.eval_shape(look, state, constants, config.seed, batch)
 
 
 def _without_gradient(function: Callable, has_aux: bool) -> Callable:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ from jaxuda import data
 from jaxuda.artifacts.arrays import load_arrays
 from jaxuda.data import encoding
 from jaxuda.data.labels import LabelSpace, colourise
+from jaxuda.data.sheet import contact_sheet
 from jaxuda.errors import UserError
 from jaxuda.inference.restore import restore
 from jaxuda.models.layers import normalise, resize_labels
@@ -23,7 +23,6 @@ from jaxuda.report.page import stage_chart
 from jaxuda.report.runs import Run, StageRun, open_split
 from jaxuda.sweeps.scores import input_transform
 
-HEADING = 22  # pixels, above the columns of a sheet
 POINTS = 40  # pixels per class, domain and stage in a picture of features
 
 
@@ -58,22 +57,9 @@ def entropy(request: Request) -> bytes:
 
 
 def _sheet(gallery: Gallery, columns: Callable[[Picture], dict[str, np.ndarray]]) -> bytes:
-    """The images and the pictures that `columns` returns for each, at the size of the first image, with headings."""
-    height, width = gallery.pictures[0].image.shape[:2]
-    rows = []
-    for picture in gallery.pictures:
-        cells = {"image": picture.image, **columns(picture)}
-        if not rows:
-            rows.append(np.concatenate([_heading(name, width) for name in cells], 1))
-        fitted = [cv2.resize(cell, (width, height), interpolation=cv2.INTER_NEAREST) for cell in cells.values()]
-        rows.append(np.concatenate(fitted, 1))
-    return encoding.encode_image(np.concatenate(rows))
-
-
-def _heading(name: str, width: int) -> np.ndarray:
-    strip = np.full((HEADING, width, 3), 255, np.uint8)
-    where = {"fontFace": cv2.FONT_HERSHEY_SIMPLEX, "fontScale": 0.42, "lineType": cv2.LINE_AA}
-    return cv2.putText(strip, name.replace("_", " "), (4, HEADING - 7), color=(20, 20, 20), thickness=1, **where)
+    """The images and the pictures that `columns` returns for each, with headings."""
+    rows = [{"image": picture.image, **columns(picture)} for picture in gallery.pictures]
+    return encoding.encode_image(contact_sheet(rows))
 
 
 def features(request: Request) -> bytes:

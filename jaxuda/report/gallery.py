@@ -34,8 +34,8 @@ class Picture(NamedTuple):
     id: that of the record.
     image: (H, W, 3) uint8 RGB.
     truth: (H, W) uint8 train ids, None without labels.
-    labels: stage -> (H, W) uint8 predicted train ids.
-    entropy: stage -> (H, W) uint8, entropy of the prediction, 0..255 for 0..1.
+    labels: stage -> (H, W) uint8 train ids that its evaluated network predicts; "STAGE (NETWORK)" -> those of another.
+    entropy: as `labels` -> (H, W) uint8, entropy of the prediction, 0..255 for 0..1.
     """
 
     id: str
@@ -79,7 +79,13 @@ def make_gallery(run: Run, count: int, stages: Sequence[StageRun] | None = None)
         resize_nearest(row["label"], image.shape[1::-1]) if "label" in row else None
         for row, image in zip(rows, images, strict=True)
     ]
-    maps = {stage.name: _maps(run, stage, records.fingerprint, indices, rows) for stage in chosen}
+    maps = {
+        f"{stage.name} ({network})" if network else stage.name: _maps(
+            run, stage, network, records.fingerprint, indices, rows
+        )
+        for stage in chosen
+        for network in ("", *list(stage.networks)[1:])
+    }
     pictures = [
         Picture(
             row["id"],
@@ -115,23 +121,26 @@ def _newest(stage: Path) -> int:
 
 
 def _maps(
-    run: Run, stage: StageRun, fingerprint: str, indices: Sequence[int], rows: Sequence[dict]
+    run: Run, stage: StageRun, network: str, fingerprint: str, indices: Sequence[int], rows: Sequence[dict]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Train ids and entropy of each row, predicted by one stage or read from the files of an earlier call."""
-    folder = run.folder / FOLDER
+    """Train ids and entropy of each row, predicted by one stage or read from the files of an earlier call.
+
+    network: "" for the one that the stage is evaluated with.
+    """
+    folder, who = run.folder / FOLDER, f"{stage.name}.{network}" if network else stage.name
     step = _newest(run.folder / stage.name)
     key = hashlib.sha256(f"{stage.fingerprint} {step} {fingerprint} {WIDEST}".encode()).hexdigest()[:12]
-    network, found = None, []
+    loaded, found = None, []
     for index, row in zip(indices, rows, strict=True):
-        paths = [folder / f"{index}-{stage.name}-{kind}-{key}.png" for kind in ("labels", "entropy")]
+        paths = [folder / f"{index}-{who}-{kind}-{key}.png" for kind in ("labels", "entropy")]
         try:
             maps = tuple(encoding.decode_label(path.read_bytes()) for path in paths)
         except (OSError, ValueError):
-            network = network or predictor.load(str(run.folder / stage.name))
-            maps = _predict(network, row["image"])
+            loaded = loaded or predictor.load(str(run.folder / stage.name), network)
+            maps = _predict(loaded, row["image"])
             with contextlib.suppress(OSError):  # a read-only work folder has a report too
                 folder.mkdir(exist_ok=True)
-                for old in folder.glob(f"{index}-{stage.name}-*-*.png"):
+                for old in folder.glob(f"{index}-{who}-*-*.png"):
                     old.unlink(missing_ok=True)
                 for path, values in zip(paths, maps, strict=True):
                     files.write_bytes(path, encoding.encode_label(values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -17,10 +18,11 @@ from jaxuda.report import charts, tables
 from jaxuda.report.gallery import Gallery, Picture
 from jaxuda.report.markup import Markup, data_uri, join, tag
 from jaxuda.report.runs import Run, StageRun
+from jaxuda.training import logs, pictures
 
 JPEG_QUALITY = 85
 SHADES = 32  # number of levels of an entropy map in a page: fewer compress better
-NOT_CURVES = ("stage", "step", "time", "images_per_s", "input_wait", "log_wait", "loss")
+NOT_CURVES = ("stage", "step", "time", "images_per_s", "input_wait", "log_wait", "loss", "share")
 Section = tuple[str, str, Markup | None]  # its id, its heading, its content
 
 
@@ -35,6 +37,7 @@ def run_page(run: Run, gallery: Gallery | None, notes: Sequence[str] = ()) -> st
     sections: list[Section] = [
         ("results", "Results", tables.results(run) if run.scored else tables.label_free(run)),
         ("pictures", "Pictures", gallery and run_gallery(run, gallery)),
+        ("training", "What the training looks at", _training_sheets(run)),
         ("curves", "Curves", _curves(run)),
         ("classes", "Classes", _bars(run)),
         ("confusion", "Confusion", _confusions(run)),
@@ -112,10 +115,12 @@ def stage_chart(run: Run, metric: str, title: str, scale: float = 1, width: int 
 def _stage_series(run: Run, metric: str, scale: float) -> tuple[list[charts.Series], list[charts.Mark]]:
     numbers, offset, series, marks = colours(run.trainings), 0, [], []
     for stage in run.trainings:
-        points = stage.curve(metric)
-        if points:
-            values = [(offset + step, scale * value) for step, value in points]
-            series.append(charts.Series(stage.title, numbers[stage.name], values))
+        networks = stage.networks if metric.startswith("val/") else ("",)
+        for place, network in enumerate(networks):
+            if points := stage.curve(metric, network):
+                values = [(offset + step, scale * value) for step, value in points]
+                colour = numbers[stage.name] + place * charts.COLOURS  # a further network has the same colour, dashed
+                series.append(charts.Series(stage.titled(network), colour, values))
         if stage.rows or stage.evaluations:
             marks.append(charts.Mark(offset, stage.title))
             offset += max(stage.steps, *(row["step"] for row in stage.rows + stage.evaluations))
@@ -126,11 +131,12 @@ def _curves(run: Run) -> Markup | None:
     main = [
         stage_curves(run, "loss", "Loss, as each stage defines it"),
         stage_curves(run, "val/miou", f"mIoU in % on {run.validation}", 100),
+        stage_curves(run, "share", f"{logs.TITLES['share'].capitalize()}, in %", 100),
     ]
     free = [stage_curves(run, f"val/{name}", f"{name}: {text}") for name, text in tables.FIGURES.items()]
     logged = dict.fromkeys(name for stage in run.trainings for row in stage.rows for name in row)
     names = [name for name in logged if name not in NOT_CURVES and "/" not in name]
-    terms = [stage_curves(run, name, name) for name in names]
+    terms = [stage_curves(run, name, logs.TITLES.get(name, name)) for name in names]
     if not any([*main, *free]):
         return None
     return join(
@@ -138,6 +144,25 @@ def _curves(run: Run) -> Markup | None:
         _folded("Label-free figures", free, is_open=not run.scored),
         _folded("Terms of the losses, and what else the methods log", terms),
     )
+
+
+def _training_sheets(run: Run) -> Markup | None:
+    """The sheets that stages wrote while they trained: the newest of each, and two earlier ones."""
+    figures = []
+    for stage in run.trainings:
+        found = pictures.sheets(run.folder / stage.name, pictures.TRAINING)
+        steps = sorted(found)
+        for step in {steps[place]: None for place in (-1, (len(steps) - 1) // 2, 0)} if steps else ():
+            text = f"{stage.title}, step {step}"
+            # A file that was cut off or removed in the meantime is not worth the page.
+            with contextlib.suppress(OSError, ValueError):
+                sheet = _jpeg(encoding.decode_image(found[step].read_bytes()))
+                image = tag("img", src=data_uri(sheet, "image/jpeg"), alt=f"pictures of {text}", class_="sheet")
+                figures.append(tag("figure", image, tag("figcaption", text)))
+    if not figures:
+        return None
+    how = "Labels have the colours of the classes, black where they are ignored; weights are black for 0, white for 1."
+    return join(tag("p", how, class_="faint"), figures)
 
 
 def _folded(title: str, content: Sequence[Markup | None], is_open: bool = False) -> Markup | None:
@@ -185,12 +210,15 @@ def _what_ran(run: Run) -> Markup:
 
 
 def run_gallery(run: Run, gallery: Gallery) -> Markup:
-    """Image, truth, each stage's prediction, and the entropy of the final one, under one slider."""
+    """Image, truth, the prediction of each stage and network, and the entropy of the final one, under one slider."""
     last = run.outcome
+    first = {stage.name: stage.titled(next(iter(stage.networks))) for stage in run.trainings}
+
+    def title(name: str) -> str:
+        return first.get(name, name.replace("_", " "))
 
     def layers(picture: Picture) -> dict[str, Markup]:
-        titles = {stage.name: stage.title for stage in run.trainings}
-        found = picture_layers(picture, {titles[name]: ids for name, ids in picture.labels.items()}, gallery.space)
+        found = picture_layers(picture, {title(name): ids for name, ids in picture.labels.items()}, gallery.space)
         if last is not None and last.name in picture.entropy:
             found[f"entropy of {last.title}"] = entropy_image(picture, last)
         return found
@@ -200,8 +228,7 @@ def run_gallery(run: Run, gallery: Gallery) -> Markup:
 
 def picture_layers(picture: Picture, predicted: Mapping[str, np.ndarray], space: LabelSpace) -> dict[str, Markup]:
     """Layer name -> picture: the image, the truth and the predictions."""
-    jpeg = cv2.imencode(".jpg", picture.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
-    layers = {"image": _image(jpeg, "image/jpeg", f"image {picture.id}", picture)}
+    layers = {"image": _image(_jpeg(picture.image), "image/jpeg", f"image {picture.id}", picture)}
     truth = {} if picture.truth is None else {"truth": picture.truth}
     for name, ids in (truth | dict(predicted)).items():
         spoken = f"{name} of image {picture.id}: {_most(ids, space)}"
@@ -216,6 +243,10 @@ def entropy_image(picture: Picture, stage: StageRun) -> Markup:
     mean = picture.entropy[stage.name].mean() / 255
     spoken = f"entropy of {stage.title} on image {picture.id}: mean {mean:.2f}"
     return _image(encoding.encode_indexed(levels, palette), "image/png", spoken, picture)
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
 
 
 def _image(content: bytes, kind: str, spoken: str, picture: Picture) -> Markup:

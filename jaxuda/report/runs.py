@@ -61,11 +61,26 @@ class StageRun(NamedTuple):
         """Whether it has a score, that is, was evaluated on labelled images."""
         return "confusion" in self.last
 
-    def curve(self, metric: str) -> list[tuple[float, float]]:
-        """(step, value) wherever the metric was logged and is finite; "val/..." is a metric of the evaluations."""
+    @property
+    def networks(self) -> dict[str, Mapping[str, Any]]:
+        """Network -> its last evaluation, first the one that the stage is scored with; {"": `last`} if there is one."""
+        others = self.last.get("other_networks", {})
+        return {self.last["network"]: self.last, **others} if others else {"": self.last}
+
+    def titled(self, network: str) -> str:
+        """The name for people of one of `networks`."""
+        return f"{self.title} ({network})" if network else self.title
+
+    def curve(self, metric: str, network: str = "") -> list[tuple[float, float]]:
+        """(step, value) wherever the metric was logged and is finite; "val/..." is a metric of the evaluations.
+
+        network: one of `networks`, of whose evaluations it is; "": the one that the stage is scored with.
+        """
         # A stage that was taken over always has its evaluations, but not always the lines of its training.
         own = metric.removeprefix("val/")
         rows = self.evaluations if own != metric else self.rows
+        if network and network != self.last.get("network"):
+            rows = [{"step": row["step"], **row.get("other_networks", {}).get(network, {})} for row in rows]
         points = ((row["step"], row.get(own)) for row in rows)
         return [(step, value) for step, value in points if isinstance(value, int | float) and math.isfinite(value)]
 

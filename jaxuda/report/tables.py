@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,36 +64,38 @@ def _scrolled(caption: str, parts: Sequence[Markup | None], kind: str, style: st
 def results(run: Run) -> Markup:
     """IoU per class and mean IoU of every stage with a score, and its other scores."""
     stages = run.scored
-    scores = [np.array([np.nan if v is None else v for v in stage.last["iou"]]) for stage in stages]
+    columns = [(stage, network, found) for stage in stages for network, found in stage.networks.items()]
     last = run.final(ADAPTED)
     baselines = [stage for stage in map(run.final, (SOURCE_ONLY, CONTROL)) if stage and last]
-    head = ["class", *(tag("span", s.title, tag("small", _when(s), ROLES[s.role])) for s in stages)]
+    head = [
+        "class",
+        *(tag("span", s.titled(network), tag("small", _when(s), ROLES[s.role])) for s, network, _ in columns),
+    ]
     head += [join("gain", tag("small", f"{last.title} over {stage.title}")) for stage in baselines]
 
-    def line(name: str, values: Sequence[Any]) -> list[Any]:
-        found = dict(zip((s.name for s in stages), values, strict=True))
-        return [name, *map(percent, values), *(gain(found[last.name], found[stage.name]) for stage in baselines)]
+    def line(name: str, score: Callable[[StageRun, Mapping[str, Any]], Any]) -> list[Any]:
+        """`score` takes a stage and the last evaluation of one of its networks."""
+        gains = (gain(score(last, last.last), score(stage, stage.last)) for stage in baselines)
+        return [name, *(percent(score(stage, found)) for stage, _, found in columns), *gains]
 
-    rows = [line(name, [float(iou[index]) for iou in scores]) for index, name in enumerate(run.classes)]
+    def reported(result: str) -> Callable[[StageRun, Mapping[str, Any]], Any]:
+        """A score in the results of a stage, which only the network has that the stage is scored with."""
+        return lambda stage, found: stage.results.get(result, {}).get("miou") if found is stage.last else None
+
+    rows = [line(name, lambda _, found, i=index: found["iou"][i]) for index, name in enumerate(run.classes)]
     means = [stage.results.get("mean_of_last", {}) for stage in stages]
     count = "/".join(str(n) for n in sorted({m["count"] for m in means if m})) or "few"
-    best = [stage.results.get("best_on_val_using_target_labels", {}) for stage in stages]
     beside = dict.fromkeys(name for stage in stages for name in stage.last.get("beside", {}))
     foot = [
-        line(f"mIoU ({len(run.classes)} classes)", [stage.last["miou"] for stage in stages]),
-        line("pixel accuracy", [stage.last["pixel_accuracy"] for stage in stages]),
-        *(line(f"mIoU, {name}", [_beside(stage, name) for stage in stages]) for name in beside),
-        line(f"mIoU, mean of the last {count} evaluations", [mean.get("miou") for mean in means]),
-        line("mIoU, best on val (uses target labels) *", [found.get("miou") for found in best]),
+        line(f"mIoU ({len(run.classes)} classes)", lambda _, found: found["miou"]),
+        line("pixel accuracy", lambda _, found: found["pixel_accuracy"]),
+        *(line(f"mIoU, {n}", lambda _, found, n=n: found.get("beside", {}).get(n, {}).get("miou")) for n in beside),
+        line(f"mIoU, mean of the last {count} evaluations", reported("mean_of_last")),
+        line("mIoU, best on val (uses target labels) *", reported("best_on_val_using_target_labels")),
     ]
     caption = f"IoU in % on {run.validation}. Checkpoint: the last of each stage, except in the row marked *."
     chosen = "* This checkpoint was chosen with target labels, which an unlabelled target does not have."
     return join(table(caption, head, rows, foot), tag("p", chosen, class_="faint"))
-
-
-def _beside(stage: StageRun, name: str) -> float | None:
-    """The mIoU of another network, or on another set, at the last evaluation."""
-    return stage.last.get("beside", {}).get(name, {}).get("miou")
 
 
 def _when(stage: StageRun) -> str | None:

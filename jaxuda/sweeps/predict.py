@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
@@ -149,19 +150,37 @@ def ensemble_predictions(
 
     The number of `devices` must divide the batch; default: one.
     """
-    devices = devices or jax.local_devices()[:1]
-    variables = [parallel.everywhere(each, devices) for each in variables]
+    yield from _make_label_maps(ensemble, devices or jax.local_devices()[:1])(variables, images)
 
+
+def make_labeller(
+    model: nn.Module, method: ModuleType, config: Any, devices: list[jax.Device]
+) -> Callable[[PyTree, Sequence], list[np.ndarray]]:
+    """`label(variables, images)`: the (H, W) uint8 train ids of each image, compiled once for all its calls.
+
+    The arguments are those of `predictions`; the number of `devices` must divide the batch.
+    """
+    label_maps = _make_label_maps(Ensemble([Member(model, method, config)]), devices)
+    return lambda variables, images: [ids for _, ids in label_maps([variables], images)]
+
+
+def _make_label_maps(
+    ensemble: Ensemble, devices: list[jax.Device]
+) -> Callable[[Sequence[PyTree], Sequence], Iterator[tuple[str, np.ndarray]]]:
     @jax.jit
-    def label_maps(variables: list[PyTree], passes: Passes) -> jax.Array:
+    def label_batch(variables: list[PyTree], passes: Passes) -> jax.Array:
         return jnp.argmax(ensemble.average(ensemble.coarse(variables, passes), passes), -1).astype(jnp.uint8)
 
-    with progress_bar(len(images), "predict", "img") as bar:
-        for batch, passes in ensemble.batches(images, variables):
-            maps = np.asarray(label_maps(variables, parallel.spread(passes, devices)))
-            for name, (height, width), ids in zip(batch["id"], batch["size"], maps, strict=False):
-                yield name, np.ascontiguousarray(ids[:height, :width])
-            bar.update(batch["count"])
+    def label_maps(variables: Sequence[PyTree], images: Sequence) -> Iterator[tuple[str, np.ndarray]]:
+        variables = [parallel.everywhere(each, devices) for each in variables]
+        with progress_bar(len(images), "predict", "img") as bar:
+            for batch, passes in ensemble.batches(images, variables):
+                maps = np.asarray(label_batch(variables, parallel.spread(passes, devices)))
+                for name, (height, width), ids in zip(batch["id"], batch["size"], maps, strict=False):
+                    yield name, np.ascontiguousarray(ids[:height, :width])
+                bar.update(batch["count"])
+
+    return label_maps
 
 
 def write_predictions(found: Iterable[tuple[str, np.ndarray]], folder: Path, space: labels.LabelSpace) -> list[Path]:

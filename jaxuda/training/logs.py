@@ -9,10 +9,14 @@ from pathlib import Path
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from jaxuda import files, parallel
+
+# Metrics that have a longer name in TensorBoard and in reports.
+TITLES = {"share": "share of confident pixels"}
 
 
 class RunLog:
@@ -41,9 +45,17 @@ class RunLog:
             return
         row = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
         files.append_json_line(self._workdir / "metrics.jsonl", row)
+        self._board(stage, step).add(step, values)
+
+    def picture(self, stage: str, step: int, name: str, content: bytes, size: tuple[int, int]) -> None:
+        """A picture for TensorBoard. content: a PNG of RGB colours. size: its (height, width)."""
+        if not self._silent:
+            self._board(stage, step).add_picture(step, name, content, size)
+
+    def _board(self, stage: str, step: int) -> _Curves:
         if stage not in self._boards:
             self._boards[stage] = _Curves(self._workdir / "tensorboard" / stage, step)
-        self._boards[stage].add(step, values)
+        return self._boards[stage]
 
     def rewind(self, stage: str, step: int) -> None:
         """Removes what a killed run logged for `stage` after `step`, since those steps run again."""
@@ -77,10 +89,16 @@ class _Curves:
     def add(self, step: int, values: dict[str, float]) -> None:
         """One point per curve."""
         for name, value in values.items():
-            self._write(Event(step=step, summary=scalar(name, value)))
+            title = TITLES.get(name, "")
+            self._write(Event(step=step, summary=scalar(title.replace(" ", "_") or name, value, title)))
         if time.monotonic() - self._flushed > 30:
             self._file.flush()
             self._flushed = time.monotonic()
+
+    def add_picture(self, step: int, name: str, content: bytes, size: tuple[int, int]) -> None:
+        """One picture, see `RunLog.picture`."""
+        image = Summary.Image(height=size[0], width=size[1], colorspace=3, encoded_image_string=content)
+        self._write(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)])))
 
     def close(self) -> None:
         """Flushes. An error is ignored, since metrics.jsonl has the curves too."""

@@ -19,7 +19,7 @@ from jaxuda.data.records import EASY, HARD, Domains, Subset, read_split
 from jaxuda.errors import Interrupted, UserError
 from jaxuda.models import make_model
 from jaxuda.optimizers import make_optimizer
-from jaxuda.training import checkpoints
+from jaxuda.training import checkpoints, pictures
 from jaxuda.training.logs import RunLog, is_interactive, progress_bar
 from jaxuda.training.start import evaluated, start
 from jaxuda.training.state import TrainState
@@ -60,7 +60,14 @@ class Options(NamedTuple):
     keep_every: int
 
 
-def train(task: Task, options: Options, domains: Domains, log: RunLog, make_evaluator: Callable[..., Callable]) -> None:
+def train(
+    task: Task,
+    options: Options,
+    domains: Domains,
+    log: RunLog,
+    make_evaluator: Callable[..., Callable],
+    make_labeller: Callable[..., Callable],
+) -> None:
     """Runs or continues a training stage, and writes its `results.json`.
 
     Args:
@@ -69,6 +76,8 @@ def train(task: Task, options: Options, domains: Domains, log: RunLog, make_eval
       domains: the datasets.
       log: reports the progress.
       make_evaluator: `make_evaluator(model, method, config, devices)` returns `evaluate(variables, records)`.
+      make_labeller: `make_labeller(model, method, config, devices)` returns `label(variables, records)`, which gives
+        the predicted train ids of each record, (H, W) uint8.
 
     Raises:
       UserError: a loss is not finite, or a checkpoint cannot be written.
@@ -111,7 +120,8 @@ def train(task: Task, options: Options, domains: Domains, log: RunLog, make_eval
                     phase: parallel.compile_step(make_step(method, model, tx, config, phase), devices)
                     for phase in phases(method, config)
                 }
-                loop.run(steps, evaluate, state, constants, done, itertools.chain([first], batches))
+                show = pictures.make_show(task, model, method, domains, log, devices, make_labeller)
+                loop.run(steps, evaluate, state, constants, done, itertools.chain([first], batches), show)
         parallel.on_first(lambda: files.write_json(task.folder / "results.json", loop.results()))
     finally:
         if saved:
@@ -212,10 +222,11 @@ class _Loop:
         self._since, self._waited, self._told = time.perf_counter(), 0.0, 0.0
 
     def rewind(self, step: int) -> None:
-        """Removes evaluations and metrics of steps that will run again."""
+        """Removes evaluations, pictures and metrics of steps that will run again."""
         if self._saved:
             rows = [row for row in files.read_json_lines(self._history) if row["step"] <= step]
             files.write_json_lines(self._history, rows)
+            pictures.rewind(self._task.folder, step)
         self._log.rewind(self._task.name, step)
 
     def run(
@@ -226,8 +237,12 @@ class _Loop:
         constants: PyTree,
         start: int,
         batches: Iterator,
+        show: Callable | None,
     ) -> None:
-        """Runs steps `start` + 1 .. config.steps from a state on the host; `steps`: phase -> compiled step."""
+        """Runs steps `start` + 1 .. config.steps from a state on the host.
+
+        `steps`: phase -> compiled step; `show`: see `pictures.make_show`.
+        """
         name, config = self._task.name, self._task.config
         last = config.steps
         state, constants = (parallel.replicate(tree, self._devices) for tree in (state, constants))
@@ -254,6 +269,10 @@ class _Loop:
                     host = parallel.first(state, self._devices)
                     self._check_state(done, host, ids)
                     self._save(done, host, evaluate if evaluates else None)
+                    if show and evaluates:
+                        arguments = (state, constants, config.seed, arrays(batch))
+                        show(arguments, evaluated(self._method, host, config), done)
+                    self._since = time.perf_counter() - self._told
                 if stopping and done < last:
                     raise Interrupted(
                         f"{stopping}: saved step {done} of {last} of the stage '{name}'; "
@@ -264,7 +283,6 @@ class _Loop:
         networks = evaluated(self._method, state, self._task.config)
         scores = self._evaluation(evaluate, networks, step) if evaluate else None
         parallel.on_first(lambda: self._saved.save(step, state, scores, networks))
-        self._since = time.perf_counter() - self._told
 
     def _write_metrics(self) -> str:
         """Fetches the metrics since the last call, checks them, and logs their mean."""
@@ -328,17 +346,23 @@ class _Loop:
         chosen, (first, *others) = self._task.config.evaluation.network, self._validation
         summary = evaluate(networks[chosen], first).summary()
         beside = {other.name: evaluate(networks[chosen], other).summary() for other in others}
-        beside |= {name: evaluate(networks[name], first).summary() for name in networks if name != chosen}
+        rest = {name: evaluate(networks[name], first).summary() for name in networks if name != chosen}
         row = {"step": step, **summary} | ({"beside": beside} if beside else {})
+        row |= {"network": chosen, "other_networks": rest} if rest else {}
         if self._saved:
             files.append_json_line(self._history, row)
-        for place, scores in {"val": summary, **{f"val/{name}": scores for name, scores in beside.items()}}.items():
+        also = {f"val/{name}": scores for name, scores in (beside | rest).items()}
+        for place, scores in {"val": summary, **also}.items():
             scalars = {f"{place}/{name}": value for name, value in scores.items() if isinstance(value, float)}
             self._log.scalars(self._task.name, step, scalars)
         if "miou" not in summary:
             return None
+        found = f"{100 * summary['miou']:.2f}"
+        if rest:
+            others = (f"{name} {100 * scores['miou']:.2f}" for name, scores in rest.items())
+            found = ", ".join([f"{chosen} {found}", *others])
         more = "".join(f", {name} {100 * scores['miou']:.2f}" for name, scores in beside.items() if "miou" in scores)
-        self._log.say(f"{self._task.name} step {step}: mIoU {100 * summary['miou']:.2f} on {first.name}{more}")
+        self._log.say(f"{self._task.name} step {step}: mIoU {found} on {first.name}{more}")
         return {"miou": summary["miou"]}
 
     def results(self) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def evaluated(method: ModuleType, state: TrainState, config: Any) -> dict[str, P
     )
     if config.evaluation.network not in networks:
         raise UserError(
-            f"config.evaluation.network={config.evaluation.network!r}: the method {config.train} has the networks "
-            f"{', '.join(networks)}"
+            f"evaluation.network={config.evaluation.network!r}, but the networks of the method {config.train} are: "
+            f"{', '.join(networks)}. A stage has its own choice: --config.STAGE.evaluation.network=NAME"
         )
     return networks

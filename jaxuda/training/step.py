@@ -67,8 +67,7 @@ def make_update(
     def update(
         state: TrainState, constants: PyTree, seed: int, batch: PyTree, axis_name: str | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        # Randomness is derived from the step; the state has no key.
-        keys = Keys(jax.random.fold_in(jax.random.key(seed), state.step), _global_index(batch, axis_name))
+        keys = _keys(state, seed, batch, axis_name)
         shared = {"step": state.step, "model": model, "config": config, "constants": constants, "axis_name": axis_name}
 
         def gradients(carry: Carry, batch: PyTree, keys: Keys) -> tuple[PyTree, Carry]:
@@ -91,6 +90,27 @@ def make_update(
     return update
 
 
+def before_update(
+    method: ModuleType,
+    model: Any,
+    config: Any,
+    state: TrainState,
+    constants: PyTree,
+    seed: int,
+    batch: PyTree,
+    axis_name: str | None = None,
+) -> tuple[Carry, PyTree]:
+    """How an update of a float `batch` begins: the carry after `before_passes` on its first part, and that part."""
+    keys, parts = _keys(state, seed, batch, axis_name), config.get("accumulate", 1)
+    if parts > 1:
+        batch, index = jax.tree.map(lambda x: x[0], split((batch, keys.index), parts))
+        keys = keys._replace(index=index)
+    shared = {"step": state.step, "model": model, "config": config, "constants": constants, "axis_name": axis_name}
+    carry = Carry(state.batch_stats, state.extra, {}, {})
+    carry = _before_passes(method, state.params, carry, batch, {**shared, "keys": keys})
+    return _fresh(carry), batch
+
+
 def to_float(batch: PyTree, preprocess: str) -> PyTree:
     """Converts a batch of the input to normalised float32 images and int32 labels."""
     convert = {
@@ -101,6 +121,11 @@ def to_float(batch: PyTree, preprocess: str) -> PyTree:
         domain: {name: convert.get(name, lambda x: x)(value) for name, value in arrays.items()}
         for domain, arrays in batch.items()
     }
+
+
+def _keys(state: TrainState, seed: int, batch: PyTree, axis_name: str | None) -> Keys:
+    """The keys of one update. Randomness is derived from the step; the state has no key."""
+    return Keys(jax.random.fold_in(jax.random.key(seed), state.step), _global_index(batch, axis_name))
 
 
 def _global_index(batch: PyTree, axis_name: str | None) -> jax.Array:
@@ -121,8 +146,7 @@ def _run_passes(
 ) -> tuple[PyTree, Carry]:
     """The sum of the gradients of all passes on one part of a batch, and the carry after the last of them."""
     grads, loss = None, 0.0
-    if hasattr(method, "before_passes"):
-        carry = _joined(method.before_passes, carry, method.before_passes(params, _fresh(carry), batch, **given))
+    carry = _before_passes(method, params, carry, batch, given)
     for number, pass_ in enumerate(passes):
 
         def objective(params: PyTree, pass_: Callable = pass_, carry: Carry = carry) -> tuple[jax.Array, Carry]:
@@ -135,6 +159,13 @@ def _run_passes(
             # Otherwise the compiler runs the next forward pass early, and keeps the activations of both.
             params, grads, carry = lax.optimization_barrier((params, grads, carry))
     return grads, carry.log(loss=loss)
+
+
+def _before_passes(method: ModuleType, params: PyTree, carry: Carry, batch: PyTree, given: dict[str, Any]) -> Carry:
+    """The carry that the first pass gets."""
+    if not hasattr(method, "before_passes"):
+        return carry
+    return _joined(method.before_passes, carry, method.before_passes(params, _fresh(carry), batch, **given))
 
 
 class _Values(dict):

@@ -1,6 +1,7 @@
 """A user's method: an EMA teacher labels the target, the student learns from noisy images.
 
-It shows all that a method can have: random draws, a teacher and a bank of features in `extra`, and a constant.
+It shows all that a method can have: random draws, a teacher and a bank of features in `extra`, a constant, and
+pictures.
 """
 
 from __future__ import annotations
@@ -51,11 +52,27 @@ def starts(config: Any) -> tuple[int, ...]:
 def before_passes(
     params: PyTree, carry: Carry, batch: PyTree, *, model: Any, config: Any, axis_name: str | None, **_: Any
 ) -> Carry:
-    """The teacher's labels of the target images, (N, H, W) int32."""
+    """The teacher's labels of the target images, (N, H, W) int32, and where it is confident of them, (N, H, W) bool."""
     images = batch["target"]["image"]
     variables = {"params": carry.extra.teacher, "batch_stats": carry.batch_stats}
     logits = upsample(model.apply(variables, images).main, images, config)
-    return carry.keep(pseudo=jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    confident = jnp.max(jax.nn.softmax(logits), axis=-1) > 0.5
+    share = jnp.mean(confident, dtype=images.dtype)
+    if axis_name is not None:
+        share = lax.pmean(share, axis_name)
+    pseudo = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return carry.keep(pseudo=pseudo, confident=confident).log(share=share)
+
+
+def pictures(carry: Carry, batch: PyTree, *, config: Any) -> dict[str, jax.Array]:
+    """What the student learns from: both images, the teacher's labels, and where it is confident."""
+    source, target = batch["source"]["image"], batch["target"]["image"]
+    return {
+        "source": source,
+        "target": target,
+        "pseudo_label": carry.values["pseudo"],
+        "confident": carry.values["confident"],
+    }
 
 
 def source_pass(

@@ -16,7 +16,7 @@ import tiny
 import jaxuda
 from jaxuda import report
 from jaxuda.artifacts.statistics import LevelStatistics, write_statistics
-from jaxuda.data import encoding
+from jaxuda.data import encoding, sheet
 from jaxuda.errors import UserError
 from jaxuda.inference import predictor
 from jaxuda.losses.contrastive import ClassStatistics
@@ -114,7 +114,8 @@ def test_gallery_holds_what_the_network_says_and_is_kept(copied: Path, monkeypat
 
     loaded = []
     load = predictor.load
-    monkeypatch.setattr(predictor, "load", lambda checkpoint: loaded.append(Path(checkpoint).name) or load(checkpoint))
+    noted = lambda checkpoint, network: loaded.append(Path(checkpoint).name) or load(checkpoint, network)  # noqa: E731
+    monkeypatch.setattr(predictor, "load", noted)
     again = make_gallery(run, 2)
     np.testing.assert_array_equal(again.pictures[1].labels["oracle"], gallery.pictures[1].labels["oracle"])
     assert loaded == []
@@ -162,7 +163,7 @@ def test_sheets_and_features(copied: Path, tmp_path, capsys) -> None:
     for kind, columns in (("predictions", 4), ("entropy", 3)):
         out = tmp_path / "new" / f"{kind}.png"
         assert pictures.main([kind, *words, "--out", str(out), "--stages", "source_only,adapt"]) == 0
-        assert cv2.imread(str(out)).shape == (2 * 32 + figures.HEADING, columns * 48, 3)
+        assert cv2.imread(str(out)).shape == (2 * 32 + sheet.HEADING, columns * 48, 3)
     out = tmp_path / "features.svg"
     assert pictures.main(["features", *words, "--out", str(out), "--stages", "adapt"]) == 0
     svg = ET.parse(out).getroot()
