@@ -202,7 +202,7 @@ def _add_networks(config: ConfigDict, words: Sequence[str]) -> None:
         stage = config.get(found[1]) if found else None
         if isinstance(stage, ConfigDict) and "train" in stage and "network" in config.get("evaluation", ()):
             with stage.unlocked():
-                stage.setdefault("evaluation", ConfigDict()).setdefault("network", config.evaluation.network)
+                stage.evaluation = {"network": config.evaluation.network, **stage.get("evaluation", {})}
 
 
 def _check_fields(config: ConfigDict, words: Sequence[str]) -> None:

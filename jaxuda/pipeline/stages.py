@@ -207,7 +207,8 @@ def with_control(config: ConfigDict) -> ConfigDict:
     with config.unlocked(), config.ignore_type():
         config.control = config[adapting].copy_and_resolve_references()
         config.control.update({"train": CONTROL, "reads": ()})
-        config.control.get("evaluation", {}).pop("network", None)  # it has no teacher
+        if "network" in config.control.get("evaluation", ()):
+            del config.control.evaluation.network  # it has no teacher
         config.pipeline = (*config.pipeline[:place], CONTROL, *config.pipeline[place:])
     return config
 

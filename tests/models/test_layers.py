@@ -124,6 +124,13 @@ def test_max_pool(size, padding, length, ceil):
     np.testing.assert_array_equal(layers.max_pool(jnp.asarray(x), size, 2, padding, ceil)[0], expected)
 
 
+@pytest.mark.parametrize("kind", ["caffe", "vgg", "imagenet", "efficientnet"])
+def test_denormalise_is_the_inverse(kind: str) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 3)).astype(np.uint8)
+    back = layers.denormalise(layers.normalise(images, kind), kind)
+    np.testing.assert_allclose(back, images, atol=1e-3)
+
+
 def test_normalise():
     pixel = np.array([[[[255, 0, 51]]]], np.uint8)
     np.testing.assert_allclose(

@@ -123,7 +123,7 @@ def test_eval_predict_load(words: list[str], work: Path, tmp_path: Path, monkeyp
     told = capsys.readouterr().out
     assert re.search(r"adapt \(teacher\)\s+adapt \(student\)", told)
     last = json.loads((adapt / "evaluations.jsonl").read_text().splitlines()[-1])
-    student = next(scores["miou"] for name, scores in last["beside"].items() if name == "student")
+    student = last["other_networks"]["student"]["miou"]
     scored = re.search(r"mIoU \(3\)\s+([\d.]+)\s+([\d.]+)", told)
     assert [float(x) for x in scored.groups()] == pytest.approx([100 * last["miou"], 100 * student], abs=0.06)
 

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from drawn_run import CLASSES, EVIL, STAGES, TRAINED, draw_run, hostile_gallery
+from drawn_run import CLASSES, EVIL, STAGES, TRAINED, draw_run, evaluation, hostile_gallery
 
 from jaxuda import report
 from jaxuda.errors import UserError
@@ -99,6 +99,34 @@ def test_table_holds_the_numbers_of_the_results(tmp_path) -> None:
     counts = np.array(results["adapt"]["last"]["confusion"])
     assert confusion[1][1:] == [f"{100 * count / counts[0].sum():.0f}" for count in counts[0]]
     assert confusion[3][1:] == ["-", "-", "-"]
+
+
+def test_a_teacher_and_its_student_are_side_by_side(tmp_path) -> None:
+    folder = draw_run(tmp_path / "run")
+    path = folder / "adapt" / "evaluations.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row |= {"network": "teacher", "other_networks": {"student": {**evaluation(row["step"], 9, 3), "step": 0}}}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = json.loads((folder / "adapt" / "results.json").read_text()) | {"last": rows[-1]}
+    (folder / "adapt" / "results.json").write_text(json.dumps(results))
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"stage": "adapt", "step": s, "loss": 1.0, "share": s / 40}) + "\n" for s in (10, 20))
+    )
+    parsed = assert_harmless(report.write([folder]).read_text())
+    head, *lines = next(rows for caption, rows in parsed.tables.items() if caption.startswith("IoU in % on"))
+    titles = ("class", "source only", "adapt (teacher)", "adapt (student)", "oracle", "gain")
+    assert all(cell.startswith(name) for cell, name in zip(head, titles, strict=True))
+    found = {cells[0]: cells[1:] for cells in lines}
+    student = [row["other_networks"]["student"]["miou"] for row in rows]
+    assert found["mIoU (3 classes)"][1:3] == [f"{100 * score:.1f}" for score in (rows[-1]["miou"], student[-1])]
+    assert found["mIoU, mean of the last 2 evaluations"][1:3] == [f"{100 * results['mean_of_last']['miou']:.1f}", "-"]
+    before = json.loads((folder / "source_only" / "results.json").read_text())["last"]["miou"]
+    assert found["mIoU (3 classes)"][4] == f"{100 * (rows[-1]['miou'] - before):+.1f}"  # that of the teacher
+    spoken = [attributes.get("aria-label", "") for name, attributes in parsed.elements if name == "svg"]
+    curves = next(text for text in spoken if text.startswith("mIoU in %"))
+    assert f"adapt (student): from {100 * student[0]:.3g} to {100 * student[1]:.3g}" in curves
+    assert "Share of confident pixels, in %. adapt: from 25 to 50" in spoken
 
 
 @pytest.mark.parametrize("done", [0, 1, 2, 3])
