@@ -24,7 +24,7 @@ from jaxuda.data.sheet import HEADING, contact_sheet
 from jaxuda.errors import UserError
 from jaxuda.main import main
 from jaxuda.models import make_model
-from jaxuda.pipeline import stages
+from jaxuda.pipeline import recipe, stages
 from jaxuda.report.gallery import make_gallery
 from jaxuda.report.runs import read_run
 from jaxuda.training import checkpoints, loop, pictures
@@ -55,6 +55,13 @@ def work(words, tmp_path_factory) -> Path:
 def space(work):
     colours = {name: (80 * index, 90, 40) for index, name in enumerate(tiny.CLASSES)}
     return make_label_space("tiny", colours)
+
+
+@pytest.fixture
+def folder(work: Path, tmp_path: Path) -> Path:
+    """An empty work folder; a run in it takes over source only from `work`."""
+    shutil.copytree(work / "source_only", tmp_path / "finished" / "source_only")
+    return tmp_path / "run"
 
 
 def cells(path: Path, columns: int) -> list[list[np.ndarray]]:
@@ -117,19 +124,19 @@ def assert_same(ours: Path, theirs: Path) -> None:
         [{k: v for k, v in row.items() if k not in timed} for row in files.read_json_lines(folder / "metrics.jsonl")]
         for folder in (ours, theirs)
     )
+    actual, expected = ([row for row in rows if row["stage"] == "adapt"] for rows in (actual, expected))
     assert actual == expected
 
 
-def test_pictures_change_nothing(words: list[str], work: Path, tmp_path: Path, monkeypatch) -> None:
+def test_pictures_change_nothing(words: list[str], work: Path, folder: Path, monkeypatch) -> None:
     monkeypatch.delattr(noisy_teacher, "pictures")
-    assert main([*words, f"--workdir={tmp_path / 'plain'}"]) == 0
-    assert not (tmp_path / "plain" / "adapt" / "pictures").exists()
-    assert_same(tmp_path / "plain", work)
+    recipe.run(parse(words).config, folder)
+    assert not (folder / "adapt" / "pictures").exists()
+    assert_same(folder, work)
 
 
-def test_a_run_that_continues_has_the_same_pictures(words: list[str], work: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_run_that_continues_has_the_same_pictures(words: list[str], work: Path, folder: Path, monkeypatch) -> None:
     """It is killed after step 3, and has pictures of a step that will run again."""
-    folder = tmp_path / "run"
     save = loop._Loop._save
 
     def save_and_stop(self, step: int, *arguments) -> None:
@@ -140,8 +147,9 @@ def test_a_run_that_continues_has_the_same_pictures(words: list[str], work: Path
 
     with monkeypatch.context() as patch:
         patch.setattr(loop._Loop, "_save", save_and_stop)
-        assert main([*words, f"--workdir={folder}"]) != 0
-    assert main([*words, f"--workdir={folder}"]) == 0
+        with pytest.raises(KeyboardInterrupt):
+            recipe.run(parse(words).config, folder)
+    recipe.run(parse(words).config, folder)
     assert_same(folder, work)
     ours, theirs = ({p.name: p.read_bytes() for p in (w / "adapt" / "pictures").iterdir()} for w in (folder, work))
     assert ours == theirs
@@ -232,16 +240,16 @@ def test_tensorboard_has_pictures_and_readable_names(work: Path) -> None:
     assert ("val/miou", 4) in found and ("val/student/miou", 4) in found
 
 
-def test_a_stage_chooses_its_network_on_the_command_line(words: list[str], work: Path, tmp_path: Path) -> None:
-    assert main([*words, f"--workdir={tmp_path}", "--config.adapt.evaluation.network=student"]) == 0
-    ours, theirs = (files.read_json(folder / "adapt" / "results.json")["last"] for folder in (tmp_path, work))
+def test_a_stage_chooses_its_network_on_the_command_line(words: list[str], work: Path, folder: Path) -> None:
+    recipe.run(parse([*words, "--config.adapt.evaluation.network=student"]).config, folder)
+    ours, theirs = (files.read_json(each / "adapt" / "results.json")["last"] for each in (folder, work))
     assert ours["network"] == "student" and ours["miou"] == theirs["other_networks"]["student"]["miou"]
     assert ours["other_networks"]["teacher"]["miou"] == theirs["miou"]
     # A recipe without that section has it too; the other stages keep the network of the run.
     config = parse(["x", "--config=configs/minent.py:folder", "--config.adapt.evaluation.network=teacher"]).config
     chosen = [stages.resolve(name, config).evaluation.network for name in config.pipeline]
     assert chosen == ["student", "teacher", "student"]
-    assert stages.resolve("adapt", config).evaluation.size == config.evaluation.size
+    assert list(stages.resolve("adapt", config).evaluation.size) == [256, 128]
     with pytest.raises(UserError, match=r"config\.evaluation has no field 'netwrok'"):
         parse(["x", "--config=configs/minent.py:folder", "--config.evaluation.netwrok=teacher"])
 
