@@ -90,9 +90,20 @@ def supervised_loss(
     if outputs.aux is not None:
         metrics["ce_aux"] = ce(upsample(outputs.aux, image, config), label)
         loss += config.lambda_aux * metrics["ce_aux"]
-    if config.lambda_lovasz:
-        size = tuple(side // config.lovasz_shrink for side in image.shape[1:3])
-        probs = jax.nn.softmax(resize_bilinear(outputs.main, size, align_corners=config.align_corners))
-        metrics["lovasz"] = lovasz_softmax(probs, resize_labels(label, size), axis_name=axis_name)
-        loss += config.lambda_lovasz * metrics["lovasz"]
-    return loss, metrics
+    lovasz, terms = lovasz_term(outputs, batch, config, axis_name)
+    return loss + lovasz, metrics | terms
+
+
+def lovasz_term(
+    outputs: Outputs, batch: dict[str, jax.Array], config: Any, axis_name: str | None
+) -> tuple[jax.Array | float, dict[str, jax.Array]]:
+    """lambda_lovasz * Lovasz-softmax(main) and its value as a metric; 0 and none if lambda_lovasz is 0.
+
+    Arguments as for `supervised_loss`.
+    """
+    if not config.lambda_lovasz:
+        return 0.0, {}
+    size = tuple(side // config.lovasz_shrink for side in batch["image"].shape[1:3])
+    probs = jax.nn.softmax(resize_bilinear(outputs.main, size, align_corners=config.align_corners))
+    lovasz = lovasz_softmax(probs, resize_labels(batch["label"], size), axis_name=axis_name)
+    return config.lambda_lovasz * lovasz, {"lovasz": lovasz}
