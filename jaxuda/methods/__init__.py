@@ -34,7 +34,8 @@ Optional functions:
         Further parameters, state and constants. variables: {"params", "batch_stats"} of the network before the first
         step, also when a checkpoint is restored. batch: zeros, with the right shapes. artifacts: stage -> folder of
         its artifacts, for the stages named in `reads`; {} while a recipe is checked. weights(name): the network's
-        variables with the backbone of other converted weights, named in the stage's field `weights`.
+        variables with the backbone of other converted weights, named in the stage's field `weights` ("imagenet":
+        those of this network).
     before_passes(params, carry, batch, *, step, model, ...) -> carry
         Runs before the passes of each part, without a gradient: for a teacher's pseudo-labels, mixed images.
     after_update(state, *, config) -> state

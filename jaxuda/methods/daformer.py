@@ -2,7 +2,8 @@
 
 Hoyer, Dai, Van Gool: DAFormer, CVPR 2022 (section 3); Tranheden et al.: DACS, WACV 2021 (mixed images); Hoyer et al.:
 MIC, CVPR 2023 (masked images):
-L = wCE(s, y_s) + lambda_lovasz * Lovasz(s) + lambda_features * FD(s, y_s) + wCE(m, y_m, w_m) + lambda_mask * wCE(k, q, w)
+L = wCE(s, y_s) + lambda_lovasz * Lovasz(s, y_s) + lambda_features * FD(s, y_s) + wCE(m, y_m, w_m)
+  + lambda_mask * wCE(k, q, w)
 with s source images; m: target images into which classes of source images are pasted; k: target images with hidden
 blocks; q, w: the teacher's labels of the target, and how much they count. wCE is a mean over all pixels, also ignored
 ones. FD is the distance to the features of a frozen ImageNet network.
@@ -28,11 +29,13 @@ from jaxuda.losses.feature_distance import feature_distance, shrink_labels
 from jaxuda.losses.segmentation import IGNORE, weighted_cross_entropy
 from jaxuda.methods import Carry, Keys, Start
 from jaxuda.methods.selftraining import (
+    Coins,
     augment,
     block_draws,
     block_mask,
     class_mask,
     draw_classes,
+    flip_coins,
     follow,
     mix,
     present_classes,
@@ -49,9 +52,7 @@ Labelled = Mapping[str, jax.Array]  # "image" (N, H, W, 3), "label" (N, H, W) in
 MASK_IMAGES = ("augmented", "separate")
 
 
-def init(
-    key: jax.Array, *, variables: PyTree, config: Any, weights: Callable[[str], PyTree], **_: Any
-) -> Start:
+def init(key: jax.Array, *, variables: PyTree, config: Any, weights: Callable[[str], PyTree], **_: Any) -> Start:
     """The teacher starts as the student; the ImageNet network is a constant, if `lambda_features` is not 0."""
     constants = {"reference": weights("imagenet")} if config.lambda_features else ()
     return Start(extra=start_teacher(variables), constants=constants)
@@ -75,11 +76,13 @@ def before_passes(
             f"source images are {width}x{height} and target images {columns}x{rows}, but parts of source images are "
             "pasted into target images: set crop, or resize, of config.source and config.target to one size"
         )
-    outputs, teacher = teacher_forward(model, carry.extra, images, keys.use("teacher"), axis_name)
+    outputs, teacher = teacher_forward(model, carry.extra, images, axis_name)
     labels, share, _ = pseudo_labels(upsample(outputs.main, images, config), config.threshold, axis_name)
     weights = trusted(share, labels.shape, config.ignore_top, config.ignore_bottom)
     target = {"image": images, "label": labels, "weight": weights}
-    mixed = mixed_images(source, target, model.num_classes, coins(keys, "mixed"), keys, config, axis_name)
+    mixed = mixed_images(
+        source, target, model.num_classes, flip_coins(keys.use("mixed coins")), keys, config, axis_name
+    )
     carry = carry._replace(extra=teacher).log(confident=share).keep(mixed=mixed)
     return carry.keep(masked=masked_images(source, target, keys, config, axis_name)) if config.lambda_mask else carry
 
@@ -221,7 +224,7 @@ def mixed_images(
     source: Labelled,
     target: Labelled,
     num_classes: int,
-    coins: jax.Array,
+    coins: Coins,
     keys: Keys,
     config: Any,
     axis_name: str | None,
@@ -232,7 +235,7 @@ def mixed_images(
       source: "image" and "label".
       target: "image", the teacher's "label", and its "weight"; pasted pixels have the weight 1.
       num_classes: C.
-      coins: see `selftraining.augment`.
+      coins: whether colours change, see `selftraining.augment`.
       keys: decide which classes are pasted, and how the colours of the result change.
       config: `preprocess`, and `strength` of the changes of colours.
       axis_name: the device axis, or None.
@@ -243,7 +246,7 @@ def mixed_images(
     return {
         "image": augment(image, keys.use("mixed colours"), config.preprocess, coins=coins, strength=config.strength),
         "label": mix(pasted, source["label"], target["label"]),
-        "weight": mix(pasted, jnp.ones_like(target["weight"]), target["weight"]),
+        "weight": mix(pasted, 1.0, target["weight"]),
     }
 
 
@@ -278,7 +281,7 @@ def masked_images(source: Labelled, target: Labelled, keys: Keys, config: Any, a
             target["image"],
             keys.use("masked colours"),
             config.preprocess,
-            coins=coins(keys, "masked"),
+            coins=flip_coins(keys.use("masked coins")),
             strength=config.strength,
             per_batch=True,
         )
@@ -286,11 +289,6 @@ def masked_images(source: Labelled, target: Labelled, keys: Keys, config: Any, a
     size = masked["image"].shape[1:3]
     shown = block_mask(block_draws(keys.use("masked blocks"), size, config.mask_block), size, config.mask_ratio)
     return {**masked, "image": masked["image"] * shown[..., None].astype(masked["image"].dtype)}
-
-
-def coins(keys: Keys, name: str) -> jax.Array:
-    """Two uniform draws for the whole batch: whether the colours of its images change, and whether they are blurred."""
-    return jax.random.uniform(keys.use(f"{name} coins").batch, (2,))
 
 
 def _first(x: jax.Array, axis_name: str | None) -> jax.Array:

@@ -23,13 +23,20 @@ _LEAST = {
     **dict.fromkeys(("keep_every", "devices", "num_workers", "seed", "schedule_steps", "lr", "momentum", "power"), 0),
     **dict.fromkeys(("weight_decay", "head_factor", "norm_eps", "rare_class_pixels"), 0),
     **dict.fromkeys(("warmup_steps", "warmup_ratio", "rare_class_crop_ratio"), 0),
+    **dict.fromkeys(
+        ("alpha", "threshold", "feature_ratio", "mask_ratio", "strength", "ignore_top", "ignore_bottom"), 0
+    ),
+    "mask_block": 1,
     "rare_class_temperature": 1e-6,
 }
 _NEEDED = ("name", "benchmark", "seed", "pipeline", "source", "target", "evaluation", "test", "model", "optim")
 _STAGE = {"domains", "init", "labels", "split", "reads"}  # fields of every stage, and of one that trains
 _TRAINING = _STAGE | {"steps", "schedule_steps", "batch", "lr", "order"}
 _TYPES = ("float32", "bfloat16", "float16", "float64")  # that networks can compute in
-_MOST = {"width": 4096, "num_workers": 1024, "momentum": 1, "warmup_ratio": 1}
+_MOST = {
+    **dict.fromkeys(("momentum", "warmup_ratio", "alpha", "threshold", "feature_ratio", "mask_ratio", "strength"), 1),
+    **{"width": 4096, "num_workers": 1024},
+}
 
 
 def check(config: ConfigDict) -> None:

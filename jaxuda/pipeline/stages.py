@@ -287,9 +287,9 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
     for place in ("source", "target"):
         # The content of the data matters, not their place; `data` has the checksum of the content.
         identity.get(place, {}).pop("path", None)
-    converted = {network: imagenet_start(network, config.data_dir) for network in own.get("weights", ())}
-    identity["weights"] = {network: start for network, (_, start) in converted.items()}
-    converted = {network: folder for network, ((folder, _), _) in converted.items()}
+    converted = {asked: imagenet_start(network, config.data_dir) for asked, network in _networks(resolved).items()}
+    identity["weights"] = {asked: start for asked, (_, start) in converted.items()}
+    converted = {asked: folder for asked, ((folder, _), _) in converted.items()}
     folders = {stage: origin.folder for stage, origin in reads.items()}
     return Stage(name, workdir / name, FrozenConfigDict(resolved), init, folders, converted, identity)
 
@@ -318,13 +318,20 @@ def resolve(name: str, config: ConfigDict) -> ConfigDict:
     return resolved
 
 
+def _networks(resolved: ConfigDict) -> dict[str, str]:
+    """The entries of a stage's `weights` and the networks that they name; "imagenet" is the stage's own network."""
+    return {
+        asked: weights.network_name(resolved) if asked == IMAGENET else asked for asked in resolved.get("weights", ())
+    }
+
+
 def missing_weights(config: ConfigDict) -> list[str]:
     """For each network whose ImageNet weights are needed but missing: what to do, with the command."""
     needed: dict[str, list[str]] = {}
     for name in config.pipeline:
         if name in config and config[name].init == IMAGENET:
             needed.setdefault(weights.network_name(resolve(name, config)), []).append(f"config.{name}.init")
-        for network in config[name].get("weights", ()) if name in config else ():
+        for network in _networks(resolve(name, config)).values() if name in config else ():
             needed.setdefault(network, []).append(f"config.{name}.weights")
     return [
         f"{text}\n(for {', '.join(fields)}; init=scratch starts from random weights instead)"
