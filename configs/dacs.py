@@ -7,7 +7,7 @@
 Stages: source only -> DACS -> oracle. This is DACS as the baseline of DAFormer's authors: their step (see
 configs/daformer.py) with a teacher that follows faster, and without rare class sampling, margins and the distance to
 ImageNet features; network, optimizer and crops are theirs. The original uses SGD over 250,000 steps from MS-COCO
-weights and draws the pasted classes from each image's own; it has mIoU 52.1 on GTA5, 48.3 on SYNTHIA (13 classes: 54.8).
+weights and draws the pasted classes from each image's own; mIoU 52.1 on GTA5, 48.3 on SYNTHIA (13 classes: 54.8).
 """
 
 from ml_collections import ConfigDict

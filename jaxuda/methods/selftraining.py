@@ -63,10 +63,10 @@ def follow(teacher: PyTree, student: PyTree, step: jax.Array, alpha: float) -> P
     Returns:
       A pytree like `teacher`, with its dtypes.
     """
-    kept = jnp.minimum(1 - 1 / (step + 1), alpha)
-    # Not 1 - kept: in float32 it would be a thousandth of a percent off at alpha = 0.999.
-    taken = jnp.maximum(1 / (step + 1), 1 - alpha)
-    return jax.tree.map(lambda t, s: (kept * t + taken * s).astype(t.dtype), teacher, student)
+    # In float32, 1 - a would be a thousandth of a percent off at alpha = 0.999. Two rounded weights would not add up to
+    # 1: the teacher would drift away from a student that stands still.
+    taken = jnp.maximum(1 / (jnp.asarray(step, float) + 1), 1 - alpha)
+    return jax.tree.map(lambda t, s: (t + taken * (s - t)).astype(t.dtype), teacher, student)
 
 
 def teacher_forward(

@@ -24,9 +24,12 @@ CLASSES = 5
 BATCH = 8
 TOY = "plugins.noisy_teacher"  # a method with a teacher, noise, a bank, constants and two phases
 METHODS = [*methods.names(), TOY]
+# DAFormer's step with all terms of its recipes, and labels of some of which the teacher is confident.
+ALL_TERMS = {"lambda_mask": 1.0, "mask_block": 8, "lambda_features": 0.1, "feature_classes": (1, 3), "threshold": 0.3}
 # Stages that no config has: a method, and its fields.
 STAND_INS = {
     "control": ("minent", {}),
+    "daformer": ("daformer", ALL_TERMS),
     TOY: ("minent", {"noise": 0.1, "alpha": 0.9, "target_starts": 0}),
 }
 
@@ -80,7 +83,7 @@ def begin(config: ConfigDict) -> tuple:
 
     @jax.jit
     def start(key: jax.Array, variables: dict) -> methods.Start:
-        return method_start(method, key, model, batch, config, {}, {}, variables)
+        return method_start(method, key, model, batch, config, {}, None, variables)  # ImageNet weights are zeros
 
     given = start(jax.random.key(1), variables)
     state = new_state(variables, given._replace(params=store(given.params)), tx)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -256,7 +257,7 @@ def test_trajectory(file: str, name: str, masks: str, monkeypatch: pytest.Monkey
     start = by_torch_name(states[0].params["model"], states[0].batch_stats)
     for whose, after in (
         ("student", [(state.params["model"], state.batch_stats) for state in states[1:]]),
-        ("teacher", [(old.extra.params, new.extra.batch_stats) for old, new in zip(states, states[1:], strict=False)]),
+        ("teacher", [(old.extra.params, new.extra.batch_stats) for old, new in itertools.pairwise(states)]),
     ):
         begin = start | by_torch_name({}, states[0].extra.batch_stats) if whose == "teacher" else start
         named = [by_torch_name(*each) for each in after]
