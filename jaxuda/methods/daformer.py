@@ -54,8 +54,14 @@ MASK_IMAGES = ("augmented", "separate")
 
 def init(key: jax.Array, *, variables: PyTree, config: Any, weights: Callable[[str], PyTree], **_: Any) -> Start:
     """The teacher starts as the student; the ImageNet network is a constant, if `lambda_features` is not 0."""
-    constants = {"reference": weights("imagenet")} if config.lambda_features else ()
-    return Start(extra=start_teacher(variables), constants=constants)
+    if not config.lambda_features:
+        return Start(extra=start_teacher(variables))
+    if "imagenet" not in config.get("weights", ()):
+        raise UserError(
+            f"lambda_features={config.lambda_features} needs the network's ImageNet weights: set the stage's weights to "
+            "('imagenet',), or lambda_features to 0"
+        )
+    return Start(extra=start_teacher(variables), constants={"reference": weights("imagenet")})
 
 
 def passes(config: Any, step: int) -> tuple[Callable, ...]:
@@ -83,7 +89,7 @@ def before_passes(
     mixed = mixed_images(
         source, target, model.num_classes, flip_coins(keys.use("mixed coins")), keys, config, axis_name
     )
-    carry = carry._replace(extra=teacher).log(confident=share).keep(mixed=mixed)
+    carry = carry._replace(extra=teacher).log(share=share).keep(mixed=mixed)
     return carry.keep(masked=masked_images(source, target, keys, config, axis_name)) if config.lambda_mask else carry
 
 
@@ -151,16 +157,18 @@ def evaluated(state: Any, *, config: Any) -> dict[str, PyTree]:
 
 
 def pictures(carry: Carry, batch: PyTree, *, config: Any) -> dict[str, jax.Array]:
-    """The images of a step, the labels and weights of the mixed ones, and the masked images if there are any."""
+    """The images of a step, the labels and weights of the mixed ones, and all target images masked, if they are."""
     mixed = carry.values["mixed"]
     shown = {
         "source": batch["source"]["image"],
         "target": batch["target"]["image"],
         "mixed": mixed["image"],
         "mixed_label": mixed["label"],
-        "mixed_weight": mixed["weight"],
+        "weights": mixed["weight"],
     }
-    return {**shown, "masked": carry.values["masked"]["image"]} if config.lambda_mask else shown
+    # "Separate" masked images are two, whatever the number of the others.
+    masked = config.lambda_mask and config.mask_images == "augmented"
+    return {**shown, "masked": carry.values["masked"]["image"]} if masked else shown
 
 
 # What the passes are made of --------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ BATCH = 8
 TOY = "plugins.noisy_teacher"  # a method with a teacher, noise, a bank, constants and two phases
 METHODS = [*methods.names(), TOY]
 # DAFormer's step with all terms of its recipes, and labels of some of which the teacher is confident.
-ALL_TERMS = {"lambda_mask": 1.0, "mask_block": 8, "lambda_features": 0.1, "feature_classes": (1, 3), "threshold": 0.3}
+ALL_TERMS = {"lambda_mask": 1.0, "mask_block": 8, "threshold": 0.7}
+ALL_TERMS |= {"lambda_features": 0.1, "feature_classes": (1, 3), "weights": ("imagenet",)}
 # Stages that no config has: a method, and its fields.
 STAND_INS = {
     "control": ("minent", {}),

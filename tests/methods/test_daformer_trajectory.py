@@ -223,7 +223,7 @@ def test_trajectory(file: str, name: str, masks: str, monkeypatch: pytest.Monkey
     # The published pixel weights, and the colours of augmented images, are rounded to single precision.
     rtol, atol = (2e-6, 1e-6) if name == "aug" else (3e-7, 3e-8)
     np.testing.assert_array_equal(labels, arrays["pseudo_labels"])
-    np.testing.assert_allclose([row["confident"] for row in metrics], arrays["double_share_f64"], rtol=1e-7)
+    np.testing.assert_allclose([row["share"] for row in metrics], arrays["double_share_f64"], rtol=1e-7)
     terms = {"ce": "src", "ce_mixed": "mix", **({"ce_masked": "masked"} if masks else {})}
     for ours, theirs in terms.items():
         np.testing.assert_allclose(
