@@ -58,8 +58,8 @@ def init(key: jax.Array, *, variables: PyTree, config: Any, weights: Callable[[s
         return Start(extra=start_teacher(variables))
     if "imagenet" not in config.get("weights", ()):
         raise UserError(
-            f"lambda_features={config.lambda_features} needs the network's ImageNet weights: set the stage's weights to "
-            "('imagenet',), or lambda_features to 0"
+            f"lambda_features={config.lambda_features} needs the network's ImageNet weights: set the stage's weights "
+            "to ('imagenet',), or lambda_features to 0"
         )
     return Start(extra=start_teacher(variables), constants={"reference": weights("imagenet")})
 

@@ -92,14 +92,6 @@ def _unknown_kind(kind: str) -> UserError:
     return UserError(f"unknown normalisation {kind!r}; known: {known}")
 
 
-def denormalise(images: jax.Array, kind: str) -> jax.Array:
-    """The inverse of `normalise`: (N, H, W, 3) float, RGB in 0..255; values outside of it are not cut."""
-    # Every kind scales and shifts each channel.
-    black, white = (normalise(jnp.full((3,), value), kind) for value in (0.0, 255.0))
-    channels = 255.0 * (images - black) / (white - black)
-    return channels[..., ::-1] if kind in _BGR_MEANS else channels
-
-
 # Convolution ------------------------------------------------------------------------------------------------
 
 
