@@ -99,16 +99,17 @@ def make_show(
 
     def show(arguments: tuple, networks: Mapping[str, PyTree], step: int) -> None:
         found = parallel.first(look(*arguments), devices)
-        if not parallel.is_first():
-            return
-        sheets = {TRAINING: training_sheet(found, config.preprocess, space)}
+        parallel.on_first(lambda: write(found, networks, step))
+
+    def write(found: Mapping[str, np.ndarray], networks: Mapping[str, PyTree], step: int) -> None:
+        made = {TRAINING: training_sheet(found, config.preprocess, space)}
         if domains.validation:
             shown.extend(_some(domains.validation[0]) if not shown else ())
             chosen = config.evaluation.network
             ordered = {chosen: networks[chosen], **networks}
             labels = {name: label(variables, shown) for name, variables in ordered.items()}
-            sheets[PREDICTIONS] = prediction_sheet(shown, labels, space)
-        for kind, sheet in sheets.items():
+            made[PREDICTIONS] = prediction_sheet(shown, labels, space)
+        for kind, sheet in made.items():
             content = encoding.encode_image(sheet)
             path = sheet_path(task.folder, step, kind)
             path.parent.mkdir(exist_ok=True)
