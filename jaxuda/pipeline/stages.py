@@ -304,7 +304,7 @@ def resolve(name: str, config: ConfigDict) -> ConfigDict:
     """The shared sections of a config overlaid with those of one stage."""
     own = config[name]
     resolved = ConfigDict({field: config[field] for field in SHARED}, convert_dict=True)
-    resolved = ConfigDict(json.loads(resolved.to_json()))
+    resolved = resolved.copy_and_resolve_references()
     if config.get("class_weights"):
         resolved.class_weights = tuple(config.class_weights)  # set only when used, as below
     resolved.update(own.to_dict())

@@ -35,7 +35,7 @@ def on_devices(function, *arrays):
 @pytest.mark.parametrize("case, alpha", [("a", 0.999), ("b", 0.5)])
 def test_the_teacher_follows_the_student(case, alpha):
     arrays, given = golden("ema"), case_of("ema", case)
-    teacher = {name: np.full_like(arrays[f"student_{name}"][0], 7) for name in "wb"}
+    teacher = {name: np.zeros_like(arrays[f"student_{name}"][0]) for name in "wb"}
     move = jax.jit(selftraining.follow, static_argnames="alpha")
     for step in range(6):
         student = {name: arrays[f"student_{name}"][step] for name in "wb"}
