@@ -31,6 +31,7 @@ from jaxuda.pipeline.tracing import check_steps
 from jaxuda.training.step import to_float
 
 pytestmark = pytest.mark.usefixtures("few_optimizations")
+MARGINS = {"ignore_top": 2, "ignore_bottom": 5}
 KEYS = Keys(jax.random.key(3), jnp.arange(8, dtype=jnp.int32))
 
 
@@ -40,8 +41,9 @@ def changed(**fields) -> ConfigDict:
     return config
 
 
-def prepared(batch: dict, **fields) -> Carry:
-    """The carry after `before_passes`."""
+@functools.cache
+def prepared(label: int | None = None, **fields) -> Carry:
+    """The carry after `before_passes` on `float_batch(label)`."""
     config = changed(**fields)
     model = make_model(config.model, CLASSES)
     variables = random_variables(model, jnp.zeros((1, 32, 48, 3)))
@@ -53,7 +55,7 @@ def prepared(batch: dict, **fields) -> Carry:
             variables["params"], carry, batch, model=model, config=config, keys=KEYS, axis_name=None
         )
 
-    return run(variables, batch)
+    return run(variables, float_batch(label))
 
 
 def float_batch(label: int | None = None) -> dict:
@@ -65,7 +67,7 @@ def float_batch(label: int | None = None) -> dict:
 
 
 def test_only_pasted_pixels_count_where_the_teacher_is_never_sure() -> None:
-    batch, carry = float_batch(), prepared(float_batch(), threshold=1.0)
+    batch, carry = float_batch(), prepared(threshold=1.0)
     mixed, masked = carry.values["mixed"], carry.values["masked"]
     assert carry.metrics["share"] == 0 and not np.any(masked["weight"])
     pasted = mixed["weight"] == 1
@@ -80,7 +82,7 @@ def test_only_pasted_pixels_count_where_the_teacher_is_never_sure() -> None:
 
 
 def test_pseudo_labels_weigh_as_much_as_the_teacher_is_sure() -> None:
-    carry = prepared(float_batch(), ignore_top=2, ignore_bottom=5)
+    carry = prepared(**MARGINS)
     share, mixed, masked = carry.metrics["share"], carry.values["mixed"], carry.values["masked"]
     assert 0.05 < share < 0.95
     assert set(np.unique(mixed["weight"])) == {0, float(share), 1}
@@ -91,7 +93,7 @@ def test_pseudo_labels_weigh_as_much_as_the_teacher_is_sure() -> None:
 
 
 def test_a_source_of_one_class_replaces_the_target() -> None:
-    mixed = prepared(float_batch(label=2), strength=0.0).values["mixed"]
+    mixed = prepared(label=2, strength=0.0).values["mixed"]
     np.testing.assert_array_equal(mixed["label"], 2)
     np.testing.assert_array_equal(mixed["weight"], 1)
     difference = np.abs(mixed["image"] - float_batch()["source"]["image"])
@@ -154,25 +156,24 @@ def test_class_weights() -> None:
 
 
 def test_separate_masks_on_two_devices() -> None:
-    """They use the first images of the whole batch, whatever the number of devices and of parts."""
+    """They use the first images of the whole batch, or of the whole part, on any number of devices."""
     with jax.enable_x64(True):
-        for parts in (1, 2):
-            config = changed(mask_images="separate", accumulate=parts)
-            config.model.dtype = "float64"
-            state, constants, step = begin(config)
-            ends = []
-            for count in (1, 2):
-                devices = jax.local_devices()[:count]
-                compiled = parallel.compile_step(step, devices)
-                given = [parallel.replicate(each, devices) for each in (state, constants)]
-                after, metrics = compiled(*given, 0, parallel.shard(make_batch(), devices))
-                ends.append(parallel.first(after, devices))
-            assert_close(ends[1], ends[0], 1e-10)
-            assert metrics["ce_masked"].max() > 0
+        config = changed(mask_images="separate", accumulate=2)
+        config.model.dtype = "float64"
+        state, constants, step = begin(config)
+        ends = []
+        for count in (1, 2):
+            devices = jax.local_devices()[:count]
+            compiled = parallel.compile_step(step, devices)
+            given = [parallel.replicate(each, devices) for each in (state, constants)]
+            after, metrics = compiled(*given, 0, parallel.shard(make_batch(), devices))
+            ends.append(parallel.first(after, devices))
+    assert_close(ends[1], ends[0], 1e-10)
+    assert np.all(metrics["ce_masked"] > 0)
 
 
 def test_separate_masks_hide_parts_of_the_first_images() -> None:
-    masked = prepared(float_batch(), mask_images="separate").values["masked"]
+    masked = prepared(mask_images="separate").values["masked"]
     batch = float_batch()
     assert masked["image"].shape == (2, 32, 48, 3)
     np.testing.assert_array_equal(masked["label"][0], batch["source"]["label"][0])
@@ -233,10 +234,10 @@ def test_the_networks_of_a_state() -> None:
 
 def test_pictures() -> None:
     batch = float_batch()
-    for images in ("augmented", "separate"):
-        shown = method.pictures(prepared(batch, mask_images=images), batch, config=changed(mask_images=images))
-        names = ["source", "target", "mixed", "mixed_label", "weights"]
-        assert list(shown) == [*names, *(["masked"] if images == "augmented" else [])]
+    names = ["source", "target", "mixed", "mixed_label", "weights"]
+    for fields, more in ((MARGINS, ["masked"]), ({"mask_images": "separate"}, [])):
+        shown = method.pictures(prepared(**fields), batch, config=changed(**fields))
+        assert list(shown) == names + more
         assert all(array.shape[:3] == (8, 32, 48) for array in shown.values())
 
 
