@@ -1,6 +1,7 @@
-"""Contrast of pixels with the distribution (SDCA) or the prototype (CFContra) of each class.
+"""Contrast of pixels with the distribution (SDCA, SePiCo), the prototype (CFContra, SePiCo) or a bank of each class.
 
 SDCA: Li et al., Semantic Distribution-aware Contrastive Adaptation for Semantic Segmentation, arXiv 2105.05013.
+SePiCo: Xie et al., SePiCo: Semantic-Guided Pixel Contrast for Domain Adaptive Semantic Segmentation, arXiv 2204.08808.
 CFContra: coarse-to-fine contrastive adaptation with one memory of class prototypes for each domain. A memory is
 (C, A) float with rows of unit length; the row of a class that was never seen is zero.
 
@@ -83,14 +84,21 @@ def update_statistics(
 
 
 def distribution_contrast(
-    features: jax.Array, labels: jax.Array, stats: ClassStatistics, tau: float, axis_name: str | None = None
+    features: jax.Array,
+    labels: jax.Array,
+    stats: ClassStatistics,
+    tau: float,
+    axis_name: str | None = None,
+    *,
+    unit: bool = True,
 ) -> jax.Array:
     """Contrastive loss against infinitely many samples of the distribution of every class, in closed form.
 
     With features, means and variances scaled to unit length (hats), for pixel i and class c
     l_ic = (f^_i . mean^_c + 1/(2 tau) sum_a f^_ia^2 var^_ca) / tau; the loss is the mean over labelled pixels of
     -log softmax(l_i)[y_i] + 1/(2 tau^2) sum_a f^_ia^2 var^_{y_i,a}  (the paper's pixel loss with diagonal
-    covariances). At the paper's tau of 100 its value stays within 2 / tau of log C.
+    covariances). At the paper's tau of 100 its value stays within 2 / tau of log C. With variances of zero it is the
+    contrast with prototypes, -log softmax(features . mean / tau)[y].
 
     Args:
       features: (N, h, w, A) or (P, A) float.
@@ -98,12 +106,15 @@ def distribution_contrast(
       stats: (C, A) statistics, constants here; a class that was never seen is all zero: a negative with l = 0.
       tau: temperature, above 0.
       axis_name: device axis over which the mean is taken.
+      unit: SDCA's scaling to unit length; False takes features and statistics as they are, as SePiCo does, whose
+        features have unit length.
 
     Returns:
       Scalar; 0 if no pixel is labelled.
     """
-    features = _unit(_flat(features))
-    mean, var = (_unit(lax.stop_gradient(rows)).astype(features.dtype) for rows in (stats.mean, stats.var))
+    scaled = _unit if unit else lambda rows: rows
+    features = scaled(_flat(features))
+    mean, var = (scaled(lax.stop_gradient(rows)).astype(features.dtype) for rows in (stats.mean, stats.var))
     likeness = jnp.matmul(features, mean.T, precision=_HIGHEST)
     spread = jnp.matmul(jnp.square(features), var.T, precision=_HIGHEST) / (2 * tau)
     logits = (likeness + spread) / tau  # (P, C)
@@ -111,6 +122,119 @@ def distribution_contrast(
     own = jnp.where(_members(labels, mean.shape[0]), spread / tau - logits, 0)
     loss = jax.nn.logsumexp(logits, axis=-1) + jnp.sum(own, axis=-1)
     return masked_mean(loss, labels.reshape(-1) != IGNORE, axis_name)
+
+
+class Bank(NamedTuple):
+    """The latest mean features of each class (SePiCo).
+
+    rows: (C, L, A) float. A class that has had more than L rows has lost the oldest ones.
+    count: (C,) int32, how many rows each class has had.
+    """
+
+    rows: jax.Array
+    count: jax.Array
+
+    @property
+    def lengths(self) -> jax.Array:
+        """(C,) int32: how many rows each class has."""
+        return jnp.minimum(self.count, self.rows.shape[1])
+
+
+def empty_bank(num_classes: int, length: int, channels: int, dtype: str = "float32") -> Bank:
+    """A bank before the first pixel: as published, each class has one row of zeros."""
+    return Bank(jnp.zeros((num_classes, length, channels), dtype), jnp.ones((num_classes,), jnp.int32))
+
+
+def update_bank(bank: Bank, features: jax.Array, labels: jax.Array, axis_name: str | None = None) -> Bank:
+    """The bank with one more row for each class that has pixels: the mean of its features in this batch.
+
+    Args:
+      bank: (C, L, A); a full class loses its oldest row.
+      features: (N, h, w, A) or (P, A) float. They get no gradient.
+      labels: (N, h, w) or (P,) integers in 0..C-1, or 255 = ignore.
+      axis_name: device axis; the batch is then that of all devices together.
+    """
+    classes, length, channels = bank.rows.shape
+    batch = update_statistics(empty_statistics(classes, channels, bank.rows.dtype), features, labels, axis_name)
+    place = bank.count % length
+    here = (batch.count > 0)[:, None] & (place[:, None] == jnp.arange(length))
+    rows = jnp.where(here[..., None], batch.mean[:, None], bank.rows)
+    return Bank(rows, bank.count + (batch.count > 0))
+
+
+def bank_contrast(
+    features: jax.Array,
+    labels: jax.Array,
+    bank: jax.Array,
+    lengths: jax.Array,
+    tau: float,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """Contrast of pixels with each row of their own class, and with the mean row of every other class (SePiCo).
+
+    With s_c = features . mean(bank_c) / tau, the loss of a pixel of class y is the mean over the rows b of y's bank of
+    log(1 + sum_{c != y} exp(s_c) / exp(features . b / tau)). A bank of one row per class gives the contrast with
+    prototypes; see `distribution_contrast`.
+
+    Args:
+      features: (N, h, w, A) or (P, A) float, of unit length.
+      labels: (N, h, w) or (P,) integers in 0..C-1, or 255 = ignore.
+      bank: (C, L, A) rows, constants here.
+      lengths: (C,) integers, at least 1: how many rows each class has, from the first. The rows of a class that was
+        never seen are zero: a negative with s = 0.
+      tau: temperature, above 0.
+      axis_name: device axis over which the mean is taken.
+
+    Returns:
+      Scalar; 0 if no pixel is labelled.
+    """
+    features = _flat(features)
+    bank = lax.stop_gradient(bank).astype(features.dtype)
+    filled = (jnp.arange(bank.shape[1]) < lengths[:, None]).astype(features.dtype)  # (C, L)
+    share = filled / lengths[:, None].astype(features.dtype)
+    means = jnp.einsum("cl,cla->ca", share, bank, precision=_HIGHEST)
+    members = _members(labels, len(bank))
+    scores = jnp.matmul(features, means.T, precision=_HIGHEST) / tau
+    others = jax.nn.logsumexp(jnp.where(members, jnp.finfo(scores.dtype).min, scores), axis=-1)
+
+    # One class at a time, computed again for the gradient: the products with all rows of all classes are P x C x L.
+    @jax.checkpoint
+    def own(loss: jax.Array, of_class: tuple) -> tuple[jax.Array, None]:
+        rows, share, member = of_class
+        likeness = jnp.matmul(features, rows.T, precision=_HIGHEST) / tau  # (P, L)
+        mean = jnp.sum(jax.nn.softplus(others[:, None] - likeness) * share, axis=-1)
+        return jnp.where(member, mean, loss), None
+
+    loss, _ = lax.scan(own, jnp.zeros_like(others), (bank, share, members.T))
+    return masked_mean(loss, labels.reshape(-1) != IGNORE, axis_name)
+
+
+def uniformity(
+    features: jax.Array, labels: jax.Array, means: jax.Array, tau: float, axis_name: str | None = None
+) -> jax.Array:
+    """SePiCo's regulariser: sum_c log p_c / (C log C), p = softmax(m . means / tau), m the mean labelled feature.
+
+    It is at most -1, for a uniform p: minimising it drives p away from uniform. The published sign is kept.
+
+    Args:
+      features: (N, h, w, A) or (P, A) float, of unit length.
+      labels: (N, h, w) or (P,) integers, 255 = ignore.
+      means: (C, A), constants here.
+      tau: temperature, above 0.
+      axis_name: device axis; the batch is then that of all devices together.
+
+    Returns:
+      Scalar; 0 if no pixel is labelled.
+    """
+    features = _flat(features)
+    labelled = (labels.reshape(-1) != IGNORE).astype(features.dtype)
+    count, total = jnp.sum(labelled), jnp.matmul(labelled, features, precision=_HIGHEST)
+    if axis_name is not None:
+        count, total = lax.psum((count, total), axis_name)
+    means = lax.stop_gradient(means).astype(features.dtype)
+    logits = jnp.matmul(means, total / jnp.maximum(count, 1), precision=_HIGHEST) / tau
+    value = jnp.mean(jax.nn.log_softmax(logits)) / jnp.log(jnp.asarray(len(means), features.dtype))
+    return jnp.where(count > 0, value, 0)
 
 
 def prototype_contrast(

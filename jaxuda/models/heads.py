@@ -1,11 +1,14 @@
 """Heads that networks and methods share."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxuda.errors import UserError
-from jaxuda.models.layers import Conv, conv2d_sum, head_init
+from jaxuda.models.layers import BatchNorm, Conv, conv2d_sum, head_init, resize_bilinear
 
 DILATIONS = (6, 12, 18, 24)
 PROJECTIONS = ("mlp", "linear", "none")
@@ -72,3 +75,30 @@ class ProjectionHead(nn.Module):
                 name=f"linear{index}",
             )(x)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class Projection(nn.Module):
+    """SePiCo's projection to unit vectors: twice a 1x1 convolution, batch normalisation and ReLU.
+
+    hidden, channels: output channels of the first and of the second layer.
+    dtype: compute dtype; the result is at least float32.
+    axis_name: device axis over which batch statistics are reduced in training.
+
+    Several maps are enlarged to the size of the first one, and joined.
+    """
+
+    hidden: int
+    channels: int
+    dtype: str = "float32"
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, maps: Sequence[jax.Array], train: bool = False) -> jax.Array:
+        """Maps (N, h_i, w_i, A_i), the finest first, to (N, h_0, w_0, channels), not negative."""
+        size = maps[0].shape[1:3]
+        x = jnp.concatenate([resize_bilinear(each, size, align_corners=False) for each in maps], axis=-1)
+        for index, features in enumerate((self.hidden, self.channels)):
+            x = Conv(features, 1, dtype=self.dtype, name=f"conv{index}")(x)
+            x = nn.relu(BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name=f"bn{index}")(x, train))
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return x * lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))

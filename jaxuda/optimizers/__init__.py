@@ -2,17 +2,20 @@
 
 A family is a module with one function,
 
-    make(group, config) -> optax.GradientTransformation
+    make(group, config, start=0) -> optax.GradientTransformation
 
-which returns the optimizer for one of `GROUPS`. A network puts each of its parameters in a group (`parameter_group`).
+which returns the optimizer for one of `GROUPS`, whose first update is that of step `start`. A network puts each of its
+parameters in a group (`parameter_group`). `start` is only given for modules of a method that learn later than the
+network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxuda import plugins
@@ -30,8 +33,9 @@ def make_optimizer(config: Mapping[str, Any], model: Any) -> optax.GradientTrans
 
     Args:
       config: the stage's settings. Besides the family's own fields it reads `optim.name`, `optim.train_norm` (False
-        freezes the group "norm"), `discriminator_lr` (Adam, where the method has a discriminator) and `train_head`
-        (where it has a projection head: False freezes it, True trains it like the other heads).
+        freezes the group "norm"), `discriminator_lr` (Adam, where the method has a discriminator) and, where it has a
+        projection head, which learns like the other heads, `train_head` (False freezes it) or `contrast_start` (the
+        step until which it is held).
       model: the network, which names the group of each of its parameters.
 
     Raises:
@@ -45,6 +49,8 @@ def make_optimizer(config: Mapping[str, Any], model: Any) -> optax.GradientTrans
     if "discriminator_lr" in config:
         schedule = poly_schedule(config["discriminator_lr"], config["schedule_steps"], optim["power"])
         transforms["discriminator"] = optax.adam(schedule, b1=0.9, b2=0.99)
+    if "contrast_start" in config:
+        transforms["projection"] = hold(family.make("head", config, config["contrast_start"]), config["contrast_start"])
     if "train_head" in config:
         transforms["projection"] = transforms["head"] if config["train_head"] else transforms["frozen"]
 
@@ -63,3 +69,26 @@ def make_optimizer(config: Mapping[str, Any], model: Any) -> optax.GradientTrans
         return found
 
     return optax.partition(transforms, lambda params: jax.tree_util.tree_map_with_path(group, params))
+
+
+class Held(NamedTuple):
+    """step: int32 scalar, the number of updates so far. inner: the state of the optimizer that is held."""
+
+    step: jax.Array
+    inner: PyTree
+
+
+def hold(inner: optax.GradientTransformation, start: int) -> optax.GradientTransformation:
+    """`inner` from update `start` on, counted from 0; before, neither the parameters nor its state change."""
+
+    def init(params: PyTree) -> Held:
+        return Held(jnp.zeros((), jnp.int32), inner.init(params))
+
+    def update(grads: PyTree, state: Held, params: PyTree) -> tuple[PyTree, Held]:
+        released = state.step >= start
+        updates, moved = inner.update(grads, state.inner, params)
+        updates = jax.tree.map(lambda x: jnp.where(released, x, 0), updates)
+        moved = jax.tree.map(lambda after, before: jnp.where(released, after, before), moved, state.inner)
+        return updates, Held(state.step + 1, moved)
+
+    return optax.GradientTransformation(init, update)

@@ -13,7 +13,7 @@ from jaxuda.optimizers.schedules import poly_schedule
 _NUMBERS = ("head_factor", "weight_decay", "power", "warmup_steps", "warmup_ratio")
 
 
-def make(group: str, config: Any) -> optax.GradientTransformation:
+def make(group: str, config: Any, start: int = 0) -> optax.GradientTransformation:
     """The optimizer of one group of a network's parameters.
 
     Args:
@@ -21,6 +21,7 @@ def make(group: str, config: Any) -> optax.GradientTransformation:
       config: the stage's settings. It reads `lr`, `schedule_steps`, and from `optim`: `head_factor` (the learning rate
         of heads is this many times larger), `weight_decay`, `undecayed` (the groups without it), `power`,
         `warmup_steps` and `warmup_ratio` (see `poly_schedule`).
+      start: the step of its first update.
 
     Raises:
       UserError: `optim` lacks one of these fields, or its value is of the wrong kind.
@@ -43,6 +44,7 @@ def make(group: str, config: Any) -> optax.GradientTransformation:
         optim["power"],
         optim["warmup_steps"],
         optim["warmup_ratio"],
+        start,
     )
     return adamw(schedule, 0.0 if group in undecayed else optim["weight_decay"])
 

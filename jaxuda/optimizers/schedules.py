@@ -8,15 +8,20 @@ import optax
 
 
 def poly_schedule(
-    lr: float, max_steps: int, power: float = 0.9, warmup_steps: int = 0, warmup_ratio: float = 0.0
+    lr: float,
+    max_steps: int,
+    power: float = 0.9,
+    warmup_steps: int = 0,
+    warmup_ratio: float = 0.0,
+    start: int = 0,
 ) -> optax.Schedule:
-    """lr(k) = lr * (1 - k / max_steps) ** power, k counting optimizer updates from 0.
+    """lr(k) = lr * (1 - k / max_steps) ** power, k counting steps from 0; the first update is that of step `start`.
 
     While k < warmup_steps, this is multiplied by a factor that grows linearly from `warmup_ratio` to 1.
     """
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
-        step = jnp.asarray(step, float)  # a count is int32, whose quotient would be float32 also among float64
+        step = start + jnp.asarray(step, float)  # a count is int32, whose quotient would be float32 also among float64
         rate = lr * jnp.maximum(1.0 - step / max_steps, 0.0) ** power
         if not warmup_steps:
             return rate

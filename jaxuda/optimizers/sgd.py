@@ -14,7 +14,7 @@ from jaxuda.optimizers.schedules import poly_schedule
 PyTree = Any
 
 
-def make(group: str, config: Any) -> optax.GradientTransformation:
+def make(group: str, config: Any, start: int = 0) -> optax.GradientTransformation:
     """The optimizer of one group of a network's parameters.
 
     Args:
@@ -22,10 +22,11 @@ def make(group: str, config: Any) -> optax.GradientTransformation:
       config: the stage's settings. It reads `lr`, `schedule_steps`, and from `optim`: `head_factor` (the learning rate
         of heads is this many times larger), `momentum`, `weight_decay`, `power`, `repeat` (updates per step for
         "stem", "block", "shortcut") and `repeat_decay`.
+      start: the step of its first update.
     """
     optim = config["optim"]
     factor = optim["head_factor"] if group == "head" else 1.0
-    schedule = poly_schedule(config["lr"] * factor, config["schedule_steps"], optim["power"])
+    schedule = poly_schedule(config["lr"] * factor, config["schedule_steps"], optim["power"], start=start)
     repeat = optim["repeat"].get(group, 1)
     return sgd(schedule, optim["momentum"], optim["weight_decay"], repeat, optim["repeat_decay"])
 
