@@ -179,3 +179,27 @@ def test_unknown_and_missing_names() -> None:
         adamw_settings(momentum=0.9)
     with pytest.raises(UserError, match=r"unknown optim\.name='lion'; choose one of: adamw, sgd"):
         make_optimizer(Settings(name="lion"), DeepLabV2(3))
+
+
+def test_held_parameters_neither_decay_nor_count() -> None:
+    """They then learn as if training began there, at the learning rates of the steps that follow."""
+    config = common.base("held", "folder")
+    common.adamw(config, weight_decay=0.1)
+    config.update({"contrast_start": 3, "lr": 0.01, "schedule_steps": 8})
+    tx, gradient = make_optimizer(config, DeepLabV2(4)), {"projection": {"kernel": jnp.ones(2)}}
+    params = {"projection": {"kernel": jnp.array([1.0, -2.0])}}
+    state, weights = tx.init(params), [params["projection"]["kernel"]]
+    for step in range(6):
+        size = 0.0 if step < 3 else step - 1.0  # the method gives zeros at first
+        updates, state = tx.update(jax.tree.map(lambda x, size=size: size * x, gradient), state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        weights.append(params["projection"]["kernel"])
+    for held in weights[1:4]:
+        np.testing.assert_array_equal(held, weights[0])
+    late = adamw(lambda count: 0.01 * (1 - (count + 3) / 8), 0.1)
+    weight = weights[0]
+    state = late.init(weight)
+    for step in range(3, 6):
+        updates, state = late.update((step - 1.0) * jnp.ones(2), state, weight)
+        weight = weight + updates
+        np.testing.assert_allclose(weights[step + 1], weight, rtol=1e-6)

@@ -28,13 +28,18 @@ _LEAST = {
     ),
     "mask_block": 1,
     "rare_class_temperature": 1e-6,
+    **dict.fromkeys(("channels", "bank"), 1),
+    **dict.fromkeys(("contrast_start", "contrast_weight", "crop_limit"), 0),
+    "tau": 1e-6,
 }
 _NEEDED = ("name", "benchmark", "seed", "pipeline", "source", "target", "evaluation", "test", "model", "optim")
 _STAGE = {"domains", "init", "labels", "split", "reads"}  # fields of every stage, and of one that trains
 _TRAINING = _STAGE | {"steps", "schedule_steps", "batch", "lr", "order"}
 _TYPES = ("float32", "bfloat16", "float16", "float64")  # that networks can compute in
 _MOST = {
-    **dict.fromkeys(("momentum", "warmup_ratio", "alpha", "threshold", "feature_ratio", "mask_ratio", "strength"), 1),
+    **dict.fromkeys(
+        ("momentum", "warmup_ratio", "alpha", "threshold", "feature_ratio", "mask_ratio", "strength", "crop_limit"), 1
+    ),
     **{"width": 4096, "num_workers": 1024},
 }
 

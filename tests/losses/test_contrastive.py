@@ -7,7 +7,17 @@ import pytest
 from golden_weights import golden
 from jax import lax
 
-from jaxuda.losses.contrastive import ClassStatistics, distribution_contrast, empty_statistics, update_statistics
+from jaxuda.losses.contrastive import (
+    ClassStatistics,
+    bank_contrast,
+    distribution_contrast,
+    empty_bank,
+    empty_statistics,
+    uniformity,
+    update_bank,
+    update_statistics,
+)
+from jaxuda.losses.feature_distance import shrink_labels
 
 DEVICES = 4
 CLASSES = 5
@@ -135,3 +145,143 @@ def test_memory_stays_below_pixels_times_classes_times_channels():
     loss = jax.jit(jax.grad(distribution_contrast), static_argnums=3).lower(*shapes, stats, 100.0).compile()
     for compiled in (update, loss):
         assert compiled.memory_analysis().temp_size_in_bytes < 4 * pixels * (4 * channels + 6 * classes)
+
+
+# SePiCo
+
+
+def _sepico_loss(arrays, kind):
+    """The loss of features with the statistics or the bank of a golden file."""
+    tau, labels = float(str(arrays["tau"])), arrays["labels_small"]
+    if kind == "bank":
+        return lambda features: bank_contrast(features, labels, jnp.asarray(arrays["bank"]), arrays["bank_length"], tau)
+    mean = jnp.asarray(arrays["mean"], float)
+    stats = ClassStatistics(mean, jnp.asarray(arrays.get("cov", np.zeros_like(mean)), float), jnp.ones(len(mean)))
+    return lambda features: distribution_contrast(features, labels, stats, tau, unit=False)
+
+
+@pytest.mark.parametrize("case", ["a", "b", "c"])
+@pytest.mark.parametrize("kind", ["proto", "bank", "dist"])
+def test_sepico_losses_and_gradients_equal_the_published_ones(kind, case):
+    file = golden(f"sepico_{kind}")
+    arrays = {key[2:]: value for key, value in file.items() if key.startswith(f"{case}_")}
+    labels = shrink_labels(jnp.asarray(arrays["labels"]), int(arrays["label_scale"]), 0.75, 19)
+    np.testing.assert_array_equal(labels, arrays["labels_small"])
+    for wide, tolerance in ((False, 2e-6), (True, 1e-12)):
+        with jax.enable_x64(wide):
+            features = jnp.asarray(arrays["features"], float)
+            tau, mean = float(str(arrays["tau"])), jnp.asarray(arrays["mean"], float)
+            loss = _sepico_loss(arrays, kind)
+            reg = functools.partial(uniformity, labels=labels, means=mean, tau=tau)
+            for term, value in (("", loss), ("_reg", reg)):
+                ours, gradient = jax.value_and_grad(value)(features)
+                np.testing.assert_allclose(ours, arrays[f"{term.strip('_') or 'loss'}_f64"], rtol=tolerance)
+                expected = arrays[f"grad_features{term}"]
+                # At tau = 100 the gradient of reg is the difference of nearly equal numbers.
+                close = 1e-6 if wide else 1e-3 if term else 1e-5
+                np.testing.assert_allclose(gradient, expected, rtol=close, atol=close * np.abs(expected).max())
+
+
+def test_sepico_statistics_and_bank_equal_the_published_ones():
+    arrays = golden("sepico_stats")
+    (classes, channels), length = arrays["mean0"].shape, int(arrays["memory_length"])
+    for wide, tolerance in ((False, 1e-5), (True, 1e-12)):
+        with jax.enable_x64(wide):
+            stats, bank = empty_statistics(classes, channels, float), empty_bank(classes, length, channels, float)
+            for step in range(3):
+                labels = shrink_labels(jnp.asarray(arrays[f"labels{step}"]), int(arrays["label_scale"]), 0.75, classes)
+                np.testing.assert_array_equal(labels, arrays[f"labels_small{step}"])
+                features = jnp.asarray(arrays[f"features{step}"], float)
+                stats, bank = update_statistics(stats, features, labels), update_bank(bank, features, labels)
+                np.testing.assert_allclose(stats.mean, arrays[f"mean{step}_f64"], tolerance, 1e-2 * tolerance)
+                np.testing.assert_allclose(stats.var, arrays[f"cov{step}_f64"], tolerance, 1e-2 * tolerance)
+                np.testing.assert_array_equal(stats.count, arrays[f"amount{step}"])
+                np.testing.assert_array_equal(bank.lengths, arrays[f"bank_length{step}"])
+                expected = arrays[f"bank{step}_f64"]
+                np.testing.assert_allclose(_oldest_first(bank), expected, tolerance, 1e-2 * tolerance)
+            assert np.max(bank.count) > length  # a class has lost its first row
+
+
+def _oldest_first(bank):
+    length = bank.rows.shape[1]
+    return np.array(
+        [
+            np.roll(rows, -count if count > length else 0, axis=0)
+            for rows, count in zip(np.asarray(bank.rows), np.asarray(bank.count), strict=True)
+        ]
+    )
+
+
+def test_one_row_per_class_and_no_variance_are_the_contrast_with_prototypes():
+    rng = np.random.default_rng(3)
+    with jax.enable_x64(True):
+        features = rng.normal(size=(2, 3, 4, 6))
+        features /= np.linalg.norm(features, axis=-1, keepdims=True)
+        labels, means = rng.choice([0, 1, 2, 4, 255], (2, 3, 4)), jnp.asarray(rng.normal(size=(CLASSES, 6)))
+        scores = jax.nn.log_softmax(features @ means.T / 0.3)
+        expected = -np.mean([scores[tuple(place)][labels[tuple(place)]] for place in np.argwhere(labels != 255)])
+        stats = ClassStatistics(means, jnp.zeros_like(means), jnp.ones(CLASSES))
+        found = distribution_contrast(features, labels, stats, 0.3, unit=False)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+        for length in (1, 3):  # rows beyond a class's length do not count
+            bank = jnp.full((CLASSES, length, 6), 7.0).at[:, 0].set(means)
+            found = bank_contrast(features, labels, bank, jnp.ones(CLASSES, jnp.int32), 0.3)
+            np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("tau", [0.001, 100.0])
+def test_bank_contrast_stays_finite(tau):
+    """The published formula has exp(1 / tau)."""
+    rng = np.random.default_rng(4)
+    features = np.eye(4, dtype=np.float32)[rng.integers(0, 4, 20)]
+    bank = np.eye(5, 4, dtype=np.float32)[:, None].repeat(3, 1)
+    loss = functools.partial(
+        bank_contrast, labels=rng.integers(0, 5, 20), bank=jnp.asarray(bank), lengths=np.full(5, 2), tau=tau
+    )
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(features))
+    assert np.isfinite(value) and value > 0 and np.isfinite(gradient).all() and np.any(gradient)
+
+
+def test_without_labelled_pixels_sepico_is_zero():
+    features, labels = jnp.ones((3, 4)), np.full(3, 255)
+    bank, means = empty_bank(CLASSES, 2, 4), jnp.ones((CLASSES, 4))
+    for loss in (
+        lambda f: bank_contrast(f, labels, bank.rows, bank.lengths, 0.1),
+        lambda f: uniformity(f, labels, means, 0.1),
+    ):
+        value, gradient = jax.value_and_grad(loss)(features)
+        assert value == 0 and not np.any(gradient)
+    after = update_bank(bank, features, labels)
+    jax.tree.map(np.testing.assert_array_equal, after, bank)
+
+
+def test_sepico_on_devices_together_equals_one_device():
+    rng = np.random.default_rng(5)
+    labels = rng.choice([0, 1, 2, 255], (DEVICES, 6, 7))
+    labels[1], labels[2, :2] = 255, 4
+    with jax.enable_x64(True):
+        features, means = rng.normal(size=(DEVICES, 6, 7, 3)), jnp.asarray(rng.normal(size=(CLASSES, 3)))
+        start = empty_bank(CLASSES, 2, 3, "float64")
+
+        def loss(features, labels, axis_name=None):
+            bank = update_bank(start, features, labels, axis_name)
+            value = bank_contrast(features, labels, bank.rows, bank.lengths, 0.5, axis_name)
+            return value + uniformity(features, labels, means, 0.5, axis_name), bank
+
+        (value, bank), gradient = jax.value_and_grad(loss, has_aux=True)(features, labels)
+        step = jax.value_and_grad(functools.partial(loss, axis_name="device"), has_aux=True)
+        (values, banks), gradients = jax.pmap(step, axis_name="device")(features[:, None], labels[:, None])
+        np.testing.assert_allclose(values, np.full(DEVICES, value), rtol=1e-12)
+        # Each device has the gradient of the sum of all devices' values.
+        np.testing.assert_allclose(gradients[:, 0] / DEVICES, gradient, rtol=1e-10, atol=1e-14)
+        for ours, expected in zip(banks, bank, strict=True):
+            np.testing.assert_allclose(ours, np.broadcast_to(expected, ours.shape), rtol=1e-12)
+
+
+def test_memory_of_bank_contrast_stays_below_pixels_times_all_rows():
+    pixels, classes, rows, channels = 4096, 19, 50, 64
+    features, labels = jax.ShapeDtypeStruct((pixels, channels), "float32"), jax.ShapeDtypeStruct((pixels,), "int32")
+    bank = empty_bank(classes, rows, channels)
+    gradient = jax.jit(jax.grad(lambda f, y: bank_contrast(f, y, bank.rows, bank.lengths, 1.0)))
+    used = gradient.lower(features, labels).compile().memory_analysis().temp_size_in_bytes
+    assert used < 4 * pixels * (4 * channels + 6 * classes + 6 * rows)

@@ -27,10 +27,13 @@ METHODS = [*methods.names(), TOY]
 # DAFormer's step with all terms of its recipes, and labels of some of which the teacher is confident.
 ALL_TERMS = {"lambda_mask": 1.0, "mask_block": 8, "threshold": 0.7}
 ALL_TERMS |= {"lambda_features": 0.1, "feature_classes": (1, 3), "weights": ("imagenet",)}
+# SePiCo's contrast from the first step on, with a bank that soon overflows.
+CONTRAST = {"contrast_start": 0, "contrast": "bank", "bank": 2, "channels": 8, "reg_weight": 0.1, "threshold": 0.3}
 # Stages that no config has: a method, and its fields.
 STAND_INS = {
     "control": ("minent", {}),
     "daformer": ("daformer", ALL_TERMS),
+    "sepico": ("sepico", CONTRAST),
     TOY: ("minent", {"noise": 0.1, "alpha": 0.9, "target_starts": 0}),
 }
 
