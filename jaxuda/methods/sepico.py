@@ -240,7 +240,10 @@ def learnt(
 
 
 def cell_labels(labels: jax.Array, size: tuple[int, int], num_classes: int) -> jax.Array:
-    """Labels (N, H, W) at the `size` (h, w) of features; cells that reach beyond the image are filled with 255."""
+    """Labels (N, H, W) at the `size` (h, w) of features, see `shrink_labels`.
+
+    The cells are the smallest squares that cover the image; what lies beyond it counts as 255.
+    """
     factor = max(-(-side // cells) for side, cells in zip(labels.shape[1:], size, strict=True))
     beyond = [(0, cells * factor - side) for side, cells in zip(labels.shape[1:], size, strict=True)]
     return shrink_labels(jnp.pad(labels, ((0, 0), *beyond), constant_values=IGNORE), factor, MIN_RATIO, num_classes)

@@ -162,13 +162,12 @@ def test_unknown_contrasts_are_refused() -> None:
 
 
 def test_labels_of_cells_that_reach_beyond_the_image() -> None:
-    """An image of 20x28 has 3x4 positions at stride 8; the last ones lack pixels, and are ignored."""
-    labels = jnp.full((1, 20, 28), 2, jnp.int32)
-    cells = np.asarray(method.cell_labels(labels, (3, 4), CLASSES))
-    expected = np.full((1, 3, 4), 2)
-    expected[:, 2], expected[:, :, 3] = IGNORE, IGNORE
-    np.testing.assert_array_equal(cells, expected)
-    np.testing.assert_array_equal(method.cell_labels(labels[:, :16, :24], (2, 3), CLASSES), 2)
+    """60x94 has 8x12 positions at stride 8: the last row of cells lacks a half, the last column only a quarter."""
+    labels = jnp.full((1, 60, 94), 2, jnp.int32)
+    expected = np.full((1, 8, 12), 2)
+    expected[:, 7] = IGNORE
+    np.testing.assert_array_equal(method.cell_labels(labels, (8, 12), CLASSES), expected)
+    np.testing.assert_array_equal(method.cell_labels(labels[:, :56, :88], (7, 11), CLASSES), 2)
 
 
 @pytest.mark.parametrize(("levels", "hidden"), [(None, 64), ((16, 24, 40, 64), 36)])
