@@ -1,10 +1,11 @@
-"""The reference of the benchmarks: DeepLab-v2, EfficientNet-Lite0 and train steps of three methods in plain PyTorch.
+"""The reference of the benchmarks: DeepLab-v2, EfficientNet-Lite0 and train steps of five methods in plain PyTorch.
 
 The same networks and losses as in jaxuda, with the parameter names of the published networks, so that
 `jaxuda.interop` can convert weights. The code is fast where it stays readable: fused library operations, either memory
 layout, gradients set to None.
 """
 
+import copy
 import itertools
 from functools import partial
 
@@ -126,8 +127,8 @@ class LightLite(nn.Module):
         )
         self.decoder.fine_conv, self.decoder.bn = conv(40, width, 1), nn.BatchNorm2d(width, eps=1e-3)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
-        """Logits, None, features."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor, torch.Tensor]:
+        """Logits, None, features, the backbone's last map."""
         network, decoder = self.backbone, self.decoder
         x = network._swish(network._bn0(network._conv_stem(x)))
         for number, block in enumerate(network._blocks):
@@ -137,7 +138,7 @@ class LightLite(nn.Module):
         coarse = sum(layer(x) for layer in decoder.branches)
         coarse = F.interpolate(coarse, fine.shape[2:], mode="bilinear", align_corners=False)
         features = F.relu(decoder.bn(decoder.fine_conv(fine) + coarse), inplace=True)
-        return self.head(features), None, features
+        return self.head(features), None, features, x
 
 
 def discriminator(classes: int, width: int) -> nn.Sequential:
@@ -212,6 +213,74 @@ class Statistics:
         return F.cross_entropy(logits, labels, ignore_index=IGNORE) + own
 
 
+def weighted_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A mean over all pixels, also over ignored ones."""
+    losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    return (losses if weights is None else losses * weights).mean()
+
+
+def feature_distance(features: torch.Tensor, fixed: torch.Tensor, label: torch.Tensor, config) -> torch.Tensor:
+    """The mean distance in cells that one of `config.feature_classes` covers."""
+    factor = -(-label.shape[2] // features.shape[3])
+    classes = torch.where(label == IGNORE, 0, label)
+    shares = F.one_hot(classes).float() * (label != IGNORE)[..., None]
+    shares, best = F.avg_pool2d(shares.permute(0, 3, 1, 2), factor).max(1)
+    height, width = (min(sides) for sides in zip(best.shape[1:], features.shape[2:], strict=True))
+    wanted = torch.tensor(config.feature_classes, device=label.device)
+    mask = ((shares >= config.feature_ratio) & torch.isin(best, wanted))[:, :height, :width]
+    distances = (features - fixed)[:, :, :height, :width].norm(dim=1)[mask]
+    return distances.mean() if len(distances) else 0.0 * features.sum()
+
+
+def in_hsv(x: torch.Tensor, saturation: torch.Tensor | None = None, hue: torch.Tensor | None = None) -> torch.Tensor:
+    """RGB (N, 3, H, W) with S multiplied and clipped, or H moved by turns; the factors are (N, 1, 1, 1)."""
+    red, green, blue = x.unbind(1)
+    value, first = x.max(1)
+    chroma = value - x.min(1)[0]
+    safe = torch.where(chroma > 0, chroma, 1)
+    sixths = torch.stack([(green - blue) / safe, 2 + (blue - red) / safe, 4 + (red - green) / safe], 1)
+    sixth = torch.where(chroma > 0, sixths.gather(1, first[:, None])[:, 0], 0)[:, None]
+    full = (chroma / (value + 1e-6))[:, None]
+    if saturation is not None:
+        full = (full * saturation).clamp(0, 1)
+    if hue is not None:
+        sixth = sixth + 6 * hue
+    value = value[:, None]
+    place = (torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1) + sixth) % 6
+    return value - value * full * torch.minimum(place, 4 - place).clamp(0, 1)
+
+
+def jitter(x: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The colour jitter of DAFormer on RGB in 0..1, image by image, since each has its own order."""
+    images = []
+    for image, own, operations in zip(x.split(1), factors[..., None, None, None], order.tolist(), strict=True):
+        for operation in operations:
+            if operation == 0:
+                image = (image + own[0] - 1).clamp(0, 1)
+            elif operation == 1:
+                image = (image * own[1]).clamp(0, 1)
+            else:
+                image = in_hsv(image, saturation=own[2]) if operation == 2 else in_hsv(image, hue=own[3])
+        images.append(image)
+    return torch.cat(images)
+
+
+def blur(x: torch.Tensor, sigma: torch.Tensor, sizes: tuple[int, int]) -> torch.Tensor:
+    """A separable Gaussian, one deviation per image, with reflected borders."""
+    reaches = [size // 2 for size in sizes]
+    x = F.pad(x, (reaches[1], reaches[1], reaches[0], reaches[0]), mode="reflect")
+    count, channels, _, _ = x.shape
+    for shape, reach in (((-1, 1), reaches[0]), ((1, -1), reaches[1])):
+        distances = torch.arange(-reach, reach + 1, device=x.device)
+        kernels = torch.softmax(-(distances / sigma[:, None]).square() / 2, 1)
+        kernels = kernels.repeat_interleave(channels, 0).view(count * channels, 1, *shape)
+        x = F.conv2d(x.reshape(1, count * channels, *x.shape[2:]), kernels, groups=count * channels)
+        x = x.view(count, channels, *x.shape[2:])
+    return x
+
+
 def flat(x: torch.Tensor) -> torch.Tensor:
     """(N, A, h, w) as (P, A), float32."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).float()
@@ -221,9 +290,22 @@ def flat(x: torch.Tensor) -> torch.Tensor:
 
 
 class Trainer:
-    """One step of source-only, AdvEnt or SDCA; `config` is that of the stage in jaxuda."""
+    """One step of source-only, MinEnt, AdvEnt, SDCA or DAFormer; `config` is that of the stage in jaxuda.
 
-    def __init__(self, method: str, config, classes: int, device: str, layout: torch.memory_format):
+    draws: for DAFormer, what jaxuda draws in each step (see `train_step.draws`), for as many steps as are run.
+    colours: mean and deviation (2, 3) of the images' channels before they were normalised, in 0..1.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        config,
+        classes: int,
+        device: str,
+        layout: torch.memory_format,
+        draws: tuple = (),
+        colours: torch.Tensor | None = None,
+    ):
         model, optim = config.model, config.optim
         self.method, self.config, self.device, self.layout = method, config, device, layout
         if model.name == "deeplab":
@@ -245,6 +327,16 @@ class Trainer:
         if method == "sdca":
             channels = self.model.layer5.conv2d_list[0].in_channels
             self.statistics = [Statistics(classes, n, device) for n in (channels, classes)]
+        self.classes, self.draws, self.colours, self.count = classes, draws, colours, 0
+
+    def load(self, weights: tuple[dict, dict]) -> None:
+        """State dicts of the network and of the discriminators, of tensors; the teacher starts as the network."""
+        self.model.load_state_dict(weights[0], strict=False)
+        for network, named in zip(self.discriminators.values(), weights[1].values(), strict=False):
+            network.load_state_dict(named, strict=False)
+        if self.method == "daformer":
+            self.teacher = copy.deepcopy(self.model).requires_grad_(False)
+            self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
 
     def place(self, image: torch.Tensor) -> torch.Tensor:
         """Images on the device."""
@@ -267,15 +359,64 @@ class Trainer:
         for logits, weight in zip(upsampled, (1.0, self.config.lambda_aux), strict=False):
             loss = loss + weight * F.cross_entropy(logits, label, ignore_index=IGNORE)
         if self.config.lambda_lovasz:
-            size = tuple(side // self.config.lovasz_shrink for side in image.shape[2:])
-            probs = torch.softmax(F.interpolate(outputs[0].float(), size, mode="bilinear", align_corners=True), 1)
-            loss = loss + self.config.lambda_lovasz * lovasz_softmax(probs, nearest(label, size))
+            loss = loss + self.config.lambda_lovasz * self.lovasz(outputs, image, label)
         return loss, upsampled
+
+    def lovasz(self, outputs: tuple, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """The Lovasz term on the grid of the recipe."""
+        size = tuple(side // self.config.lovasz_shrink for side in image.shape[2:])
+        probs = torch.softmax(F.interpolate(outputs[0].float(), size, mode="bilinear", align_corners=True), 1)
+        return lovasz_softmax(probs, nearest(label, size))
 
     def source_only(self, source: torch.Tensor, label: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         loss, _ = self.supervised(self.model(source), source, label)
         loss.backward()
         return loss
+
+    def minent(self, source: torch.Tensor, label: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """One backward pass per domain, as published."""
+        loss, _ = self.supervised(self.model(source), source, label)
+        loss.backward()
+        entropy = entropy_map(upsample(self.model(target)[0].float(), target)).sum(1).mean()
+        (self.config.lambda_entropy * entropy).backward()
+        return loss.detach() + self.config.lambda_entropy * entropy.detach()
+
+    def daformer(self, source: torch.Tensor, label: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """One backward pass per loss, as published; colours change only in the steps whose coins say so."""
+        config, drawn = self.config, self.draws[self.count]
+        with torch.no_grad():
+            kept = min(1 - 1 / (self.count + 1), config.alpha)
+            for ours, theirs in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
+                ours.lerp_(theirs, 1 - kept)
+            confidence, pseudo = torch.softmax(upsample(self.teacher(target)[0].float(), target), 1).max(1)
+            share = (confidence >= config.threshold).float().mean()
+            mask = torch.stack([torch.isin(one, values) for one, values in zip(label, drawn["classes"], strict=True)])
+            mixed = self.coloured(torch.where(mask[:, None], source, target), drawn)
+            mixed_label, weight = torch.where(mask, label, pseudo), torch.where(mask, 1.0, share)
+        self.count += 1
+
+        outputs = self.model(source)
+        loss = weighted_cross_entropy(upsample(outputs[0].float(), source), label)
+        loss = loss + config.lambda_lovasz * self.lovasz(outputs, source, label)
+        if config.lambda_features:
+            with torch.no_grad():
+                fixed = self.reference(source)[-1]
+            loss = loss + config.lambda_features * feature_distance(outputs[-1].float(), fixed.float(), label, config)
+        loss.backward()
+        mixed_loss = weighted_cross_entropy(upsample(self.model(mixed)[0].float(), mixed), mixed_label, weight)
+        mixed_loss.backward()
+        return loss.detach() + mixed_loss.detach()
+
+    def coloured(self, images: torch.Tensor, drawn: dict) -> torch.Tensor:
+        """Jittered and blurred images, still normalised."""
+        if drawn["jitter"]:
+            mean, deviation = self.colours.view(2, 1, 3, 1, 1)
+            images = (jitter(images * deviation + mean, drawn["factors"], drawn["order"]) - mean) / deviation
+        if drawn["blur"]:
+            # An odd tenth of a side; what lies further than 7 pixels away weighs nothing.
+            sizes = [min((-(-side // 10) - 1) | 1, 15) for side in images.shape[2:]]
+            images = blur(images, drawn["sigma"], sizes)
+        return images.contiguous(memory_format=self.layout)
 
     def advent(self, source: torch.Tensor, label: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Each loss is propagated as soon as it is computed, as published: this saves memory."""

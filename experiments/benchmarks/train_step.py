@@ -5,6 +5,7 @@
     python experiments/benchmarks/train_step.py --network resnet101 --width 64 --batch 1 --source 513x257
     python experiments/benchmarks/train_step.py --network resnet101 --width 64 --levels 2 --method sdca --memory
     python experiments/benchmarks/train_step.py --network lite0 --source 240x180 --one_core --layout channels_last
+    python experiments/benchmarks/train_step.py --network lite0 --method daformer --one_core --layout channels_last
 
 Both start from the same weights and use the same images; a check tests that their losses agree over the first steps.
 Then their steps take turns in one process, on the same number of threads, and the medians are compared. If other
@@ -46,13 +47,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from jaxuda import methods
 from jaxuda.data.records import Domains
 from jaxuda.interop import torch_checkpoint
+from jaxuda.methods import Keys, selftraining
 from jaxuda.models import layers, make_model
 from jaxuda.models.discriminator import FCDiscriminator
 from jaxuda.optimizers import make_optimizer
 from jaxuda.pipeline.cost import operations
 from jaxuda.pipeline.stages import plan
 from jaxuda.training.allocation import keep_freed_memory
-from jaxuda.training.start import method_start, new_state
+from jaxuda.training.start import new_state
 from jaxuda.training.state import TrainState
 from jaxuda.training.step import make_step
 
@@ -97,6 +99,27 @@ def make_batch(options: argparse.Namespace) -> dict:
     return {"source": {"image": images(options.source), "label": label}, "target": {"image": images(options.target)}}
 
 
+def draws(options: argparse.Namespace, config, label: np.ndarray, steps: int) -> list[dict]:
+    """What DAFormer's step draws in each of the first steps, as arrays: classes to paste, and changes of colour."""
+
+    @jax.jit
+    def draw(step: int) -> dict:
+        keys = Keys(jax.random.fold_in(jax.random.key(config.seed), step), jnp.arange(options.batch))
+        present = selftraining.present_classes(label.astype(np.int32), CLASSES)
+        coins = selftraining.flip_coins(keys.use("mixed coins"))
+        colours = selftraining.augment_parameters(keys.use("mixed colours"), config.strength, jnp.float32)
+        drawn = dict(zip(("factors", "order", "sigma"), colours, strict=True))
+        return {**drawn, **coins._asdict(), "pasted": selftraining.draw_classes(keys.use("mixed classes"), present)}
+
+    found = []
+    for step in range(steps):
+        drawn = jax.device_get(draw(step))
+        values = np.array([*range(CLASSES), 255])
+        drawn["classes"] = [values[chosen] for chosen in drawn.pop("pasted")]
+        found.append(drawn)
+    return found
+
+
 def torch_weights(variables: dict, layout: torch_checkpoint.Layout) -> dict[str, np.ndarray]:
     """A torch state dict."""
     flat = flax.traverse_util.flatten_dict(jax.device_get(variables))
@@ -118,24 +141,29 @@ class Ours:
 
         def start() -> TrainState:
             variables = model.init(key(0), jnp.zeros((1, *image.shape[1:])))
-            given = method_start(method, key(1), model, batch, config, {}, {}, variables)
-            return new_state(variables, given, tx)
+            given = methods.Start()
+            if hasattr(method, "init"):
+                # The network itself takes the place of other weights (DAFormer's ImageNet network).
+                other = {"artifacts": {}, "weights": lambda name: variables}
+                given = method.init(key(1), model=model, variables=variables, batch=batch, config=config, **other)
+            return new_state(variables, given, tx), jax.tree.map(jnp.array, given.constants)
 
-        self.state = jax.jit(start)()
+        self.state, self.constants = jax.jit(start)()
         update = make_step(method, model, tx, config)
 
-        def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-            return update(state, (), config.seed, batch)
+        def step(state: TrainState, constants: dict, batch: dict) -> tuple[TrainState, dict]:
+            return update(state, constants, config.seed, batch)
 
         self.model = model
         self.layout = "lite" if options.network == "lite0" else ("one_level", "two_level")[options.levels - 1]
-        self.plain = partial(jax.make_jaxpr(lambda *arguments: step(*arguments)), self.state, self.batch)
+        arguments = self.state, self.constants, self.batch
+        self.plain = partial(jax.make_jaxpr(lambda *given: step(*given)), *arguments)
         started = time.perf_counter()
-        self.compiled = jax.jit(step, donate_argnums=0).lower(self.state, self.batch).compile()
+        self.compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
         self.compile_seconds = time.perf_counter() - started
 
     def step(self) -> float:
-        self.state, metrics = self.compiled(self.state, self.batch)
+        self.state, metrics = self.compiled(self.state, self.constants, self.batch)
         return float(metrics["loss"])
 
     def weights(self) -> tuple[dict, dict]:
@@ -173,15 +201,18 @@ class Theirs:
         torch.backends.cudnn.benchmark = True
         self.torch, self.device = torch, "cuda" if torch.cuda.is_available() else "cpu"
         layout = options.layout or {"cpu": "contiguous_format", "cuda": "channels_last"}[self.device]
-        self.trainer = Trainer(options.method, stage_config(options), CLASSES, self.device, getattr(torch, layout))
-        for module, named in zip(
-            (self.trainer.model, *self.trainer.discriminators.values()),
-            (weights[0], *weights[1].values()) if weights else (),
-            strict=False,
-        ):
-            module.load_state_dict({name: torch.from_numpy(x) for name, x in named.items()}, strict=False)
-        preprocess = stage_config(options).preprocess
-        images = [np.array(layers.normalise(batch[d]["image"], preprocess)) for d in ("source", "target")]
+        config, drawn = stage_config(options), []
+        if options.method == "daformer":
+            drawn = draws(options, config, batch["source"]["label"], options.repeats + 3)
+        colours = np.array(layers.denormalise(jnp.array([[0.0] * 3, [1.0] * 3]), config.preprocess)) / 255
+        colours = torch.from_numpy(np.stack([colours[0], colours[1] - colours[0]])).to(self.device)
+        layout = getattr(torch, layout)
+        self.trainer = Trainer(
+            options.method, config, CLASSES, self.device, layout, jax.tree.map(torch.tensor, drawn), colours
+        )
+        weights = weights or ({}, {})
+        self.trainer.load(jax.tree.map(torch.from_numpy, weights))
+        images = [np.array(layers.normalise(batch[d]["image"], config.preprocess)) for d in ("source", "target")]
         source, target = (self.trainer.place(torch.from_numpy(x).permute(0, 3, 1, 2)) for x in images)
         label = torch.from_numpy(batch["source"]["label"]).long().to(self.device)
         self.batch = source, label, target
@@ -232,7 +263,8 @@ def interleaved(steps: list, repeats: int, clock: Callable[[], float] = time.per
 def main() -> None:
     """Prints losses, times, rates and, with --memory, memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=("source_only", "advent", "sdca"), default="source_only")
+    known = ("source_only", "minent", "advent", "sdca", "daformer")
+    parser.add_argument("--method", choices=known, default="source_only")
     parser.add_argument("--network", choices=("resnet18", "resnet50", "resnet101", "lite0"), default="resnet18")
     parser.add_argument("--width", type=int, default=32, help="channels of the stem; 64 in the literature")
     parser.add_argument("--levels", type=int, choices=(1, 2), default=1)
@@ -247,8 +279,10 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--alone", choices=("ours", "theirs", "first"), help="one's memory, or only a step")
     options = parser.parse_args()
-    if options.network == "lite0" and (options.method, options.levels) != ("source_only", 1):
-        parser.error("the reference trains lite0 on the source only, with one level")
+    if options.network == "lite0" and (options.method in ("advent", "sdca") or options.levels != 1):
+        parser.error("the reference trains lite0 with source_only, minent or daformer, and with one level")
+    if options.method == "daformer" and options.levels != 1:
+        parser.error("the reference of DAFormer's step has one level")
     options.target = options.target or options.source
     if options.one_core:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
