@@ -23,9 +23,9 @@ from jaxuda.training.checkpoints import Checkpoints
 ROOT = Path(__file__).parents[1]
 
 
-def words(workdir: Path, data: dict, *more: str) -> list[str]:
+def words(workdir: Path, data: dict, *more: str, recipe: str = "small_recipe") -> list[str]:
     return [
-        "--config=tests/small_recipe.py",
+        f"--config=tests/{recipe}.py",
         f"--workdir={workdir}",
         f"--config.source.path={data['source']}",
         f"--config.target.path={data['target']}",
@@ -41,6 +41,7 @@ def start(arguments: list[str], processes: int = 2, devices: int = 2) -> list[su
         port = probe.getsockname()[1]
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_ENABLE_X64": "1", "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = str(ROOT / "tests")  # of the plugins
     command = [sys.executable, "-m", "jaxuda.main", *arguments, f"--coordinator=localhost:{port}"]
     return [
         subprocess.Popen(
@@ -139,6 +140,17 @@ def test_a_checkpoint_of_four_devices_continues_on(devices: int, two: Path, data
     printed = run_here(*words(workdir, data, *alone))
     assert f"{devices} of 8" in printed and "continues from step 2" in printed
     assert_same(workdir / "source_only", two / "source_only")
+
+
+def test_a_method_with_constants_starts_from_a_checkpoint(data: dict, tmp_path: Path) -> None:
+    """Only the first process may read it; the state and the constants are then the same everywhere."""
+    ours, alone = (
+        words(tmp_path / name, data, "--config.model.dtype=float64", recipe="plugins/network_recipe")
+        for name in ("run", "alone")
+    )
+    end(start(ours, devices=1), expected=0)
+    run_here(*alone, "--config.devices=1")
+    assert_same(tmp_path / "run" / "adapt", tmp_path / "alone" / "adapt")
 
 
 def test_processes_stop_together_and_go_on(two: Path, data: dict, tmp_path: Path) -> None:

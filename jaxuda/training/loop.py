@@ -38,7 +38,7 @@ class Task(NamedTuple):
     config: its resolved settings.
     init: the checkpoint that its weights come from, (checkpoints folder, "last" | "best"); None: random ones.
     artifacts: the artifacts of earlier stages, stage -> folder.
-    weights: converted weights that its method may ask for, name -> checkpoints folder.
+    weights: converted weights that its method may ask for, name -> checkpoints folder; None: zeros in their place.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Task(NamedTuple):
     config: Any
     init: tuple[Path, str] | None
     artifacts: Mapping[str, Path]
-    weights: Mapping[str, Path]
+    weights: Mapping[str, Path] | None
 
 
 class Options(NamedTuple):
@@ -99,9 +99,9 @@ def train(
             loop = _Loop(task, options, domains, log, devices, saved, method)
             if done < config.steps:
                 first = next(batches)
-                # The other processes get the state of the first one.
+                # The other processes get the state of the first one; Orbax lets only the first read checkpoints.
                 state, constants = start(
-                    task,
+                    task if saved else task._replace(init=None, weights=None),
                     method,
                     model,
                     tx,
