@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from test_stages import DOMAINS
 
-from configs import cfcontra, common, dada, lfass, minent, plca, sdca
+from configs import cfcontra, common, dada, lfass, minent, plca, sdca, sepico
 from jaxuda import methods
 from jaxuda.data.labels import label_space, lookup_table
 from jaxuda.models import make_model
@@ -154,6 +154,21 @@ def test_association_settings() -> None:
     assert ours["source_only"] == theirs["source_only"] and ours["oracle"] == theirs["oracle"]
     with pytest.raises(ValueError, match="no variant 'pairs'"):
         plca.get_config("streets,pairs")
+
+
+def test_sepico_settings() -> None:
+    """Target images arrive larger than the source's crops; only the oracle's, which have labels, are cropped before."""
+    stages = {stage.name: stage.config for stage in plan(sepico.get_config("gta5"), Path("runs/x"), DOMAINS)}
+    adapt, oracle = stages["adapt"], stages["oracle"]
+    assert (image_size(adapt.source), image_size(adapt.target)) == ((640, 640), (1280, 640))
+    assert adapt.source.balanced == 0.75 and "balanced" not in adapt.target
+    assert (image_size(oracle.source), oracle.source.balanced, oracle.source.resize) == ((640, 640), 0.75, (1280, 640))
+    assert (adapt.tau, adapt.contrast_start, adapt.bank, adapt.channels) == (100.0, 3000, 200, 512)
+    assert (adapt.ignore_top, adapt.ignore_bottom) == (15, 120) and adapt.model.head_dilations == (6, 12, 18, 24)
+    quick = sepico.get_config("streets").adapt
+    assert quick.contrast_start == quick.steps // 10 and quick.reg_weight == 0
+    rome = sepico.get_config("crosscity-rome")
+    assert rome.source.within == rome.evaluation.size == (1280, 640) and rome.adapt.ignore_bottom == 0
 
 
 CHECKED: set[str] = set()  # fingerprints: recipes share their baselines
