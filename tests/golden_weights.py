@@ -69,5 +69,6 @@ def network_input(arrays: dict[str, np.ndarray]) -> np.ndarray:
     """Input of a golden network, checked against the values stored with it."""
     rng = np.random.default_rng(int(arrays["input_seed"]))
     x = (rng.standard_normal(tuple(arrays["input_shape"])) * float(arrays["input_scale"])).astype(np.float32)
-    np.testing.assert_array_equal(x[:1, :3, :4], arrays["input_head"])
+    head = arrays["input_head"]
+    np.testing.assert_array_equal(x[: len(head), :3, :4], head)
     return x

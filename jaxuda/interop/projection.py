@@ -7,7 +7,8 @@ import numpy as np
 from jaxuda.errors import UserError
 from jaxuda.interop.parts import prefixes_of
 from jaxuda.interop.pickle_names import Unread
-from jaxuda.interop.torch_checkpoint import LEAVES, State, from_torch, listed, to_torch, unusable
+from jaxuda.interop.layouts import LEAVES
+from jaxuda.interop.torch_checkpoint import State, from_torch, listed, to_torch, unusable
 
 # Kind -> path of a variable of the head -> torch name, from its first layer to its last. "mlp" is CFContra's Sequential
 # of linear, ReLU, linear; "normed" is SePiCo's, twice a convolution, normalisation and ReLU.

@@ -6,7 +6,7 @@ from it. The networks define their layouts (`torch_layouts`, see `jaxuda.models`
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,39 +18,13 @@ import numpy as np
 
 from jaxuda import files
 from jaxuda.errors import UserError
+from jaxuda.interop.layouts import LEAVES, Layout, joined, separated
 from jaxuda.interop.parts import choose, clean, common_start, is_beside, prefixes_of
 from jaxuda.interop.pickle_names import Unread
 from jaxuda.interop.pickles import shown
 from jaxuda.interop.tensor_files import pth_bytes, read_entries, safetensors_bytes
 
 State = Mapping[str, np.ndarray | Unread]
-
-
-class Layout(NamedTuple):
-    """How the torch files of one kind name the variables of a network.
-
-    name: path of a variable ("params", "backbone", "conv1", "kernel") -> its torch name; None if these files lack it.
-    anchor: the torch name that identifies such a file; "": none.
-    parts: first words of the names; a .pth file has a dict for each. (): one dict for all.
-    order: for each class of the file, our index of it; (): the classes have our order.
-    reads_maps: the network reads maps instead of images, as many as the layer called `anchor` has inputs.
-    """
-
-    name: Callable[[tuple[str, ...]], str | None]
-    anchor: str
-    parts: tuple[str, ...] = ()
-    order: tuple[int, ...] = ()
-    reads_maps: bool = False
-
-
-# The torch names of the arrays of a layer.
-LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
 
 
 class Match(NamedTuple):
@@ -127,6 +101,7 @@ def match_network(state: State, model: nn.Module, part: str = "", where: str = "
         or its classifier is of other layers.
     """
     layouts = torch_layouts(model)
+    state = _joined(state, layouts)
     layout, prefixes, shapes = _find(state, model, layouts, f"{type(model).__name__} that is known", part, where)
     if hasattr(model, "other_head"):
         names = [name.removeprefix(prefixes[0]) for name in state if name.startswith(prefixes[0])]
@@ -146,6 +121,7 @@ def match_backbone(state: State, model: nn.Module, part: str = "", where: str = 
       UserError: it has no backbone of this kind, or several and `part` is none of them.
     """
     layouts = model.backbone_layouts()
+    state = _joined(state, layouts)
     what = f"backbone of the kind {model.describe()}"
     layout, prefixes, shapes = _find(state, model, layouts, what, part, where, only="backbone")
     return _match(state, model, layouts[layout], prefixes, shapes)
@@ -190,6 +166,10 @@ def _find(
     return fitting[prefix], [prefix, *(fitting.keys() - {prefix})], shapes[prefix]
 
 
+def _joined(state: State, layouts: Mapping[str, Layout]) -> State:
+    return joined(state, {whole: parts for layout in layouts.values() for whole, parts in layout.joins.items()})
+
+
 def _shapes(model: nn.Module, channels: int = 3) -> dict[tuple[str, ...], tuple]:
     """Path -> shape of every variable, found without computing anything."""
     image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
@@ -215,9 +195,11 @@ def _match(
             misshapen.append(f"shape of {name}: {state[name].shape} in the checkpoint, {expected} in the network")
         elif problem := unusable(array, path[-1]):
             invalid.append(f"{name} {problem}")
+        else:
+            array = layout.change(path, array)
         leaves[path] = array
-    known = set(names.values())
-    unused = [name for name in state if name not in known]
+    known, unneeded = set(names.values()), tuple(prefix + words for words in layout.unneeded)
+    unused = [name for name in state if name not in known and not (unneeded and name.startswith(unneeded))]
     deeper = _inside([name for path, name in names.items() if path[1] == "backbone"], unused)
     kind = ""
     if hasattr(model, "other_backbone"):
@@ -326,8 +308,9 @@ def save_torch(
     if homeless := [leaf[1] for leaf in flat if layouts[layout].name(leaf) is None]:
         fitting = ", ".join(name for name, each in layouts.items() if None not in map(each.name, flat))
         raise UserError(f"the layout '{layout}' lacks the network's {homeless[0]}: use {fitting}")
-    arrays = {layouts[layout].name(leaf): to_torch(np.asarray(value)) for leaf, value in flat.items()}
-    arrays |= more or {}
+    name, change = layouts[layout].name, layouts[layout].change
+    arrays = {name(leaf): to_torch(change(leaf, np.asarray(value))) for leaf, value in flat.items()}
+    arrays = separated(arrays, layouts[layout].joins) | (more or {})
     content = safetensors_bytes(arrays) if path.suffix == ".safetensors" else pth_bytes(_parts(arrays, layouts[layout]))
     try:
         files.write_bytes(path, content)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxuda.errors import UserError
-from jaxuda.interop.torch_checkpoint import Layout
+from jaxuda.interop.layouts import Layout
 from jaxuda.models import Outputs, Pretrained, check_choices
 from jaxuda.models.deeplab_files import PLACES, Places, backbone_kind, other_head, plca_order, resnet_kind, torch_name
 from jaxuda.models.heads import DILATIONS, DilatedHead

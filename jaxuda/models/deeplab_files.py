@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 
-from jaxuda.interop.torch_checkpoint import LEAVES
+from jaxuda.interop.layouts import LEAVES
 from jaxuda.models.heads import DILATIONS
 from jaxuda.models.vgg import BLOCKS, NEW_LAYERS
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxuda.interop.torch_checkpoint import LEAVES, Layout
+from jaxuda.interop.layouts import LEAVES, Layout
 from jaxuda.models.layers import Conv
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxuda.errors import UserError
-from jaxuda.interop.torch_checkpoint import LEAVES, Layout
+from jaxuda.interop.layouts import LEAVES, Layout
 from jaxuda.models import Outputs, Pretrained, check_choices
 from jaxuda.models.heads import DilatedHead, dilated_sum
 from jaxuda.models.layers import (

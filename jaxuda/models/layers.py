@@ -169,6 +169,24 @@ class Conv(nn.Module):
         return y
 
 
+class Depthwise(nn.Module):
+    """3x3 convolution of each channel with its own kernel; keeps the size."""
+
+    dilation: int = 1
+    use_bias: bool = False
+    dtype: str = "float32"
+    kernel_init: nn.initializers.Initializer = backbone_init
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (3, 3, 1, x.shape[-1])).astype(self.dtype)
+        pads = ((self.dilation, self.dilation),) * 2
+        y = depthwise_conv2d(x.astype(self.dtype), kernel, 1, self.dilation, pads)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(self.dtype)
+        return y
+
+
 # Normalisation, join, pooling -------------------------------------------------------------------------------
 
 
@@ -249,14 +267,18 @@ class Dropout(nn.Module):
     Every example draws by its place in the global batch, so that neither devices nor accumulation matter; Flax's own
     layer would give two devices the same mask. The key is that of "dropout", see `jaxuda.methods.supervised.forward`;
     a forward pass without this key drops nothing (a teacher's, whose batch normalisation is in training mode).
+
+    channels: draw once for each channel (the last axis) of an example: whole maps are dropped.
     """
 
     rate: float
+    channels: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, index: jax.Array | None) -> jax.Array:
         """(N, ...) -> (N, ...); `index`: (N,) int32, the places of the examples in the global batch."""
-        return _drop(self, x, train, index, x.shape[1:])
+        shape = (*(1,) * (x.ndim - 2), x.shape[-1]) if self.channels else x.shape[1:]
+        return _drop(self, x, train, index, shape)
 
 
 class DropPath(nn.Module):

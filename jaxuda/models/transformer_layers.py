@@ -1,0 +1,174 @@
+"""Layers of vision transformers: linear layers, layer normalisation and attention on maps (N, H, W, A).
+
+Attention keeps no map of queries x keys for the gradient: it keeps its inputs, its result and one number per query, and
+computes the map again, one block of queries after another (Dao et al., FlashAttention, NeurIPS 2022, but with all keys
+at once, since these networks have few).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxuda.models.cpu_forms import pointwise
+from jaxuda.models.layers import use_cpu_forms
+
+linear_init = nn.initializers.normal(0.02)
+# Entries of the map of queries x keys of one image that are computed at a time. On CPUs a block stays in the cache.
+_BLOCK = {True: 2**17, False: 2**24}
+
+
+class Linear(nn.Module):
+    """A linear layer on the last axis, with a bias."""
+
+    features: int
+    dtype: str = "float32"
+    kernel_init: nn.initializers.Initializer = linear_init
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
+        bias = self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
+        x = x.astype(self.dtype)
+        return (pointwise(x, kernel) if use_cpu_forms() else x @ kernel) + bias
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, with the biased variance; statistics are at least float32."""
+
+    eps: float = 1e-6
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return _norm(x, scale, bias, self.eps).astype(self.dtype)
+
+
+# Its own gradient keeps the input and two numbers per position; automatic differentiation would keep three more maps.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    return _norm_forward(x, scale, bias, eps)[0]
+
+
+def _norm_forward(x, scale, bias, eps):
+    wide = _wide(x)
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    deviation = lax.rsqrt(jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True) + eps)
+    return (wide - mean) * deviation * scale + bias, (x, scale, mean, deviation)
+
+
+def _norm_backward(eps, saved, g):
+    x, scale, mean, deviation = saved
+    normed = (_wide(x) - mean) * deviation
+    inner = g * scale
+    along = jnp.mean(inner * normed, axis=-1, keepdims=True)
+    dx = deviation * (inner - jnp.mean(inner, axis=-1, keepdims=True) - normed * along)
+    others = tuple(range(x.ndim - 1))
+    return dx.astype(x.dtype), jnp.sum(g * normed, axis=others), jnp.sum(g, axis=others)
+
+
+_norm.defvjp(_norm_forward, _norm_backward)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def attend(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+    """softmax(queries keys^T / sqrt(D)) values, for each head.
+
+    Args:
+      queries: (N, Q, heads, D).
+      keys, values: (N, K, heads, D), of the same dtype.
+
+    Returns:
+      (N, Q, heads, D), the dtype of the queries; products are summed, and softmax is taken, in at least float32.
+    """
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (queries, keys, values))
+    return jnp.swapaxes(_attend(q, k, v), 1, 2)
+
+
+@jax.custom_vjp
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """As `attend`, for (N, heads, Q, D) and (N, heads, K, D)."""
+    return _attend_forward(q, k, v)[0]
+
+
+def _attend_forward(q, k, v):
+    count = q.shape[2]
+
+    def rows(q: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scores = _scores(q, k)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out = _product("nhqk,nhkd->nhqd", weights.astype(v.dtype), v) / total
+        return out.astype(q.dtype), top + jnp.log(total)
+
+    blocks = _blocks(q, k)
+    # (N, heads, Q, D) and (N, heads, Q, 1): the logarithm of the sum under each softmax.
+    out, log_total = (_joined(x, count) for x in lax.map(rows, _cut(q, blocks))) if blocks > 1 else rows(q)
+    return out, (q, k, v, out, log_total)
+
+
+def _attend_backward(saved, g):
+    q, k, v, out, log_total = saved
+    scale = q.shape[-1] ** -0.5
+    inner = jnp.sum(_wide(g) * _wide(out), axis=-1, keepdims=True)
+
+    def rows(q, g, inner, log_total):
+        weights = jnp.exp(_scores(q, k) - log_total)
+        dscores = weights * (_product("nhqd,nhkd->nhqk", g, v) - inner)
+        dscores, weights = dscores.astype(q.dtype), weights.astype(q.dtype)
+        dq = _product("nhqk,nhkd->nhqd", dscores, k) * scale
+        dk = _product("nhqk,nhqd->nhkd", dscores, q) * scale
+        return dq.astype(q.dtype), dk, _product("nhqk,nhqd->nhkd", weights, g)
+
+    blocks = _blocks(q, k)
+    if blocks == 1:
+        dq, dk, dv = rows(q, g, inner, log_total)
+        return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+    def add(totals: tuple[jax.Array, ...], block: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        dq, *more = rows(*block)
+        return tuple(map(jnp.add, totals, more)), dq
+
+    zeros = jnp.zeros_like(_wide(k))
+    (dk, dv), dq = lax.scan(add, (zeros, zeros), tuple(_cut(x, blocks) for x in (q, g, inner, log_total)))
+    return _joined(dq, q.shape[2]), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    return _product("nhqd,nhkd->nhqk", q, k) * q.shape[-1] ** -0.5
+
+
+def _product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(axes, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _blocks(q: jax.Array, k: jax.Array) -> int:
+    """The number of blocks of queries."""
+    return -(-q.shape[1] * q.shape[2] * k.shape[2] // _BLOCK[use_cpu_forms()])
+
+
+def _cut(x: jax.Array, blocks: int) -> jax.Array:
+    """(N, heads, Q, D) -> (blocks, N, heads, queries per block, D); zeros fill up the last block."""
+    size = -(-x.shape[2] // blocks)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, blocks * size - x.shape[2]), (0, 0)))
+    return jnp.moveaxis(x.reshape(*x.shape[:2], blocks, size, x.shape[3]), 2, 0)
+
+
+def _joined(x: jax.Array, count: int) -> jax.Array:
+    """The inverse of `_cut`, for that many queries."""
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], x.shape[4])[:, :, :count]
