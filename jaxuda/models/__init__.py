@@ -4,8 +4,8 @@ A family is a module, in this package or (named by its dotted path) of the user,
 
     make(fields, num_classes) -> a Flax module
 
-fields: the section `config.model` without `name`, lists as tuples; it has the field `dtype`, the family defines the
-    others.
+fields: the section `config.model` without `name` and `hrda`, lists as tuples; it has the field `dtype`, the family
+    defines the others.
 num_classes: C.
 
 The Flax module has
@@ -32,14 +32,18 @@ The Flax module has
     SHAPE_FIELDS
         The fields of `config.model` that decide the shapes of the variables, for messages.
 
+The section `config.model.hrda`, if there is one, makes any network one of two views; see `hrda.HRDA`.
+
 Optional, for published weights:
 
     torch_layouts() -> {name: Layout} and published_layout() -> name
         How torch files name the variables: the layouts in the order in which a file is compared with them, and the
-        one for writing; see `jaxuda.interop.torch_checkpoint`. Default: the paths of the variables.
+        one for writing; see `jaxuda.interop.layouts`. Default: the paths of the variables.
     backbone_layouts() -> {name: Layout}
         The same for params["backbone"] in the files of image classifiers. These files lack NEW_LAYERS, the layers of
         the backbone that start anew.
+    LICENCE
+        The terms of published weights, which are shown when weights are converted.
     other_backbone(shapes) -> str
         The backbone of a torch file in words, for messages, from torch name -> shape; "" if it is this network's or
         not known.
@@ -76,6 +80,19 @@ _CONTRACT = (
 )
 
 
+class Detail(NamedTuple):
+    """A further prediction, for the same part of all images; see `hrda.HRDA`.
+
+    main: (N, h', w', C) logits, with as many pixels per cell as `Outputs.main` has.
+    offset: (2,) int32, the row and the column of the image at which the part begins.
+    weight: scalar, the weight of this prediction in a supervised loss; that of `Outputs.main` is 1 - weight.
+    """
+
+    main: jax.Array
+    offset: jax.Array
+    weight: jax.Array
+
+
 class Outputs(NamedTuple):
     """Everything a method may need, at network resolution (h, w), never bfloat16.
 
@@ -84,6 +101,7 @@ class Outputs(NamedTuple):
     aux: (N, h, w, C) logits of a second level, or None.
     depth: (N, h, w, 1) predicted inverse depth, or None.
     levels: the maps (N, h_i, w_i, A_i) of all stages of the backbone, the finest first, or None.
+    detail: in training, the prediction of a network of two views for a part of the images, or None.
     """
 
     main: jax.Array
@@ -91,6 +109,7 @@ class Outputs(NamedTuple):
     aux: jax.Array | None = None
     depth: jax.Array | None = None
     levels: tuple[jax.Array, ...] | None = None
+    detail: Detail | None = None
 
     def widened(self) -> Outputs:
         """The same with narrow types as float32: resizing, softmax and statistics need more than bfloat16."""
@@ -136,13 +155,29 @@ def make_model(fields: Mapping[str, Any], num_classes: int, *, imported: bool = 
     family = load_family(fields, imported=imported)
     try:
         # A section that was read from a file has lists, and a Flax module with a list cannot be hashed.
-        own = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items() if name != "name"}
+        own = {name: _fixed(x) for name, x in fields.items() if name not in ("name", "hrda")}
         model = family.make(own, num_classes)
     except TypeError as error:
         raise UserError(f"config.model does not fit the network '{fields.get('name')}': {error}") from error
     if lacking := [name for name in _CONTRACT if not hasattr(model, name)]:
         raise UserError(f"the network model.name={fields.get('name')!r} lacks {', '.join(lacking)} (see jaxuda.models)")
-    return model
+    return _with_views(model, fields.get("hrda"))
+
+
+def _fixed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _with_views(model: nn.Module, fields: Mapping[str, Any] | None) -> nn.Module:
+    """The network with the two views of a section `config.model.hrda`; itself without that section."""
+    if not fields:
+        return model
+    from jaxuda.models import hrda  # here: it is built on what this module defines
+
+    try:
+        return hrda.wrap(model, {name: _fixed(value) for name, value in fields.items()})
+    except TypeError as error:
+        raise UserError(f"config.model.hrda has other fields than crop, window and their weights: {error}") from error
 
 
 def make_saved_model(fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray], where: str) -> nn.Module:

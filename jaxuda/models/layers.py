@@ -348,6 +348,13 @@ def interpolation_matrix(source: int, target: int, align_corners: bool) -> np.nd
     return matrix
 
 
+def cut(x: jax.Array, offset: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """The part of (N, H, W, ...) that begins at `offset` (row, column) and has a size (height, width)."""
+    for axis, side in enumerate(size):
+        x = lax.dynamic_slice_in_dim(x, offset[axis], side, axis + 1)
+    return x
+
+
 def resize_labels(labels: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Nearest-neighbour resize of labels (or depth) by torch's rule: result i takes source floor(i * in /
     out).
