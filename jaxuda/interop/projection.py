@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxuda.errors import UserError
+from jaxuda.interop.layouts import LEAVES
 from jaxuda.interop.parts import prefixes_of
 from jaxuda.interop.pickle_names import Unread
-from jaxuda.interop.layouts import LEAVES
 from jaxuda.interop.torch_checkpoint import State, from_torch, listed, to_torch, unusable
 
 # Kind -> path of a variable of the head -> torch name, from its first layer to its last. "mlp" is CFContra's Sequential

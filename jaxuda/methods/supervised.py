@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax
 from jaxuda.losses.segmentation import cross_entropy, lovasz_softmax
 from jaxuda.methods import Carry, Keys
 from jaxuda.models import Outputs
-from jaxuda.models.layers import resize_bilinear, resize_labels
+from jaxuda.models.layers import cut, resize_bilinear, resize_labels
 
 PyTree = Any
 
@@ -67,13 +68,38 @@ def upsample(logits: jax.Array, images: jax.Array, config: Any) -> jax.Array:
     return resize_bilinear(logits, images.shape[1:3], align_corners=config.align_corners)
 
 
+def predicted_loss(
+    loss: Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array],
+    outputs: Outputs,
+    maps: Mapping[str, jax.Array],
+    config: Any,
+) -> jax.Array:
+    """A loss of the main prediction or, if the network has a detail prediction too (HRDA), the weighted mean of both.
+
+    Args:
+      loss: (logits (N, H, W, C), maps) -> a mean over pixels.
+      outputs: those of the images. The detail prediction is compared with the part of the maps that it is of.
+      maps: "label" (N, H, W) and what else the loss reads, of the same size.
+      config: `align_corners`, by which logits are resized to the size of the maps.
+    """
+    size = maps["label"].shape[1:3]
+    resize = functools.partial(resize_bilinear, align_corners=config.align_corners)
+    whole = loss(resize(outputs.main, size), maps)
+    if (detail := outputs.detail) is None:
+        return whole
+    pairs = zip(detail.main.shape[1:3], size, outputs.main.shape[1:3], strict=True)
+    part = tuple(cells * side // all_cells for cells, side, all_cells in pairs)
+    shown = {name: cut(values, detail.offset, part) for name, values in maps.items()}
+    return (1 - detail.weight) * whole + detail.weight * loss(resize(detail.main, part), shown)
+
+
 def supervised_loss(
     outputs: Outputs, batch: dict[str, jax.Array], config: Any, axis_name: str | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """CE(up(main)) + lambda_aux * CE(up(aux)) + lambda_lovasz * Lovasz-softmax(main).
 
     Args:
-      outputs: those of the source images.
+      outputs: those of the source images; the first term is that of `predicted_loss`.
       batch: "image" (N, H, W, 3) and "label" (N, H, W) int32, 255 = ignore.
       config: `lambda_aux` is used if the network has a second level; `lambda_lovasz` = 0 drops the
         Lovasz term; `lovasz_shrink` computes it on a grid that many times smaller than the image
@@ -85,7 +111,7 @@ def supervised_loss(
     """
     image, label = batch["image"], batch["label"]
     ce = functools.partial(cross_entropy, weights=config.get("class_weights", ()), axis_name=axis_name)
-    metrics = {"ce": ce(upsample(outputs.main, image, config), label)}
+    metrics = {"ce": predicted_loss(lambda logits, maps: ce(logits, maps["label"]), outputs, {"label": label}, config)}
     loss = metrics["ce"]
     if outputs.aux is not None:
         metrics["ce_aux"] = ce(upsample(outputs.aux, image, config), label)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxuda.errors import UserError
-from jaxuda.models.layers import BatchNorm, Conv, Depthwise, conv2d_sum, head_init, resize_bilinear
-from jaxuda.models.transformer_layers import Linear
+from jaxuda.models.layers import BatchNorm, Conv, conv2d_sum, head_init, resize_bilinear
+from jaxuda.models.transformer_layers import Depthwise, Linear
 
 DILATIONS = (6, 12, 18, 24)
 ASPP_DILATIONS = (6, 12, 18)

@@ -85,8 +85,8 @@ class HRDA(nn.Module):
             return self._views(images, train, index)
         boxes = windows(size, (min(height, size[0]), min(width, size[1])))
         parts = self._views(_parts(images, boxes), train, index)
-        main = resize_bilinear(parts.main, boxes.size, align_corners=False)
-        scale = boxes.size[0] // parts.features.shape[1]
+        main = resize_bilinear(parts.main, boxes.part, align_corners=False)
+        scale = boxes.part[0] // parts.features.shape[1]
         return Outputs(_average(main, boxes), _average(parts.features, boxes.shrunk(scale)))
 
     def _views(self, images: jax.Array, train: bool, index: jax.Array | None) -> Outputs:

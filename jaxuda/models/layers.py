@@ -169,24 +169,6 @@ class Conv(nn.Module):
         return y
 
 
-class Depthwise(nn.Module):
-    """3x3 convolution of each channel with its own kernel; keeps the size."""
-
-    dilation: int = 1
-    use_bias: bool = False
-    dtype: str = "float32"
-    kernel_init: nn.initializers.Initializer = backbone_init
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", self.kernel_init, (3, 3, 1, x.shape[-1])).astype(self.dtype)
-        pads = ((self.dilation, self.dilation),) * 2
-        y = depthwise_conv2d(x.astype(self.dtype), kernel, 1, self.dilation, pads)
-        if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(self.dtype)
-        return y
-
-
 # Normalisation, join, pooling -------------------------------------------------------------------------------
 
 

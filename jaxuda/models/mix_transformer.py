@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 from jaxuda.errors import UserError
 from jaxuda.interop.layouts import Layout
-from jaxuda.models import Outputs, Pretrained, check_choices, mix_transformer_names
+from jaxuda.models import Outputs, Pretrained, check_choices, mix_transformer_files
 from jaxuda.models.heads import DAFormerDecoder, SegFormerDecoder
-from jaxuda.models.layers import Conv, Depthwise, Dropout, DropPath, head_init
-from jaxuda.models.transformer_layers import LayerNorm, Linear, attend
+from jaxuda.models.layers import Conv, Dropout, DropPath, head_init
+from jaxuda.models.transformer_layers import Depthwise, LayerNorm, Linear, attend
 
 # variant -> (channels of the first stage, blocks per stage)
 VARIANTS = {
@@ -213,8 +213,8 @@ class MixTransformer(nn.Module):
         return f"MiT {kind} blocks, width {width}, head {self.head} of width {self._head_width()}"
 
     def torch_layouts(self) -> dict[str, Layout]:
-        """How published files name the variables; see `mix_transformer_names`."""
-        return mix_transformer_names.head_layouts(self.head)
+        """How published files name the variables; see `mix_transformer_files`."""
+        return mix_transformer_files.head_layouts(self.head)
 
     def published_layout(self) -> str:
         """The layout of DAFormer's authors, whose code trains both heads."""
@@ -222,11 +222,11 @@ class MixTransformer(nn.Module):
 
     def backbone_layouts(self) -> dict[str, Layout]:
         """The names in the files of image classifiers."""
-        return mix_transformer_names.backbone_layouts()
+        return mix_transformer_files.backbone_layouts()
 
     def other_backbone(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
         """The backbone in a torch file, in words, from the shapes of its entries; "" if it is ours or not known."""
-        kind = mix_transformer_names.backbone_kind(shapes, VARIANTS)
+        kind = mix_transformer_files.backbone_kind(shapes, VARIANTS)
         return "" if self._sizes() == VARIANTS[self.variant] and kind == f"a MiT-{self.variant.upper()}" else kind
 
     def _sizes(self) -> tuple[int, tuple[int, ...]]:

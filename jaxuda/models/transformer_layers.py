@@ -1,4 +1,4 @@
-"""Layers of vision transformers: linear layers, layer normalisation and attention on maps (N, H, W, A).
+"""Layers of vision transformers, on maps (N, H, W, A): linear, layer normalisation, depthwise convolution, attention.
 
 Attention keeps no map of queries x keys for the gradient: it keeps its inputs, its result and one number per query, and
 computes the map again, one block of queries after another (Dao et al., FlashAttention, NeurIPS 2022, but with all keys
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxuda.models.cpu_forms import pointwise
-from jaxuda.models.layers import use_cpu_forms
+from jaxuda.models.layers import backbone_init, depthwise_conv2d, use_cpu_forms
 
 linear_init = nn.initializers.normal(0.02)
 # Entries of the map of queries x keys of one image that are computed at a time. On CPUs a block stays in the cache.
@@ -79,6 +79,24 @@ _norm.defvjp(_norm_forward, _norm_backward)
 
 def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class Depthwise(nn.Module):
+    """3x3 convolution of each channel with its own kernel; keeps the size."""
+
+    dilation: int = 1
+    use_bias: bool = False
+    dtype: str = "float32"
+    kernel_init: nn.initializers.Initializer = backbone_init
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (3, 3, 1, x.shape[-1])).astype(self.dtype)
+        pads = ((self.dilation, self.dilation),) * 2
+        y = depthwise_conv2d(x.astype(self.dtype), kernel, 1, self.dilation, pads)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(self.dtype)
+        return y
 
 
 def attend(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
