@@ -88,6 +88,24 @@ def lite_model() -> ConfigDict:
     )
 
 
+def mit_model(variant: str = "b0", **fields) -> ConfigDict:
+    """A Mix Transformer with DAFormer's head; see `jaxuda.models.mix_transformer`."""
+    return ConfigDict(
+        {
+            "name": "mix_transformer",
+            "variant": variant,
+            "head": "daformer",
+            "width": unset(),
+            "blocks": unset(),
+            "head_width": unset(),
+            "drop_path": 0.1,
+            "dropout": 0.1,
+            "dtype": "float32",
+            **fields,
+        }
+    )
+
+
 def adamw(config: ConfigDict, **fields) -> None:
     """Replaces the optimizer's section by AdamW's.
 

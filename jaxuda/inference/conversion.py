@@ -75,7 +75,7 @@ def import_imagenet(
         raise UserError(f"{path} {problem}")
     hint = f"{network} is {public.file} from {public.publisher}"
     raise_problems(match._replace(unused=match.deeper), model, f"{path}: ", hint)
-    _account(match, say)
+    _account(match, model, say)
     identity = json.loads(json.dumps({"imagenet": network, "model": dict(public.fields)}))  # as it is read back
     _write(folder, as_variables(match.leaves), identity, source, say)
     say(f'configs with init="imagenet" and this network find it there ({network})')
@@ -118,7 +118,7 @@ def import_checkpoint(
         projection, taken = match_projection(state, kind, channels, match.prefix, f"{path}: ")
         match = match._replace(unused=[name for name in match.unused if name not in taken])
         say(f"{'with' if taken else 'without'} a projection head")
-    _account(match, say, more=len(projection))
+    _account(match, model, say, more=len(projection))
     if order := torch_layouts(model)[layout].order:
         flat = flax.traverse_util.flatten_dict(variables, sep=".")
         variables = flax.traverse_util.unflatten_dict(reordered(flat, model, np.argsort(order)), sep=".")
@@ -163,13 +163,18 @@ def _read(path: Path, say: Say) -> tuple[dict[str, Any], State]:
     return source, clean(entries)
 
 
-def _account(match: Match, say: Say, more: int = 0) -> None:
-    """Reports which entries were used; `more`: the number of used entries outside of the network."""
+def _account(match: Match, model: nn.Module, say: Say, more: int = 0) -> None:
+    """Reports which entries were used, and the licence of weights of the network, if it is special.
+
+    more: the number of used entries outside of the network.
+    """
     say(f"taken:    {len(match.leaves) + more} tensors" + (f", below {match.prefix!r}" if match.prefix else ""))
     if match.unused:
         last = [f"... and {len(match.unused) - 20} more"] if len(match.unused) > 20 else []
         say(f"not used: {len(match.unused)}: {', '.join(match.unused[:20] + last)}")
     say("missing:  none")
+    if licence := getattr(model, "LICENCE", ""):
+        say(f"licence:  {licence}")
 
 
 def _write(

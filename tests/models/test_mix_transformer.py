@@ -12,15 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_weights import golden, golden_keys, network_input, random_variables, state_dict
+from ml_collections import ConfigDict
 
+from configs.source_only import get_config
 from jaxuda.errors import UserError
-from jaxuda.interop import load_torch, save_torch
+from jaxuda.inference import conversion
+from jaxuda.interop import load_torch, read_tensors, save_torch
 from jaxuda.interop.parts import clean
+from jaxuda.interop.tensor_files import safetensors_bytes
 from jaxuda.interop.torch_checkpoint import match_backbone, to_torch
 from jaxuda.models import abstract_variables, make_model, output_shapes
 from jaxuda.models.layers import Dropout, DropPath
 from jaxuda.models.mix_transformer import VARIANTS, Encoder, imagenet_name
-from jaxuda.training import weights
+from jaxuda.pipeline import stages
+from jaxuda.training import checkpoints, weights
 
 SMALL = {"name": "mix_transformer", "variant": "b0", "width": 8, "blocks": (1, 1, 1, 1), "head_width": 8}
 # Whole networks take most of the time to compile.
@@ -253,6 +258,34 @@ def test_files_of_the_classifier_start_the_backbone(layout: str) -> None:
     assert match.leaves.keys() == expected.leaves.keys()
     for path, array in match.leaves.items():
         np.testing.assert_array_equal(array, expected.leaves[path])
+
+
+def test_converting_says_which_licence_the_weights_have(tmp_path: Path) -> None:
+    """Of ImageNet weights, and of one network of several in a file like those of DAFormer's authors."""
+    model, said = make_model(SMALL, 3), []
+    variables = random_variables(model, np.zeros((1, 64, 64, 3), np.float32))
+    save_torch(variables, model, tmp_path / "whole.safetensors")
+    student = read_tensors(tmp_path / "whole.safetensors")
+    classifier = {name.removeprefix("backbone."): x for name, x in student.items() if name.startswith("backbone.")}
+    (tmp_path / "mit_b0.safetensors").write_bytes(safetensors_bytes(classifier))
+    conversion.import_imagenet(tmp_path / "mit_b0.safetensors", "mit-b0", str(tmp_path), model, said.append)
+    assert any("licence:" in line and "non-commercial" in line for line in said)
+
+    prefixes = {"model.": student, "ema_model.": {name: x + 1 for name, x in student.items()}, "imnet_model.": student}
+    whole = {f"state_dict.{prefix}{name}": x for prefix, entries in prefixes.items() for name, x in entries.items()}
+    (tmp_path / "uda.safetensors").write_bytes(safetensors_bytes(whole))
+    config = get_config("streets")
+    config.source_only.model = config.model = ConfigDict(SMALL)
+    stage = stages.resolve("source_only", config)
+    with pytest.raises(UserError, match=r"2 networks, in the parts 'model', 'ema_model'"):
+        conversion.import_checkpoint(tmp_path / "uda.safetensors", stage, 3, tmp_path / "out", said.append)
+    del said[:]
+    conversion.import_checkpoint(
+        tmp_path / "uda.safetensors", stage, 3, tmp_path / "out", said.append, part="ema_model"
+    )
+    assert any("non-commercial" in line for line in said)
+    found = checkpoints.read_variables(tmp_path / "out" / "checkpoints")[0]
+    np.testing.assert_allclose(found["params.head.bias"], variables["params"]["head"]["bias"] + 1)
 
 
 def test_another_mix_transformer_is_named() -> None:
