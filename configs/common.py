@@ -129,7 +129,8 @@ def base(
         images: `--config.source.path=... --config.target.path=...`), or one of `published`; a variant may follow after
         a comma.
       published: those of `PUBLISHED` for which the config has a recipe.
-      variants: those that the config has; "lite" only of the benchmarks `QUICK`.
+      variants: those that the config has; "lite" only of the benchmarks `QUICK`. "mit" and "hrda" change the network,
+        see `transformer`.
     """
     benchmark, _, variant = benchmark.partition(",")
     benchmarks = {"streets": _streets, "camvid": _camvid, "folder": _folder}
@@ -145,7 +146,7 @@ def base(
     config = ConfigDict(
         {
             "name": name,
-            "benchmark": f"{benchmark},lite" if variant == "lite" else benchmark,
+            "benchmark": f"{benchmark},{variant}" if variant in ("lite", "mit", "hrda") else benchmark,
             "seed": 0,
             "devices": 0,  # 0: as many local devices as divide the batch
             "platform": "",  # "gpu": refuse to fall back to the CPU
@@ -183,18 +184,44 @@ def base(
         config.preprocess = "efficientnet"
         config.model = lite_model()
         adamw(config, head_factor=5.0)
+    if variant in ("mit", "hrda"):
+        transformer(config, benchmark in QUICK, two_views=variant == "hrda")
     return config
 
 
-def lite(config: ConfigDict) -> ConfigDict:
-    """The config, finished: with ",lite" its stages start from ImageNet weights, all with AdamW's learning rate 1e-3.
+def transformer(config: ConfigDict, quick: bool, two_views: bool) -> None:
+    """MiT-B5 with DAFormer's head and optimizer, or MiT-B0 in quick recipes; with HRDA's two views of an image or one.
 
-    It was chosen on streets, seed 0, with target labels: adaptation at 1e-4 had hardly begun when it ended.
+    In quick recipes the detail view is half of the image along each axis, as published.
     """
-    for stage in (config[name] for name in config.pipeline if config.benchmark.endswith(",lite")):
+    config.model = mit_model("b0" if quick else "b5")
+    adamw(config, head_factor=10.0, undecayed=("norm",), warmup_steps=30 if quick else 1500)
+    if two_views:
+        width, height = (side // 16 * 16 for side in config.evaluation.size) if quick else (1024, 1024)
+        if quick and (width, height) != tuple(config.evaluation.size):  # views have whole numbers of cells
+            config.source.resize = config.target.resize = config.evaluation.size = (width, height)
+        config.model.hrda = ConfigDict(
+            {
+                "crop": (width // 2, height // 2),
+                "window": (width, height),
+                "detail_weight": 0.1,
+                "attention_width": 256,
+            }
+        )
+
+
+def lite(config: ConfigDict) -> ConfigDict:
+    """The config, finished: learning rates that fit AdamW, and with ",lite" stages that start from ImageNet weights.
+
+    1e-3 was chosen on streets, seed 0, with target labels: adaptation at 1e-4 had hardly begun when it ended. With
+    transformers from random weights it is half as much.
+    """
+    place, _, variant = config.benchmark.partition(",")
+    for stage in (config[name] for name in config.pipeline if place in QUICK and variant in ("lite", "mit", "hrda")):
         if "train" in stage:
-            stage.init = "imagenet" if stage.init == "scratch" else stage.init
-            stage.lr = 1e-3
+            stage.lr = 1e-3 if variant == "lite" else 5e-4
+            if variant == "lite" and stage.init == "scratch":
+                stage.init = "imagenet"
     return config
 
 

@@ -36,7 +36,7 @@ def run_all(args: argparse.Namespace, overrides: list[str]) -> None:
     from jaxuda.pipeline.results import check_comparable
 
     planned = []
-    for benchmark in re.split(r",(?!lite\b)", args.benchmarks):  # "streets,lite" is one benchmark
+    for benchmark in re.split(r",(?!(?:lite|mit|hrda)\b)", args.benchmarks):  # "streets,lite" is one
         configs = {file: parse(["table", f"--config={file}:{benchmark}", *overrides]).config for file in args.configs}
         check_comparable((f"{file}:{benchmark}", tables.facts(config)) for file, config in configs.items())
         planned += [(config, seed) for config in configs.values() for seed in args.seeds]

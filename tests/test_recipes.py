@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from test_stages import DOMAINS
 
-from configs import cfcontra, common, dada, lfass, minent, plca, sdca, sepico
+from configs import cfcontra, common, dada, daformer, hrda, lfass, mic, minent, plca, sdca, sepico
 from jaxuda import methods
 from jaxuda.data.labels import label_space, lookup_table
 from jaxuda.models import make_model
@@ -79,7 +79,8 @@ def test_every_benchmark_of_a_recipe_is_planned(recipe: str) -> None:
         for dataset in (config.source.name.partition("/")[0], place[0]):
             lookup_table(dataset, space)
         if name in common.PUBLISHED:
-            assert config.model.width == 64 and config.source_only.steps >= 2_000
+            width = 64 if config.model.name == "deeplab" else None  # of MiT: as its variant has it
+            assert config.model.width == width and config.source_only.steps >= 2_000
         if name.startswith("crosscity"):
             assert config.evaluation.split == "test" and place[2] == name.partition("-")[2]
         assert space.num_classes == CLASSES.get(name, 13)
@@ -169,6 +170,26 @@ def test_sepico_settings() -> None:
     assert quick.contrast_start == quick.steps // 10 and quick.reg_weight == 0
     rome = sepico.get_config("crosscity-rome")
     assert rome.source.within == rome.evaluation.size == (1280, 640) and rome.adapt.ignore_bottom == 0
+
+
+def test_settings_of_transformers() -> None:
+    """Networks, resolutions and optimizer as published; quick recipes have the smallest network and half views."""
+    config = daformer.get_config("gta5,mit")
+    assert (config.model.variant, config.model.head, config.optim.undecayed) == ("b5", "daformer", ("norm",))
+    assert (config.source.crop, config.evaluation.size, config.adapt.lr) == ((512, 512), (1024, 512), 6e-5)
+    assert "hrda" not in config.model and config.adapt.weights == ("imagenet",) and config.adapt.ignore_bottom == 120
+    large = {"hrda": hrda.get_config("gta5"), "mic": mic.get_config("gta5,hrda")}
+    for config in large.values():
+        assert config.model.hrda.crop == (512, 512) and config.model.hrda.window == config.source.crop == (1024, 1024)
+        assert config.source.within == (2560, 1440) and config.target.within == config.evaluation.size == (2048, 1024)
+        assert (config.adapt.ignore_top, config.adapt.ignore_bottom, config.adapt.rare_class_crop_ratio) == (30, 240, 2)
+    assert (large["hrda"].adapt.lambda_mask, large["mic"].adapt.lambda_mask) == (0, 1)
+    assert large["mic"].adapt.mask_block == 64 and mic.get_config("gta5,mit").adapt.mask_block == 32
+    quick = hrda.get_config("camvid")
+    assert quick.model.variant == "b0" and quick.model.hrda.crop == (120, 88) and quick.source.resize == (240, 176)
+    assert quick.adapt.lambda_features == 0 and mic.get_config("streets,hrda").model.hrda.window == (256, 128)
+    with pytest.raises(ValueError, match="has no variants"):
+        hrda.get_config("gta5,mit")
 
 
 CHECKED: set[str] = set()  # fingerprints: recipes share their baselines

@@ -44,7 +44,7 @@ from jaxuda.methods.selftraining import (
     teacher_forward,
     trusted,
 )
-from jaxuda.methods.supervised import forward, lovasz_term, upsample
+from jaxuda.methods.supervised import forward, lovasz_term, predicted_loss, upsample
 from jaxuda.models import Outputs
 
 PyTree = Any
@@ -187,7 +187,8 @@ def pixel_loss(outputs: Outputs, images: Labelled, config: Any, axis_name: str |
     """wCE(up(main)) + lambda_aux * wCE(up(aux)), a mean over all pixels, also over ignored ones.
 
     Args:
-      outputs: those of the images; the term of `aux` exists if the network has a second level.
+      outputs: those of the images; the first term is that of `predicted_loss`, the term of `aux` exists if the network
+        has a second level.
       images: without "weight" all labelled pixels count the same.
       config: `class_weights`, if there are any, multiply the weights of the pixels.
       axis_name: the device axis, or None.
@@ -197,10 +198,14 @@ def pixel_loss(outputs: Outputs, images: Labelled, config: Any, axis_name: str |
         by_class = jnp.asarray(classes, outputs.main.dtype)[jnp.minimum(label, len(classes) - 1)]
         weight = by_class if weight is None else weight * by_class
 
-    def ce(logits: jax.Array) -> jax.Array:
-        return weighted_cross_entropy(upsample(logits, images["image"], config), label, weight, axis_name)
+    def ce(logits: jax.Array, maps: Labelled) -> jax.Array:
+        return weighted_cross_entropy(logits, maps["label"], maps.get("weight"), axis_name)
 
-    return ce(outputs.main) if outputs.aux is None else ce(outputs.main) + config.lambda_aux * ce(outputs.aux)
+    maps = {"label": label} if weight is None else {"label": label, "weight": weight}
+    loss = predicted_loss(ce, outputs, maps, config)
+    if outputs.aux is not None:
+        loss += config.lambda_aux * ce(upsample(outputs.aux, images["image"], config), maps)
+    return loss
 
 
 def reference_distance(
