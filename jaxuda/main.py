@@ -1,9 +1,9 @@
-"""python -m jaxuda.main --config configs/minent.py[:BENCHMARK] [--config.FIELD=VALUE ...]
+"""jaxuda --config minent[:BENCHMARK] [--config.FIELD=VALUE ...]   (the same: python -m jaxuda.main ...)
 
 Runs a recipe, or continues it: the same command again continues a run that was stopped.
 
   --list                      the recipes, benchmarks, datasets and weights, and how to get what is missing
-  --config FILE[:BENCHMARK]   the recipe; set any field with --config.adapt.lr=0.01 and the like
+  --config NAME[:BENCHMARK]   the recipe, or a file of your own; set any field with --config.adapt.lr=0.01 and the like
   --workdir DIR               where results go (default runs/CONFIG-BENCHMARK-seedN)
   --seeds 0,1,2               one run per seed, then mean and spread
   --from_stage NAME           set this stage and all after it aside, and run from there
@@ -17,10 +17,10 @@ Runs a recipe, or continues it: the same command again continues a run that was 
 
 For a start, without any data of your own:
 
-  python -m jaxuda.main --config configs/minent.py                        adapt a small network, in minutes
-  python -m jaxuda.main --config configs/minent.py --seeds 0,1,2          three times, with mean and spread
-  python -m jaxuda.main --mode predict --checkpoint runs/minent-streets-seed0/adapt \\
-      --images photos --workdir labelled                                  label your photos with the result
+  jaxuda --config minent                         adapt a small network, in minutes
+  jaxuda --config minent --seeds 0,1,2           three times, with mean and spread
+  jaxuda --mode predict --checkpoint runs/minent-streets-seed0/adapt \\
+      --images photos --workdir labelled         label your photos with the result
 
 Other commands, each with its own --help: jaxuda.prepare (datasets, your own folders), jaxuda.report (pages and
 comparisons), jaxuda.report.pictures, jaxuda.table (many runs in one table), jaxuda.convert (torch's checkpoints).
@@ -31,6 +31,7 @@ to continue), 2 a mistake to correct, 1 anything else.
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def run_seeds(config: ConfigDict, chosen: list[int], workdir: str, from_stage: s
 
     results = []
     for seed in chosen:
-        seeded = ConfigDict(config)
+        seeded = copy.deepcopy(config)
         seeded.seed = seed
         folder = default_workdir(seeded, workdir)
         if workdir and len(chosen) > 1:

@@ -16,6 +16,9 @@ from types import ModuleType
 from jaxuda import files
 from jaxuda.errors import UserError
 
+# The recipes that jaxuda brings: `configs/` of a checkout, to which this is a link there.
+RECIPES = (Path(__file__).parent / "recipes" / "configs").resolve()
+
 
 def names(package: str, function: str) -> list[str]:
     """The modules of `package` that define `function`, sorted; imports them all."""

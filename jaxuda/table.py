@@ -1,4 +1,4 @@
-"""python -m jaxuda.table --configs configs/source_only.py,configs/minent.py [--benchmarks streets,camvid] [--seeds 0,1]
+"""python -m jaxuda.table --configs source_only,minent [--benchmarks streets,camvid] [--seeds 0,1]
 
 Runs or resumes every method on every benchmark with every seed, and prints mean and spread of the mIoU.
 Stages that several methods share (source only, oracle) are trained once per benchmark and seed; a method's own stages
@@ -9,10 +9,9 @@ apply to every run.
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 import sys
-
-from ml_collections import ConfigDict
 
 from jaxuda import files
 from jaxuda.cli import Parser, guarded, parse, seeds
@@ -23,7 +22,9 @@ from jaxuda.main import run_and_report, run_name
 def run(argv: list[str] | None) -> None:
     """Parses the command line, and runs the table."""
     parser = Parser("jaxuda.table", __doc__)
-    parser.add_argument("--configs", required=True, type=lambda text: text.split(","), help="comma-separated files")
+    parser.add_argument(
+        "--configs", required=True, type=lambda text: text.split(","), help="comma-separated names or files"
+    )
     parser.add_argument("--benchmarks", default="streets", help="comma-separated, such as camvid,camvid,lite")
     parser.add_argument("--seeds", default="0", type=seeds, help="comma-separated")
     parser.add_argument("--runs", default="runs", type=user_path, help="the folder of work folders")
@@ -42,7 +43,7 @@ def run_all(args: argparse.Namespace, overrides: list[str]) -> None:
         planned += [(config, seed) for config in configs.values() for seed in args.seeds]
     results = []
     for config, seed in planned:
-        seeded = ConfigDict(config)
+        seeded = copy.deepcopy(config)
         seeded.seed = seed
         results.append(run_and_report(seeded, args.runs / run_name(seeded)))
     tables.comparable(results)

@@ -8,7 +8,6 @@ import tiny
 from configs import common
 from jaxuda import prepare
 from jaxuda.cli import MISTAKE
-from jaxuda.errors import UserError
 from jaxuda.main import main
 from jaxuda.pipeline import listing
 
@@ -80,12 +79,12 @@ def test_weights_of_a_package_come_with_both_commands(sections):
     assert networks["python"] == "-m jaxuda.convert --package efficientnet-lite0"  # of the last network
 
 
-def test_without_configs(monkeypatch, tmp_path):
+def test_the_list_does_not_depend_on_the_current_folder(sections, monkeypatch, tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "common.py").write_text("raise RuntimeError('another project')")
+    before = sections()
     monkeypatch.chdir(tmp_path)
-    assert listing.config_folder() == ROOT / "configs"
-    monkeypatch.setattr(listing, "__file__", str(tmp_path / "jaxuda" / "pipeline" / "listing.py"))
-    with pytest.raises(UserError, match="run this from the folder of the repository"):
-        listing.listing()
+    assert sections() == before
 
 
 def test_help(capsys):
@@ -94,5 +93,5 @@ def test_help(capsys):
     assert "--list" in text and max(map(len, text.splitlines())) <= 120
     assert main(["jaxuda"]) == MISTAKE
     assert capsys.readouterr().err == (
-        "error: which recipe? Add --config configs/minent.py (--list shows all of them, --help explains)\n"
+        "error: which recipe? Add --config minent (--list shows all of them, --help explains)\n"
     )

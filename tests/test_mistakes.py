@@ -76,22 +76,23 @@ def test_words_that_are_not_understood(complaint, words: list[str], expected: st
 
 def test_recipes_that_do_not_exist(complaint) -> None:
     for words, expected in (
-        ([], "which recipe? Add --config configs/minent.py"),
-        (["--config"], "which recipe? Add --config configs/minent.py"),
+        ([], "which recipe? Add --config minent (--list"),
+        (["--config"], "which recipe? Add --config minent (--list"),
         (["--confg=configs/minent.py"], "unknown flag --confg; did you mean --config?"),
         (
             ["--config=configs/mineit.py"],
-            "--config configs/mineit.py: there is no such file; did you mean configs/minent.py?",
+            "--config configs/mineit.py: there is no such recipe; did you mean configs/minent.py?",
         ),
         (
             ["--config=configs/minent"],
-            "--config configs/minent: there is no such file; did you mean configs/minent.py?",
+            "--config configs/minent: there is no such recipe; did you mean configs/minent.py?",
         ),
         (
             ["--config=configs/minent:gta5"],
-            "--config configs/minent: there is no such file; did you mean configs/minent",
+            "--config configs/minent: there is no such recipe; did you mean configs/minent",
         ),
-        (["--config", "minent"], "--config minent: there is no such file; did you mean configs/minent.py?"),
+        (["--config", "mineit"], "--config mineit: there is no such recipe; did you mean minent?"),
+        (["--config", "minent:mars"], "configs/minent.py has no benchmark 'mars' (known: streets, camvid"),
         (["--config=configs/minent.py:mars"], "configs/minent.py has no benchmark 'mars' (known: streets, camvid"),
         (["--config=configs/common.py"], "configs/common.py is no recipe: it must define get_config(benchmark)"),
     ):

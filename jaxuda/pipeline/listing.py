@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from jaxuda import plugins
 from jaxuda.data import datasets, prepared
 from jaxuda.data.joined import PLUS
 from jaxuda.data.labels import dataset
@@ -30,28 +31,17 @@ def listing(data_dir: str | None = None) -> str:
 
     Args:
       data_dir: where prepared datasets are; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-
-    Raises:
-      UserError: there is no folder of configs.
     """
-    recipes = read_recipes(config_folder())
+    recipes = read_recipes(plugins.RECIPES)
     benchmarks = {name: config for recipe in recipes for name, config in recipe.configs.items()}
     absent = {name: _what_to_do(name, data_dir) for known in datasets.names() for name in _names(known)}
     sections = {
-        "Recipes (python -m jaxuda.main --config configs/NAME.py:BENCHMARK)": _recipes(recipes, benchmarks),
+        "Recipes (python -m jaxuda.main --config NAME:BENCHMARK)": _recipes(recipes, benchmarks),
         "Benchmarks (source -> target)": _benchmarks(benchmarks, data_dir),
         f"Datasets (in {prepared.root(data_dir)})": _datasets(absent, data_dir),
         "ImageNet weights (for stages with init=imagenet)": _weights(data_dir or ""),
     }
     return "\n\n".join("\n  ".join([title, *lines]) for title, lines in sections.items())
-
-
-def config_folder() -> Path:
-    """`configs` in the current folder, else beside the package."""
-    for folder in (Path("configs"), Path(__file__).parents[2] / "configs"):
-        if (folder / "common.py").exists():
-            return folder.absolute()
-    raise UserError("there is no folder 'configs' here: run this from the folder of the repository")
 
 
 def read_recipes(folder: Path) -> list[Recipe]:
