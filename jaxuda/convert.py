@@ -9,6 +9,9 @@ python -m jaxuda.convert FILE --config advent:gta5 [--stage adapt] [--out DIR]
 python -m jaxuda.convert STAGE --export FILE
     the reverse: the last checkpoint in a stage's folder as FILE.pth or FILE.safetensors for torch. For a network
     outside jaxuda add --config, the recipe that names it.
+python -m jaxuda.convert STAGE --export FILE.onnx
+    a program that labels images of any size, without jaxuda: FILE.onnx (pip install 'jaxuda[export]') for onnxruntime,
+    or FILE.stablehlo for jax.export.deserialize, on CPUs and NVIDIA GPUs.
 """
 
 from __future__ import annotations
@@ -35,10 +38,10 @@ def convert(argv: list[str] | None = None) -> None:
     parser.add_argument("--stage", default="", help="the stage of that recipe (default: the last one that adapts)")
     parser.add_argument("--part", default="", help="which of several networks in FILE, such as student or teacher")
     parser.add_argument("--out", type=user_path, help="where to write (default: DATA_DIR/weights/NAME_OF_FILE)")
-    parser.add_argument("--export", type=user_path, metavar="FILE", help="write this torch file")
+    parser.add_argument("--export", type=user_path, metavar="FILE", help="write this file")
     parser.add_argument("--layout", default="", help="names of variables (default: those of the most similar network)")
     args, overrides = parser.parse_with_fields(argv)
-    from jaxuda.inference import conversion  # here: --help must not wait for JAX
+    from jaxuda.inference import conversion, deployment  # here: --help must not wait for JAX
     from jaxuda.pipeline import domains, stages
     from jaxuda.training import weights
     from jaxuda.training.classes import describe
@@ -65,7 +68,10 @@ def convert(argv: list[str] | None = None) -> None:
     elif args.export:
         if config:
             stages.import_named(config)
-        conversion.export(args.file, args.export, args.layout)
+        if args.export.suffix in deployment.SUFFIXES:
+            deployment.export(args.file, args.export)
+        else:
+            conversion.export(args.file, args.export, args.layout)
     else:
         folder = args.out or weights.imagenet_folder(args.file.stem, args.data_dir or config.data_dir)
         stage = stages.resolve(_trained_stage(config, args.stage), config)

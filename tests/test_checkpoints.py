@@ -139,6 +139,19 @@ def test_other_network_is_named(state: TrainState) -> None:
         unflatten({}, {"b": np.zeros(3)}, "here")
 
 
+def test_a_checkpoint_of_float16_is_cast(tmp_path: Path) -> None:
+    """Optimizer state, steps and keys stay as they are; what was cast is said."""
+    said: list[str] = []
+    saved = Checkpoints(tmp_path, report=said.append)
+    saved.save(1, {"w": np.float16([0.1, 2]), "v": np.float32([3]), "step": np.int64(7)})
+    like = {"w": np.zeros(2, np.float32), "v": np.zeros(1, np.float32), "step": np.int32(0)}
+    found = saved.restore(1, like)
+    saved.close()
+    assert found["w"].dtype == np.float32 and found["step"].dtype == np.int64
+    np.testing.assert_array_equal(found["w"], np.float16([0.1, 2]))
+    assert said == [f"{tmp_path / '1'}: cast 1 arrays from float16 to float32"]
+
+
 def test_full_disk_while_writing(saved: Checkpoints, state: TrainState, tmp_path: Path, monkeypatch) -> None:
     """The disk fills up after the check: earlier checkpoints stay."""
     saved.save(1, state)

@@ -22,6 +22,25 @@ def test_several_seeds_end_with_mean_and_spread(data: dict, tmp_path, capsys) ->
     assert (tmp_path / "run" / "seed1" / "results.json").exists()
 
 
+def test_each_seed_has_a_config_of_its_own(monkeypatch, tmp_path) -> None:
+    """What one run changes in a section of its config is not changed in the next one's."""
+    seen = []
+
+    def run(config, workdir: Path, from_stage: str = "") -> dict:
+        seen.append((config.seed, config.adapt.steps))
+        config.adapt.steps = 1
+        return {}
+
+    monkeypatch.setattr("jaxuda.main.run_and_report", run)
+    monkeypatch.setattr(table, "run_and_report", run)
+    monkeypatch.setattr(tables, "summary", lambda results: "")
+    monkeypatch.setattr(tables, "comparable", lambda results: None)
+    assert main(["jaxuda", "--config=minent", "--seeds=0,1", "--config.adapt.steps=5"]) == 0
+    words = ["--configs=minent", "--seeds=2,3", "--config.adapt.steps=5", f"--runs={tmp_path}"]
+    assert table.main(words) == 0
+    assert seen == [(0, 5), (1, 5), (2, 5), (3, 5)]
+
+
 def test_table_refuses_what_cannot_be_compared(data: dict, tmp_path, capsys) -> None:
     words = ["--configs=configs/minent.py,configs/plca.py", "--benchmarks=gta5", f"--runs={tmp_path}"]
     assert table.main(words) == MISTAKE

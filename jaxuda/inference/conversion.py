@@ -147,7 +147,7 @@ def export(folder: Path, path: Path, layout: str = "", say: Say = print) -> None
     if layout in torch_layouts(model) and (order := torch_layouts(model)[layout].order):
         arrays = reordered(arrays, model, order)
         say(f"its classes were reordered: to the order of '{layout}'")
-    variables = checkpoints.unflatten(arrays, abstract_variables(model, config.evaluation.size), str(folder))
+    variables = checkpoints.unflatten(arrays, abstract_variables(model, config.evaluation.size), str(folder), say)
     head = _projection(folder / "checkpoints", config, step, say)
     save_torch(variables, model, path, layout, head)
     load = "torch.load(FILE, weights_only=True)" if path.suffix == ".pth" else "safetensors.torch.load_file(FILE)"

@@ -38,7 +38,7 @@ def restore(
       which: "last", "best" (chosen with target labels), or a step.
       network: its name, if the stage's method has several ("student", "teacher"); "": the one that was evaluated.
       classes: the names of the wanted classes in their order; (): as in the checkpoint.
-      say: called with a line of text if that is another order than in the checkpoint.
+      say: called with a line of text if that is another order than in the checkpoint, or if its numbers were cast.
 
     Returns:
       The network, its variables (host arrays), and the stage's resolved config.
@@ -55,7 +55,8 @@ def restore(
         raise UserError(f"{checkpoint} was trained on {model.num_classes} classes, not on {num_classes}")
     if classes:
         arrays = in_order(arrays, model, Path(checkpoint), classes, say)
-    return model, checkpoints.unflatten(arrays, abstract_variables(model, config.evaluation.size), checkpoint), config
+    like = abstract_variables(model, config.evaluation.size)
+    return model, checkpoints.unflatten(arrays, like, checkpoint, say), config
 
 
 def evaluated_network(config: FrozenConfigDict) -> str:

@@ -8,8 +8,10 @@ up to rounding.
 All maps are NHWC; kernels are (height, width, in, out).
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
 import jax
@@ -42,9 +44,22 @@ head_init = nn.initializers.normal(0.01)
 backbone_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
+_plain = contextvars.ContextVar("plain", default=False)
+
+
 def use_cpu_forms() -> bool:
     """Whether to use the forms that are only faster on CPU (decided while tracing)."""
-    return jax.default_backend() == "cpu"
+    return jax.default_backend() == "cpu" and not _plain.get()
+
+
+@contextlib.contextmanager
+def plain_forms() -> Iterator[None]:
+    """What is traced inside has XLA's own convolutions also on CPU: for programs that leave this process."""
+    before = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(before)
 
 
 def normalise(images: jax.Array, kind: str) -> jax.Array:

@@ -137,7 +137,7 @@ def sweep(stage: Stage, run_config: ConfigDict, domains: Domains, log: RunLog) -
         arrays, _ = checkpoints.read_variables(*stage.init, stage.config.evaluation.network)
         arrays = in_order(arrays, model, stage.init[0].parent, domains.label_space.classes, log.say)
         variables = checkpoints.unflatten(
-            arrays, abstract_variables(model, stage.config.evaluation.size), str(stage.init[0])
+            arrays, abstract_variables(model, stage.config.evaluation.size), str(stage.init[0]), log.say
         )
         method = methods.load(stage.config.train)
     folder = stage.folder / stages.ARTIFACTS

@@ -194,7 +194,7 @@ class Checkpoints:
 
     def restore(self, step: int, like: PyTree) -> PyTree:
         """The state saved at `step`, with the structure of `like`; raises UserError as `read` does."""
-        return unflatten(self.read(step), like, str(self._folder / str(step)))
+        return unflatten(self.read(step), like, str(self._folder / str(step)), self._report)
 
     def close(self) -> None:
         """Ends Orbax's threads."""
@@ -211,8 +211,13 @@ def _miou(metrics: dict[str, float]) -> float:
     return metrics["miou"]
 
 
-def unflatten(arrays: dict[str, np.ndarray], like: PyTree, where: str) -> PyTree:
-    """Arrays by dotted path as a pytree with the structure of `like`.
+def unflatten(arrays: Mapping[str, np.ndarray], like: PyTree, where: str, say: Callable[[str], None] = print) -> PyTree:
+    """Arrays by dotted path as a pytree with the structure and the types of floating-point numbers of `like`.
+
+    Args:
+      arrays, like: see above.
+      where: names the place of the arrays in messages.
+      say: called with a line of text if arrays had another type.
 
     Raises:
       UserError: an array is missing or has another shape; the message names it, and `where` the arrays come from.
@@ -223,7 +228,25 @@ def unflatten(arrays: dict[str, np.ndarray], like: PyTree, where: str) -> PyTree
             raise UserError(f"{where} has no '{name}': it belongs to another network or method")
         if arrays[name].shape != np.shape(leaf):
             raise UserError(f"{where}: '{name}' has shape {arrays[name].shape}, this network needs {np.shape(leaf)}")
-    return jax.tree.unflatten(structure, [arrays[name] for name in names])
+    fitting, note = cast(arrays, dict(zip(names, leaves, strict=True)))
+    if note:
+        say(f"{where}: {note}")
+    return jax.tree.unflatten(structure, [fitting[name] for name in names])
+
+
+def cast(arrays: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], str]:
+    """Arrays with the types of those in `like` where both are floating-point numbers, and which were cast; "" if none.
+
+    A checkpoint of float16 must not make a step compute its update in float16.
+    """
+    found, types = dict(arrays), []
+    for name in arrays.keys() & like.keys():
+        old, new = np.dtype(arrays[name].dtype), np.dtype(like[name].dtype)
+        if old != new and jnp.issubdtype(old, jnp.floating) and jnp.issubdtype(new, jnp.floating):
+            found[name] = arrays[name].astype(new)
+            types.append(f"{old} to {new}")
+    kinds = [f"{types.count(kind)} arrays from {kind}" for kind in sorted(set(types))]
+    return found, f"cast {' and '.join(kinds)}" if kinds else ""
 
 
 def not_a_stage(folder: Path) -> str:

@@ -171,8 +171,8 @@ def fit(
             f"{where} does not fit the network; compare it with the fields of config.model "
             f"({', '.join(model.SHAPE_FIELDS)}):\n  {listed}"
         )
-    taken = {name: arrays[name] for name in flat if _part(name, new) not in anew}
-    notes = [_why_anew(part, arrays, flat, model, other_classes) for part in dict.fromkeys(anew)]
+    taken, note = checkpoints.cast({name: arrays[name] for name in flat if _part(name, new) not in anew}, flat)
+    notes = [note] * bool(note) + [_why_anew(part, arrays, flat, model, other_classes) for part in dict.fromkeys(anew)]
     unused = dict.fromkeys(name.split(".")[1] for name in extra if _part(name, new) not in anew)
     notes += [f"{part} of the checkpoint is not used" for part in unused]
     return flax.traverse_util.unflatten_dict(flat | taken, sep="."), notes

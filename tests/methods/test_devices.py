@@ -2,10 +2,12 @@
 
 import gc
 import math
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 from methods.test_contract import METHODS, TOY, assert_close, make_batch, setup
 
 from jaxuda import parallel
@@ -50,6 +52,25 @@ def test_devices_agree(method: str, norm: str) -> None:
     assert one.params["model"]["head"]["kernel0"].dtype == np.float64
     for other in others:
         assert_close(other, one, 1e-10)
+
+
+@pytest.mark.parametrize("method", ["advent", TOY])
+def test_shard_map_could_replace_pmap(method: str) -> None:
+    """The step needs nothing of pmap, which JAX only maintains: on the day it goes, `parallel` alone changes."""
+    with jax.enable_x64(True):
+        start, _, constants, step = setup(method, dtype="float64")
+        same, split = PartitionSpec(), PartitionSpec(parallel.AXIS)
+        mapped = jax.shard_map(
+            partial(step, axis_name=parallel.AXIS),
+            mesh=Mesh(np.asarray(jax.local_devices()[:2]), (parallel.AXIS,)),
+            in_specs=(same, same, same, split),
+            out_specs=same,
+            check_vma=False,  # gradients are summed by the step, as under pmap
+        )
+        compiled, state = jax.jit(mapped), start
+        for index in range(2):
+            state, _ = jax.block_until_ready(compiled(state, constants, 0, make_batch(index)))
+        assert_close(jax.device_get(state), run(method, 2, 2, dtype="float64"), 1e-10)
 
 
 @pytest.mark.parametrize("method", MEANS)
