@@ -187,7 +187,9 @@ def _resize(record: Record, size: tuple[int, int], interpolation: str) -> Record
         resized["image"] = cv2.resize(record["image"], size, interpolation=cv2.INTER_LINEAR)
     else:
         resized = {key: resize_nearest(each, size) for key, each in maps.items()}
-        resized["image"] = np.asarray(Image.fromarray(record["image"]).resize(size, _INTERPOLATION[interpolation]))
+        # Columns, then rows. Pillow from 13.0 on does it the other way around for some sizes, and rounds otherwise.
+        picture, kind = Image.fromarray(record["image"]), _INTERPOLATION[interpolation]
+        resized["image"] = np.asarray(picture.resize((size[0], picture.height), kind).resize(size, kind))
     return {**record, **resized}
 
 

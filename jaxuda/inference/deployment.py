@@ -1,6 +1,6 @@
 """Exports a trained network as a program that labels images of any size, without jaxuda.
 
-The program is one traced function: images as they are, resized as Pillow does, normalised, the network, its scores
+The program is one traced function: images as they are, resized as in training, normalised, the network, its scores
 resized to the images. FILE.onnx has its operations as nodes of ONNX (`onnx_graph`): the package jax2onnx would do
 this too, but its releases need another Orbax than ours. FILE.stablehlo is written by `jax.export`.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxuda import files, methods
+from jaxuda.data.transforms import OPENCV
 from jaxuda.errors import UserError
 from jaxuda.inference import onnx_graph
 from jaxuda.inference.predictor import Predictor, load
@@ -80,17 +81,18 @@ def make_program(predictor: Predictor) -> Callable[[PyTree, jax.Array], tuple[ja
     scores = make_scores(predictor.model, method, config)
     grid = score_grid(scores, predictor.variables, config)
     width, height = config.evaluation.size
+    kind = config.evaluation.get("interpolation", "bicubic")
     fit, highest = kept_aspect(config) is not None, lax.Precision.HIGHEST
 
     def program(variables: PyTree, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         own = jnp.asarray(images.shape[1], jnp.int32), jnp.asarray(images.shape[2], jnp.int32)
         shown = fitted(own, (height, width)) if fit else (jnp.int32(height), jnp.int32(width))
         whole = canvas(own, (height, width)) if fit else own
-        # Columns first, and whole numbers after each axis, as Pillow computes.
-        x = images.astype(jnp.float32)
-        across = bicubic(images.shape[2], own[1], width, shown[1])
-        x = _whole(jnp.einsum("Ww,nhwc->nhWc", across, x, precision=highest))
-        down = bicubic(images.shape[1], own[0], height, shown[0])
+        across = resampling(kind, images.shape[2], own[1], width, shown[1])
+        down = resampling(kind, images.shape[1], own[0], height, shown[0])
+        # Columns first, as `transforms`; Pillow rounds to whole numbers after each axis, OpenCV once.
+        x = jnp.einsum("Ww,nhwc->nhWc", across, images.astype(jnp.float32), precision=highest)
+        x = x if kind == OPENCV else _whole(x)
         x = _whole(jnp.einsum("Hh,nhwc->nHwc", down, x, precision=highest))
         found = scores(variables, x)
         rows = bilinear(grid[0], images.shape[1], whole[0], config.align_corners)
@@ -102,10 +104,11 @@ def make_program(predictor: Predictor) -> Callable[[PyTree, jax.Array], tuple[ja
     return program
 
 
-def bicubic(count: Any, length: jax.Array, places: int, shown: jax.Array) -> jax.Array:
-    """Pillow's antialiased bicubic resize along one axis, as a matrix.
+def resampling(kind: str, count: Any, length: jax.Array, places: int, shown: jax.Array) -> jax.Array:
+    """The resize of images along one axis, as a matrix.
 
     Args:
+      kind: "bicubic" or "bilinear", both antialiased as in Pillow; or "opencv", bilinear without antialiasing.
       count, length: the pixels of the image along this axis, as a size of an array and as a number.
       places: the pixels of the result.
       shown: how many of these show the image; the others are black.
@@ -117,10 +120,14 @@ def bicubic(count: Any, length: jax.Array, places: int, shown: jax.Array) -> jax
     place = jnp.arange(places, dtype=jnp.int32)[:, None]
     centre = (place.astype(jnp.float32) + 0.5) * scale
     pixel = jnp.arange(count, dtype=jnp.int32)[None].astype(jnp.float32) + 0.5
-    x = jnp.abs(pixel - centre) / jnp.maximum(scale, 1.0)
-    # Keys' kernel with a = -0.5.
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weight = jnp.where(x < 1, near, jnp.where(x < 2, far, 0.0))
+    if kind == OPENCV:
+        centre = jnp.clip(centre, 0.5, length - 0.5)  # beyond the border its pixels are repeated
+    x = jnp.abs(pixel - centre) / (1.0 if kind == OPENCV else jnp.maximum(scale, 1.0))
+    if kind == "bicubic":  # Keys' kernel with a = -0.5
+        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+        weight = jnp.where(x < 1, near, jnp.where(x < 2, far, 0.0))
+    else:
+        weight = jnp.maximum(1 - x, 0.0)
     weight = weight / jnp.sum(weight, 1, keepdims=True)
     return jnp.where(place < shown, weight, 0.0)
 
