@@ -26,7 +26,7 @@ from jaxuda.errors import UserError
 from jaxuda.interop.layouts import LEAVES, Layout
 from jaxuda.interop.torch_checkpoint import published_layout, torch_layouts
 from jaxuda.models import Detail, Outputs
-from jaxuda.models.heads import SegFormerDecoder
+from jaxuda.models.decoders import SegFormerDecoder
 from jaxuda.models.layers import Conv, Dropout, cut, head_init, resize_bilinear
 
 SCALE = 2  # how many times smaller the context view is
@@ -55,8 +55,8 @@ class HRDA(nn.Module):
 
     network: the network of both views. Its maps must have a whole number of cells for the views.
     crop: (width, height) of the detail view; an image that is smaller is its own detail view.
-    window: (width, height) of the parts of larger images that inference computes, overlapping by half. Logits are then
-      averaged at the resolution of the image.
+    window: (width, height) of the parts of larger images that inference computes, overlapping by half. Logits and
+      features are then averaged at the resolution of the image.
     detail_weight: the weight of the detail prediction in a supervised loss; that of the fused one is 1 - detail_weight.
     attention_width: channels of the head of the scale attention.
 
@@ -85,9 +85,9 @@ class HRDA(nn.Module):
             return self._views(images, train, index)
         boxes = windows(size, (min(height, size[0]), min(width, size[1])))
         parts = self._views(_parts(images, boxes), train, index)
-        main = resize_bilinear(parts.main, boxes.part, align_corners=False)
-        scale = boxes.part[0] // parts.features.shape[1]
-        return Outputs(_average(main, boxes), _average(parts.features, boxes.shrunk(scale)))
+        # Features that nobody reads are not computed.
+        whole = lambda x: _average(resize_bilinear(x, boxes.part, align_corners=False), boxes)  # noqa: E731
+        return Outputs(whole(parts.main), whole(parts.features))
 
     def _views(self, images: jax.Array, train: bool, index: jax.Array | None) -> Outputs:
         height, width = images.shape[1:3]
@@ -102,7 +102,8 @@ class HRDA(nn.Module):
             detail = self.network(cut(images, offset, crop), train, index).main
             attention *= _inside(offset, crop, context.main.shape[1:3], stride * SCALE)[..., None]
             zeros = jnp.zeros((*detail.shape[:1], *cells, detail.shape[-1]), detail.dtype)
-            placed = lax.dynamic_update_slice(zeros, detail, (0, offset[0] // stride, offset[1] // stride, 0))
+            none = jnp.zeros((), offset.dtype)
+            placed = lax.dynamic_update_slice(zeros, detail, (none, *(offset // stride), none))
             found = Detail(detail, offset, jnp.asarray(self.detail_weight, detail.dtype))
         else:
             boxes = windows((height, width), crop)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxuda.errors import UserError
 from jaxuda.interop.layouts import Layout
 from jaxuda.models import Outputs, Pretrained, check_choices, mix_transformer_files
-from jaxuda.models.heads import DAFormerDecoder, SegFormerDecoder
+from jaxuda.models.decoders import DAFormerDecoder, SegFormerDecoder
 from jaxuda.models.layers import Conv, Dropout, DropPath, head_init
 from jaxuda.models.transformer_layers import Depthwise, LayerNorm, Linear, attend
 

@@ -87,11 +87,7 @@ def head_layouts(head: str) -> dict[str, Layout]:
 def backbone_layouts() -> dict[str, Layout]:
     """The layouts of the files of image classifiers."""
     return {
-        "mit": Layout(
-            functools.partial(_named, (*_BACKBONE, (r"^backbone\.", ""))),
-            "patch_embed1.proj.weight",
-            unneeded=("head.",),
-        ),
+        "mit": Layout(functools.partial(_named, (*_BACKBONE, (r"^backbone\.", ""))), "patch_embed1.proj.weight"),
         "hugging_face": Layout(
             functools.partial(_named, _HUGGING_FACE), "segformer.encoder.patch_embeddings.0.proj.weight", joins=_JOINS
         ),

@@ -119,7 +119,7 @@ def test_loss_matches_golden(case: str) -> None:
 
 def test_the_detail_view_is_drawn_in_whole_cells_and_never_last() -> None:
     arrays = golden("hrda_loss")
-    keys = jax.random.split(jax.random.key(0), 2000)
+    keys = jax.random.split(jax.random.key(0), 20_000)
     for (size, crop, unit), largest in zip(arrays["crop_size_stride"], arrays["crop_largest_offset"], strict=True):
         draw = functools.partial(hrda.draw_offset, size=(size, size), crop=(crop, crop), unit=int(unit))
         offsets = np.asarray(jax.jit(jax.vmap(draw))(keys))
