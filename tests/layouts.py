@@ -135,3 +135,61 @@ def mapillary(root: Path) -> Path:
     labels = [{"name": "x--y", "readable": name.title()} for name in CATEGORIES]
     (root / "config_v1.2.json").write_text(json.dumps({"labels": labels}))
     return root
+
+
+ACDC = ("fog", "night", "rain", "snow")
+TRAIN_IDS = (*range(19), 255)
+
+
+def acdc(root: Path, size: tuple[int, int] = SIZE, swapped: bool = False) -> Path:
+    """Two sequences of each condition per split, with the other published files beside; or SPLIT/CONDITION."""
+    for condition in ACDC:
+        for split in ("train", "val", "test"):
+            place = f"{split}/{condition}" if swapped else f"{condition}/{split}"
+            for index, sequence in enumerate(("GOPR0001", "GP010001")):
+                stem = f"{sequence}_frame_{ACDC.index(condition):03d}{len(split):03d}"
+                image(root / "rgb_anon" / place / sequence / f"{stem}_rgb_anon.png", size, index)
+                if split != "test":
+                    night_labels(root / "gt" / place / sequence / stem, size)
+                    reference = root / "rgb_anon" / condition / f"{split}_ref" / sequence / f"{stem}_rgb_ref_anon.png"
+                    if not swapped:
+                        image(reference, size, index)
+    return root
+
+
+def night_labels(stem: Path, size: tuple[int, int] = SIZE) -> None:
+    """The label files of ACDC and Dark Zurich of one image."""
+    grey(stem.with_name(f"{stem.name}_gt_labelTrainIds.png"), ids(TRAIN_IDS, size))
+    grey(stem.with_name(f"{stem.name}_gt_labelIds.png"), ids(range(34), size))
+    image(stem.with_name(f"{stem.name}_gt_labelColor.png"), size)
+    grey(stem.with_name(f"{stem.name}_gt_invIds.png"), ids((0, 1), size))
+
+
+def acdc_flat(root: Path) -> Path:
+    """The images and labels of `acdc` as self-training repositories copy them: all of a split in one folder."""
+    acdc(root.with_name(f"{root.name}-whole"))
+    for kind, ending in (("rgb_anon", "_rgb_anon.png"), ("gt", "_gt_labelTrainIds.png")):
+        for split in ("train", "val"):
+            (root / kind / split).mkdir(parents=True)
+            for file in root.with_name(f"{root.name}-whole").glob(f"{kind}/*/{split}/*/*{ending}"):
+                file.rename(root / kind / split / file.name)
+    return root
+
+
+def darkzurich(root: Path, size: tuple[int, int] = SIZE) -> Path:
+    """Two sequences per split; by day one image for two of the night; twilight is not read."""
+    rows = []
+    for sequence in ("GOPR0351", "GOPR0376"):
+        for split in ("train", "val", "test"):
+            for frame in (1, 2):
+                stem = f"{sequence}_frame_{frame:06d}"
+                image(root / "rgb_anon" / split / "night" / sequence / f"{stem}_rgb_anon.png", size, frame)
+        for frame in (1, 2):
+            night_labels(root / "gt" / "val" / "night" / sequence / f"{sequence}_frame_{frame:06d}", size)
+            rows.append(f"train/night/{sequence}/{sequence}_frame_{frame:06d},train/day/GOPR0345/GOPR0345_frame_000090")
+        image(root / "rgb_anon" / "train" / "twilight" / sequence / f"{sequence}_frame_000009_rgb_anon.png", size)
+    image(root / "rgb_anon" / "train" / "day" / "GOPR0345" / "GOPR0345_frame_000090_rgb_anon.png", size, 90)
+    table = root / "corresp" / "train" / "night" / "GOPR0351.csv"
+    table.parent.mkdir(parents=True)
+    table.write_text("\n".join(rows) + "\n")
+    return root

@@ -60,6 +60,18 @@ def listed(folder: Path, endings: Sequence[str], complaints: Complaints) -> dict
     return found or None
 
 
+def listed_below(folder: Path, ending: str, complaints: Complaints, what: str) -> dict[str, Path] | None:
+    """As `listed`, for the files of all folders in a folder; `what` these are, such as "cities", is for messages."""
+    if not folder.is_dir():
+        complaints.add(f"{folder}: there is no such folder")
+        return None
+    inside = sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+    if not inside:
+        complaints.add(f"{folder}: holds no folders of {what}")
+    found = [listed(each, (ending,), complaints) for each in inside]
+    return {name: file for files in found if files for name, file in files.items()} or None
+
+
 def paired(images: dict[str, Path] | None, complaints: Complaints, **others: dict[str, Path] | None) -> list[Item]:
     """Items of the images by name, each with its `label=` and `depth=`; a file without a partner is a complaint.
 
@@ -115,9 +127,11 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       PUBLISHED: config ("" if there are none) -> split -> number of images in the published dataset.
       SIZE: (width, height) of the published images, if all have the same; other sizes give a warning.
       HAS_DEPTH: whether every item has a depth file.
+      HAS_REFERENCE: whether items may have a reference image.
       RESIZE_LABELS: whether labels of another size than their image are resized instead of refused.
       TRAIN_IDS: the number of train ids that copies made by other tools hold in place of the published ids, of which
         the most common ones are higher; 0 if there are no such copies.
+      stored_ids: (256,) uint8, ids in label files -> ids to store; None: the same. `items` may set it.
       image_bits: the bits that images of 16 bits use, see `encoding.decode_image`; below 16 they are stored with 8.
       findings: what was found in the files of all splits.
     """
@@ -128,8 +142,10 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     PUBLISHED: ClassVar[dict[str, dict[str, int]]] = {}
     SIZE: ClassVar[tuple[int, int] | None] = None
     HAS_DEPTH: ClassVar[bool] = False
+    HAS_REFERENCE: ClassVar[bool] = False
     RESIZE_LABELS: ClassVar[bool] = False
     TRAIN_IDS: ClassVar[int] = 0
+    stored_ids: np.ndarray | None = None
     image_bits = 16
 
     @abc.abstractmethod
@@ -148,6 +164,13 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Advice about a label file with these ids, which `raw_ids` lacks; "" if there is none."""
         return ""
 
+    def doubt(self, pixels: np.ndarray) -> str:
+        """What is wrong with all labels of a split, which together have so many pixels (256,) of each id; "": nothing.
+
+        It follows the name of one of the files in a message.
+        """
+        return ""
+
     @classmethod
     def has_config(cls, manual_dir: Path, config: str) -> bool:
         """Whether a folder holds a config's files, for datasets whose configs come from their own folders."""
@@ -163,7 +186,7 @@ class FilesBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _info(self) -> tfds.core.DatasetInfo:
         # In the order of the listing, so that index i is the same image on every machine.
-        features = encoding.features(label=self.has_labels(), depth=self.HAS_DEPTH)
+        features = encoding.features(label=self.has_labels(), depth=self.HAS_DEPTH, reference=self.HAS_REFERENCE)
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Examples]:

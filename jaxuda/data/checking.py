@@ -24,16 +24,20 @@ _ZERO_SHARE = 0.03  # of the pixels
 
 
 class Item(NamedTuple):
-    """One image of the user, its label and depth if it has them, and the id under which it is stored."""
+    """One image of the user, what belongs to it if there is such a file, and the id under which it is stored.
+
+    reference: another image of the same place, such as one by day.
+    """
 
     id: str
     image: Path
     label: Path | None
     depth: Path | None = None
+    reference: Path | None = None
 
     def files(self) -> list[Path]:
         """Those files that exist."""
-        return [file for file in (self.image, self.label, self.depth) if file is not None]
+        return [file for file in (self.image, self.label, self.depth, self.reference) if file is not None]
 
 
 class Complaints:
@@ -174,15 +178,24 @@ class Examples:
                 self._findings.turned.append(item.image)
             if self._builder.SIZE not in (None, result.size):
                 other_size.append(item.image)
-            self.tally.add(result.record, result.pixels)
+            self.tally.add(result.record, self._stored(result.pixels))
             yield key, result.record
         if self._builder.TRAIN_IDS:
             self._look_for_train_ids(labels)
+        if labels and (doubt := self._builder.doubt(sum(labels.values()))):
+            self._findings.complaints.add(f"{min(labels)}: {doubt}")
         if other_size:
             width, height = self._builder.SIZE
             self.remarks.append(
                 f"{len(other_size)} images are not {width}x{height} as published, such as {other_size[0]}"
             )
+
+    def _stored(self, pixels: np.ndarray | None) -> np.ndarray | None:
+        """The number of pixels of each stored id, from that of each id in the file."""
+        table = self._builder.stored_ids
+        if pixels is None or table is None:
+            return pixels
+        return np.bincount(table, pixels, 256).astype(np.int64)
 
     def _look_for_train_ids(self, labels: Mapping[Path, np.ndarray]) -> None:
         """Complains of labels that only hold ids which train ids can have, if it is plain that they are some.
@@ -224,6 +237,15 @@ class Examples:
                 found = self._with_label(record, item, found)
             elif self._builder.has_labels():
                 record["label"] = b""
+            if self._builder.HAS_REFERENCE:
+                record["reference"] = b""
+            if item.reference is not None and not found.complaint:
+                file = item.reference
+                record["reference"] = file.read_bytes()
+                shape = encoding.check_image(record["reference"])
+                if shape != (height, width):
+                    differs = f"is {shape[1]}x{shape[0]}, but its image {item.image.name} is {width}x{height}"
+                    return found._replace(complaint=f"{file}: {differs}")
             if item.depth is not None and not found.complaint:
                 file = item.depth
                 record["depth"], shape = encoding.store_depth(file.read_bytes())
@@ -248,7 +270,8 @@ class Examples:
             label = resize_nearest(label, (width, height))
             stored = encoding.encode_label(label)
             found = found._replace(remark=f"{differs}; it was resized to this")
-        record["label"] = stored
+        table = self._builder.stored_ids
+        record["label"] = stored if table is None else encoding.encode_label(table[label])
         pixels = encoding.count_ids(label)
         unknown = np.flatnonzero((pixels > 0) & ~self._known)
         complaint = ""

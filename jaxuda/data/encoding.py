@@ -25,13 +25,15 @@ _TOO_HIGH = "ids must be 0..255 (if it shows single objects, their instances, ta
 _COLOUR_OF_ANY_DEPTH = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
 
 
-def features(*, depth: bool = False, label: bool = True) -> tfds.features.FeaturesDict:
-    """Describes a record for a builder: image, id and, if the dataset has them, label and depth.
+def features(*, depth: bool = False, label: bool = True, reference: bool = False) -> tfds.features.FeaturesDict:
+    """Describes a record for a builder: image, id and, if the dataset has them, label, depth and reference image.
 
-    A builder yields bytes: any JPEG or PNG for "image", `encode_label` for "label" (or b"" in a split without
-    labels), `encode_depth` for "depth"; "id" is a unique text without slashes.
+    A builder yields bytes: any JPEG or PNG for "image" and "reference", `encode_label` for "label" (b"" where an image
+    has no label or reference), `encode_depth` for "depth"; "id" is a unique text without slashes.
     """
     record = {"image": tfds.features.Image(shape=(None, None, 3)), "id": tfds.features.Text()}
+    if reference:
+        record["reference"] = tfds.features.Image(shape=(None, None, 3))
     if label:
         record["label"] = tfds.features.Image(shape=(None, None, 1), encoding_format="png")
     if depth:

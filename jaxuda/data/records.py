@@ -37,7 +37,7 @@ class Records:
 
     `records[i]` is a dict: "image" (H, W, 3) uint8 RGB; "label" (H, W) uint8 train ids with 255 = ignore,
     missing if the split has no labels; "depth" (H, W) float32 inverse depth, only if the dataset has it;
-    "id" str.
+    "id" str; after `with_reference` also "reference" (H, W, 3) uint8 RGB.
 
     Attributes:
       name: name and split for messages, such as "camvid/day train".
@@ -73,13 +73,28 @@ class Records:
     @property
     def has_depth(self) -> bool:
         """Whether records have a "depth"."""
-        return "depth" in self._decoded and "depth" in tfds.builder_from_directory(self._folder).info.features
+        return "depth" in self._decoded and "depth" in self._features()
 
     def without_depth(self) -> "Records":
         """The same records without depth, which is then not decoded."""
         records = copy.copy(self)
         records._decoded = self._decoded - {"depth"}
         return records
+
+    def with_reference(self) -> "Records":
+        """The same records with their reference images, such as those by day of the same places.
+
+        Raises:
+          UserError: the dataset has none, or, when it is read, an image lacks its own.
+        """
+        if "reference" not in self._features():
+            raise UserError(f"{self.name} has no reference images")
+        records = copy.copy(self)
+        records._decoded = self._decoded | {"reference"}
+        return records
+
+    def _features(self) -> Any:
+        return tfds.builder_from_directory(self._folder).info.features
 
     def labels_only(self) -> "Records":
         """The same records without images and depth, which are then not decoded: that is most of the work."""
@@ -128,11 +143,18 @@ class Records:
                 record["label"] = self.table[encoding.decode_label(stored["label"])]
             if "depth" in stored and "depth" in self._decoded:
                 record["depth"] = encoding.inverse_depth(encoding.decode_depth(stored["depth"]))
+            if "reference" in self._decoded and stored["reference"]:
+                record["reference"] = encoding.decode_image(stored["reference"])
         except (ValueError, KeyError, RuntimeError, OSError) as error:  # array_record raises the last two
             raise UserError(
                 f"{self.name}: record {record['id']!r} is corrupt ({error}); "
                 f"delete {self._folder} and prepare the dataset again"
             ) from error
+        if "reference" in self._decoded and "reference" not in record:
+            raise UserError(
+                f"{self.name}: record {record['id']!r} has no reference image; the dataset was prepared from a folder "
+                "without them"
+            )
         return record
 
     def __getstate__(self) -> dict[str, Any]:

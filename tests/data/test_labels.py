@@ -57,6 +57,8 @@ _TABLES = {
     ): """7:0 8:0 9:0 10:0 11:1 12:1 13:1 14:1 15:1 16:1 17:2 18:2 19:2 20:2 21:3 22:3 23:4
         24:5 25:5 26:6 27:6 28:6 29:6 30:6 31:6 32:6 33:6""",
     ("camvid", "camvid11"): " ".join(f"{i}:{i}" for i in range(11)),
+    ("acdc", "cityscapes19"): " ".join(f"{i}:{i}" for i in range(19)),
+    ("darkzurich", "cityscapes19"): " ".join(f"{i}:{i}" for i in range(19)),
     ("streets", "cityscapes19"): " ".join(f"{i}:{i}" for i in range(19)),
     ("streets", "super7"): """0:0 1:0 2:1 3:1 4:1 5:2 6:2 7:2 8:3 9:3 10:4 11:5 12:5 13:6 14:6 15:6 16:6 17:6
         18:6""",
@@ -77,7 +79,7 @@ def test_tables(dataset, space):
 def test_what_cannot_be_mapped_is_an_error():
     with pytest.raises(UserError, match="unknown label space 'city'; known: camvid11, "):
         label_space("city")
-    with pytest.raises(UserError, match="unknown dataset='ade'; choose one of: camvid, "):
+    with pytest.raises(UserError, match="unknown dataset='ade'; choose one of: acdc, camvid, "):
         lookup_table("ade", "cityscapes19")
     with pytest.raises(UserError, match="synthia has no labels for terrain, train, truck"):
         lookup_table("synthia", "cityscapes19")

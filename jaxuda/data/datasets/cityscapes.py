@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxuda.data.building import Complaints, FilesBuilder, Item, find_folder, listed, paired
+from jaxuda.data.building import Complaints, FilesBuilder, Item, find_folder, listed_below, paired
 from jaxuda.data.datasets import Dataset
-from jaxuda.data.labels import LabelSpace, make_label_space
+from jaxuda.data.labels import IGNORE, LabelSpace, make_label_space
 
 # Raw id, name, official colour and super-class of the 19 classes, in the order of their train ids.
 _ROWS = (
@@ -42,6 +42,9 @@ _ROWS = (
 CLASSES = {raw: name for raw, name, _, _ in _ROWS}
 COLOURS = {name: colour for _, name, colour, _ in _ROWS}
 _SUPER = {name: super_class for _, name, _, super_class in _ROWS}
+# Raw id -> train id of the 19 classes, 255 elsewhere.
+TRAIN_IDS = np.full(256, IGNORE, np.uint8)
+TRAIN_IDS[list(CLASSES)] = range(len(CLASSES))
 # A super-class has the colour of its most common member.
 _SUPER_COLOURS = {
     "flat": (128, 64, 128),
@@ -84,22 +87,11 @@ class Cityscapes(FilesBuilder, skip_registration=True):
 
 
 def _split(root: Path, split: str, complaints: Complaints) -> list[Item]:
-    images = _of_all_cities(find_folder(root, "leftImg8bit") / split, "_leftImg8bit.png", complaints)
+    images = listed_below(find_folder(root, "leftImg8bit") / split, "_leftImg8bit.png", complaints, "cities")
     if split == "test":
         return paired(images, complaints)
-    labels = _of_all_cities(find_folder(root, "gtFine") / split, "_gtFine_labelIds.png", complaints)
+    labels = listed_below(find_folder(root, "gtFine") / split, "_gtFine_labelIds.png", complaints, "cities")
     return paired(images, complaints, label=labels)
-
-
-def _of_all_cities(folder: Path, ending: str, complaints: Complaints) -> dict[str, Path] | None:
-    if not folder.is_dir():
-        complaints.add(f"{folder}: there is no such folder")
-        return None
-    cities = sorted(city for city in folder.iterdir() if city.is_dir() and not city.name.startswith("."))
-    if not cities:
-        complaints.add(f"{folder}: holds no folders of cities")
-    found = [listed(city, (ending,), complaints) for city in cities]
-    return {name: file for files in found if files for name, file in files.items()} or None
 
 
 def raw_ids(space: LabelSpace) -> np.ndarray | None:
