@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from jaxuda.data.datasets.mapillary import CATEGORIES
+from jaxuda.data.datasets.mapillary2 import CATEGORIES as CATEGORIES_2
 
 SIZE = (16, 8)  # width, height
 
@@ -128,12 +129,21 @@ def crosscity(root: Path, city: str = "Rome") -> Path:
 
 def mapillary(root: Path) -> Path:
     """Images of several sizes and config_v1.2.json."""
+    return _mapillary(root, "labels", "v1.2", CATEGORIES)
+
+
+def mapillary2(root: Path) -> Path:
+    """The same images with the labels of v2.0, and config_v2.0.json."""
+    return _mapillary(root, "v2.0/labels", "v2.0", CATEGORIES_2)
+
+
+def _mapillary(root: Path, labels: str, version: str, categories: tuple[str, ...]) -> Path:
     for folder in ("training", "validation"):
         for index, size in enumerate(((20, 10), (9, 16), (16, 12))):
             image(root / folder / "images" / f"{folder}{index}.jpg", size, index)
-            palette(root / folder / "labels" / f"{folder}{index}.png", ids(range(66), size))
-    labels = [{"name": "x--y", "readable": name.title()} for name in CATEGORIES]
-    (root / "config_v1.2.json").write_text(json.dumps({"labels": labels}))
+            palette(root / folder / labels / f"{folder}{index}.png", ids(range(len(categories)), size))
+    readable = [{"name": "x--y", "readable": name.title()} for name in categories]
+    (root / f"config_{version}.json").write_text(json.dumps({"labels": readable}))
     return root
 
 

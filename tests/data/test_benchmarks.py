@@ -6,10 +6,23 @@ import sys
 
 import numpy as np
 import pytest
-from layouts import cityscapes, classes_and_instances, crosscity, depth, grey, gta5, ids, image, mapillary, synthia
+from layouts import (
+    cityscapes,
+    classes_and_instances,
+    crosscity,
+    depth,
+    grey,
+    gta5,
+    ids,
+    image,
+    mapillary,
+    mapillary2,
+    synthia,
+)
 from PIL import Image
 
 from jaxuda.data import prepared, records
+from jaxuda.data.datasets import mapillary2 as mapillary_two
 from jaxuda.data.datasets.mapillary import CATEGORIES
 from jaxuda.data.encoding import decode_label
 from jaxuda.data.labels import label_space, lookup_table
@@ -106,6 +119,38 @@ def test_mapillary(tmp_path, capsys):
     (source / "config_v1.2.json").write_text(json.dumps(other))
     message = _complaints(capsys, "mapillary", source, tmp_path / "data")
     assert "category 3 is 'separator', in v1.2 it is 'fence'" in message
+
+
+def test_mapillary_in_nineteen_classes(tmp_path):
+    """Both versions; v2.0 in the same 7 super-classes as v1.2 too."""
+    prepare("mapillary", manual_dir=mapillary(tmp_path / "one"), data_dir=tmp_path)
+    prepare("mapillary2", manual_dir=mapillary2(tmp_path / "two"), data_dir=tmp_path)
+    first, second = (load(f"mapillary{n}", "val", data_dir=tmp_path, label_space="cityscapes19") for n in ("", "2"))
+    assert second.label_space == load("mapillary2", "val", data_dir=tmp_path).label_space
+    super7 = load("mapillary2", "val", data_dir=tmp_path, label_space="super7")
+    expected = {"road": 0, "lane marking - crosswalk": 0, "curb": 1, "pole": 5, "traffic sign (front)": 7, "car": 13}
+    expected |= {"bicyclist": 12, "on rails": 16, "traffic sign (back)": 255, "parking": 255, "unlabeled": 255}
+    for data, names in ((first, CATEGORIES), (second, mapillary_two.CATEGORIES)):
+        label = data[0]["label"].ravel()
+        assert {name: label[names.index(name)] for name in expected} == expected
+    label = second[0]["label"].ravel(), super7[0]["label"].ravel()
+    more = {"garage": (2, 1), "traffic island": (1, 0), "traffic light - cyclists": (6, 2), "vehicle group": (255, 6)}
+    more |= {"road median": (255, 1), "signage - store": (255, 255), "person group": (11, 5)}
+    places = {name: mapillary_two.CATEGORIES.index(name) for name in more}
+    assert {name: (label[0][place], label[1][place]) for name, place in places.items()} == more
+
+
+def test_versions_of_mapillary_agree():
+    """What both have belongs to the same class."""
+    assert len(set(mapillary_two.CATEGORIES)) == 124 and mapillary_two.CATEGORIES[108] == "car"
+    for space in ("cityscapes19", "super7"):
+        found = [
+            dict(zip(names, lookup_table(dataset, space), strict=False))
+            for dataset, names in (("mapillary", CATEGORIES), ("mapillary2", mapillary_two.CATEGORIES))
+        ]
+        shared = found[0].keys() & found[1].keys()
+        assert len(shared) > 50 and all(found[0][name] == found[1][name] for name in shared)
+        assert sorted(set(found[1].values()) - {255}) == [*range(label_space(space).num_classes)]
 
 
 def test_real_resolutions_pass_without_remark(tmp_path, capsys):

@@ -14,7 +14,7 @@ from jaxuda.data.records import load
 from jaxuda.prepare import main
 
 NAMES = {"gta5": "gta5", "synthia": "synthia", "cityscapes": "cityscapes", "crosscity": "crosscity/rome"}
-NAMES |= {"mapillary": "mapillary", "camvid": "camvid/day"}
+NAMES |= {"mapillary": "mapillary", "mapillary2": "mapillary2", "camvid": "camvid/day"}
 
 
 def draw(dataset: str, root: Path) -> Path:
@@ -47,6 +47,7 @@ def labels_of(dataset: str, root: Path) -> list[Path]:
         "cityscapes": "gtFine/[tv][ra]*/*/*_labelIds.png",
         "crosscity": "Rome/Labels/Test/*.png",
         "mapillary": "*/labels/*.png",
+        "mapillary2": "*/v2.0/labels/*.png",
         "camvid": "*annot/*.png",
     }
     return sorted(root.glob(patterns[dataset]))
@@ -56,10 +57,15 @@ def rewrite(file: Path, ids: list[int]) -> None:
     layouts.grey(file, layouts.ids(tuple(ids), Image.open(file).size))
 
 
-@pytest.mark.parametrize("dataset", ["cityscapes", "crosscity", "mapillary", "camvid"])
+@pytest.mark.parametrize("dataset", ["cityscapes", "crosscity", "mapillary", "mapillary2", "camvid"])
 def test_bad_files_of_every_split_are_named_at_once(tmp_path, capsys, dataset):
     root = draw(dataset, tmp_path / "source")
-    images = {"cityscapes": "leftImg8bit/*/*/*", "crosscity": "Rome/Images/*/*", "mapillary": "*/images/*"}
+    images = {
+        "cityscapes": "leftImg8bit/*/*/*",
+        "crosscity": "Rome/Images/*/*",
+        "mapillary": "*/images/*",
+        "mapillary2": "*/images/*",
+    }
     bad = sorted(root.glob(images.get(dataset, "*/00[01][16]*.jpg")))
     bad = [file for file in bad if "0001TP" not in file.name]  # not of the config "day"
     for file in bad:
@@ -72,7 +78,7 @@ def test_bad_files_of_every_split_are_named_at_once(tmp_path, capsys, dataset):
 # --- labels of another kind
 
 
-@pytest.mark.parametrize("dataset", ["gta5", "cityscapes", "synthia", "crosscity", "mapillary"])
+@pytest.mark.parametrize("dataset", ["gta5", "cityscapes", "synthia", "crosscity", "mapillary", "mapillary2"])
 @pytest.mark.parametrize("void", [True, False])
 def test_train_ids_are_called_so_in_every_split(tmp_path, capsys, dataset, void):
     """With 255 in some files of every split, as most have, and without."""
@@ -109,7 +115,7 @@ def test_published_labels_are_not_taken_for_train_ids(tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("dataset", ["gta5", "cityscapes", "mapillary", "crosscity"])
+@pytest.mark.parametrize("dataset", ["gta5", "cityscapes", "mapillary", "mapillary2", "crosscity"])
 def test_instance_ids_are_refused(tmp_path, capsys, dataset):
     root = draw(dataset, tmp_path / "source")
     file = labels_of(dataset, root)[0]
@@ -218,10 +224,32 @@ def test_mapillary_of_the_package_with_two_versions(tmp_path, capsys):
     shutil.rmtree(root / "training" / "v1.2")
     shutil.rmtree(root / "validation" / "v1.2")
     message = refused("mapillary", root, capsys)
-    assert message.count("are labels of v2.0; only v1.2 can be used") == 2
+    assert message.count("v2.0: holds labels of v2.0; those of v1.2 are missing (mapillary2 reads v2.0)") == 2
     for split in ("training", "validation"):
         (root / split / "v2.0" / "labels").rename(root / split / "labels")
-    assert "has ids that the dataset does not define: 66, 67" in refused("mapillary", root, capsys)
+    message = refused("mapillary", root, capsys)
+    assert "has ids that the dataset does not define: 66, 67" in message
+    assert "(v2.0 has such ids: prepare its labels as mapillary2)" in message
+
+
+def test_mapillary_2_is_not_v1(tmp_path, capsys):
+    root = layouts.mapillary(tmp_path / "source")
+    message = refused("mapillary2", root, capsys)
+    assert f"{root}/training/v2.0/labels: there is no such folder" in message
+    for split in ("training", "validation"):
+        (root / split / "v1.2").mkdir()
+        (root / split / "labels").rename(root / split / "v1.2" / "labels")
+    message = refused("mapillary2", root, capsys)
+    assert message.count("v1.2: holds labels of v1.2; those of v2.0 are missing (mapillary reads v1.2)") == 2
+    for split in ("training", "validation"):
+        (root / split / "v1.2").rename(root / split / "v2.0")
+    message = refused("mapillary2", root, capsys)
+    assert message.count("holds no id above 65, as all labels of its split: these are labels of v1.2") == 2
+
+    config = json.loads((layouts.mapillary2(tmp_path / "other") / "config_v2.0.json").read_text())
+    config["labels"] = config["labels"][:-1]
+    (root / "config_v2.0.json").write_text(json.dumps(config))
+    assert "config_v2.0.json: has 123 categories, v2.0 has 124" in refused("mapillary2", root, capsys)
 
 
 def test_one_city_of_crosscity(tmp_path, capsys):
