@@ -8,8 +8,8 @@ ImageNet weights, batch 1 + 1, learning rate 2.5e-4 (heads 10x), adversarial wei
 with Adam 1e-4, 120,000 steps of a 250,000-step schedule; mIoU 43.8 on GTA5 -> Cityscapes, 40.8 on SYNTHIA (mIoU* 47.6),
 the best snapshot on the target's labels; together with MinEnt (--mode eval with both checkpoints) 45.5 and 41.2 (48.0).
 Those runs updated backbone weights several times per step by accident (see `repeat` in
-jaxuda/optimizers/sgd.py); the published recipes here do the same. crosscity-CITY and mapillary are trained in the
-same way; no score was published.
+jaxuda/optimizers/sgd.py); the published recipes here do the same. All other large benchmarks, from crosscity-CITY to
+darkzurich, are trained in the same way; no score was published.
 """
 
 from ml_collections import ConfigDict

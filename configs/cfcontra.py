@@ -12,8 +12,8 @@ four contrast terms with weight 0.001 at temperature 0.07; +3.5 mIoU over MinEnt
 snapshot on the target's labels. Only the prototypes come from MinEnt, the network starts from ImageNet again;
 `--config.adapt.init=minent` starts it from MinEnt, as the quick benchmarks do. The published optimizer never updated
 the projection head; `--config.adapt.train_head=False` does the same. The published code also has a transfer of the
-target's appearance to source images, which is switched off; it is left out here. crosscity-CITY and mapillary
-are trained in the same way; no score was published.
+target's appearance to source images, which is switched off; it is left out here. All other large
+benchmarks, from crosscity-CITY to darkzurich, are trained in the same way; no score was published.
 
 The small networks here train for a few hundred steps. After 20 of them on streets, the gradient of a contrast term on
 the backbone is 2 to 3 times the cross-entropy's before weighting; with weight 0.01 the four terms together are a tenth

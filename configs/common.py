@@ -11,9 +11,13 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 
 CITIES = ("rio", "rome", "taipei", "tokyo")
-# The benchmarks of papers: to Cityscapes, from Cityscapes to each city of Cross-City, and from SYNTHIA to Mapillary.
-TO_CITYSCAPES = ("gta5", "synthia")
-PUBLISHED = (*TO_CITYSCAPES, *(f"crosscity-{city}" for city in CITIES), "mapillary")
+CONDITIONS = ("fog", "night", "rain", "snow")
+# The benchmarks of papers: to Cityscapes (from two sources in the 16 classes of both, or in 19), from Cityscapes to
+# each city of Cross-City, to Mapillary in 7 or 19 classes, and from Cityscapes to weather and night.
+TO_CITYSCAPES = ("gta5", "synthia", "gta5+synthia", "gta5+synthia-19")
+ADVERSE = ("acdc", "darkzurich")
+MAPILLARY = ("mapillary", "mapillary-19")
+PUBLISHED = (*TO_CITYSCAPES, *(f"crosscity-{city}" for city in CITIES), *MAPILLARY, *ADVERSE)
 # Those that train within minutes; "streets,lite" starts from ImageNet weights of a small network, see `lite`.
 QUICK = ("streets", "camvid", "folder")
 BENCHMARKS = (*QUICK, *(f"{name},lite" for name in QUICK), *PUBLISHED)
@@ -134,7 +138,9 @@ def base(
     """
     benchmark, _, variant = benchmark.partition(",")
     benchmarks = {"streets": _streets, "camvid": _camvid, "folder": _folder}
-    known = {"gta5": _gta5, "synthia": _synthia, "mapillary": _mapillary}
+    known = {"gta5": _gta5, "synthia": _synthia, "mapillary": _mapillary, "mapillary-19": _mapillary_19}
+    known |= {"gta5+synthia": partial(_both, label_space="synthia16")}
+    known |= {"gta5+synthia-19": partial(_both, label_space="cityscapes19"), "acdc": _acdc, "darkzurich": _darkzurich}
     known |= {f"crosscity-{city}": partial(_crosscity, city=city) for city in CITIES}
     benchmarks |= {name: known[name] for name in published}
     if benchmark not in benchmarks:
@@ -258,6 +264,16 @@ def _synthia(config: ConfigDict) -> None:
     _cityscapes(config)
 
 
+def _both(config: ConfigDict, label_space: str) -> None:
+    """GTA5 and SYNTHIA as one source, at one size, so that images of both fit into a batch.
+
+    In 16 classes, GTA5's terrain, trucks and trains are ignored; in 19, SYNTHIA shows none of these.
+    """
+    config.label_space = label_space
+    config.source = domain("gta5+synthia", resize=(1280, 720))
+    _cityscapes(config)
+
+
 def _crosscity(config: ConfigDict, city: str) -> None:
     """The 13 classes that both have; the city's 100 labelled images are its test split."""
     config.label_space = "crosscity13"
@@ -271,8 +287,39 @@ def _mapillary(config: ConfigDict) -> None:
     """From SYNTHIA, 7 super-classes; images keep their aspect within 1024x768, as published with DADA."""
     config.label_space = "super7"
     config.source = domain("synthia", resize=(1280, 760))
+    _to_mapillary(config)
+
+
+def _mapillary_19(config: ConfigDict) -> None:
+    """From GTA5, 19 classes; --config.target.name=mapillary2 takes the labels of v2.0."""
+    config.label_space = "cityscapes19"
+    config.source = domain("gta5", resize=(1280, 720))
+    _to_mapillary(config)
+
+
+def _to_mapillary(config: ConfigDict) -> None:
     config.target = domain("mapillary", fit=(1024, 768))
     config.evaluation.update({"size": (1024, 768), "batch": 1, "keep_aspect": True})
+    _long(config)
+
+
+def _acdc(config: ConfigDict) -> None:
+    """All conditions as one target; each is scored alone, too."""
+    parts = [f"acdc/{condition}" for condition in CONDITIONS]
+    _adverse(config, "+".join(parts))
+    config.evaluation.also = tuple(f"{part}:val" for part in parts)
+
+
+def _darkzurich(config: ConfigDict) -> None:
+    _adverse(config, "darkzurich")
+
+
+def _adverse(config: ConfigDict, target: str) -> None:
+    """From Cityscapes; images of the target have half their published size."""
+    config.label_space = "cityscapes19"
+    config.source = domain("cityscapes", resize=(1024, 512))
+    config.target = domain(target, resize=(960, 540))
+    config.evaluation.update({"size": (960, 540), "batch": 1})
     _long(config)
 
 

@@ -15,8 +15,8 @@ For several region sizes, set the same region_sizes for context_relations and ad
 
 No code was ever published (the README has the authors' remark about a patent). The paper does not specify, so that we
 chose: descriptors and clustering (jaxuda/artifacts/relations.py, jaxuda/sweeps/context_relations.py),
-lambda_region_ce, and for gta5, synthia, crosscity-CITY and mapillary all settings of AdvEnt's recipe. The paper: mIoU
-48.6 on GTA5 -> Cityscapes with ResNet-101, 42.9 on SYNTHIA (mIoU* 50.0).
+lambda_region_ce, and for all large benchmarks, from gta5 to darkzurich, the settings of AdvEnt's recipe. The paper:
+mIoU 48.6 on GTA5 -> Cityscapes with ResNet-101, 42.9 on SYNTHIA (mIoU* 50.0).
 
 The small networks adapt from the source-only stage. Clustering, streets and camvid: eps 0.18 with min_samples 10
 finds 44 and 47 relations (12 and 14 of a single class) that hold 43% and 55% of the regions; from eps 0.25 on, most

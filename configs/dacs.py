@@ -2,7 +2,7 @@
 
     python -m jaxuda.main --config configs/dacs.py            # streets, two CPU cores
     python -m jaxuda.main --config configs/dacs.py:camvid     # day -> dusk, after jaxuda.prepare camvid
-    python -m jaxuda.main --config configs/dacs.py:gta5       # also synthia, crosscity-CITY, mapillary
+    python -m jaxuda.main --config configs/dacs.py:gta5       # also synthia, acdc, darkzurich, ...
 
 Stages: source only -> DACS -> oracle. This is DACS as the baseline of DAFormer's authors: their step (see
 configs/daformer.py) with a teacher that follows faster, and without rare class sampling, margins and the distance to

@@ -8,7 +8,7 @@ batch normalisation, learning rate 2.5e-4 (heads 10x), temperature 1.8, adversar
 with Adam 1e-4. Their last stage, self-training on the adapted network's soft predictions, is left out; SDCA's
 hard pseudo-labels can be used instead. Steps and batch sizes are those of SDCA, which was built on FADA's code. The
 paper, with self-distillation: mIoU 50.1 on GTA5 -> Cityscapes, 45.2 on SYNTHIA (mIoU* 52.5); without it no score is
-known for these recipes. crosscity-CITY and mapillary are trained in the same way.
+known for these recipes. All other large benchmarks, from crosscity-CITY to darkzurich, are trained in the same way.
 """
 
 from ml_collections import ConfigDict

@@ -9,7 +9,7 @@ that network -> AdvEnt from the easy images with their pseudo-labels to the hard
 As published (gta5, synthia): both AdvEnt trainings start from ImageNet; mIoU 46.3 on GTA5 -> Cityscapes, 41.7 on
 SYNTHIA (mIoU* 48.9). Their ranking used the checkpoint that was best on the target's labels, which here is
 `--config.rank.init=inter:best`; and it multiplied the scores as `favour_rare` does, although the paper does not.
-crosscity-CITY and mapillary are trained in the same way; no score was published.
+All other large benchmarks, from crosscity-CITY to darkzurich, are trained in the same way; no score was published.
 """
 
 from ml_collections import ConfigDict

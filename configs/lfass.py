@@ -2,7 +2,7 @@
 
     python -m jaxuda.main --config configs/lfass.py            # streets, two CPU cores
     python -m jaxuda.main --config configs/lfass.py:camvid     # day -> dusk, after jaxuda.prepare camvid
-    python -m jaxuda.main --config configs/lfass.py:synthia    # as published; also gta5
+    python -m jaxuda.main --config configs/lfass.py:synthia    # as published; also gta5, acdc, darkzurich, ...
 
 The method is PLCA's (`jaxuda/methods/plca.py`) without probabilities, smoothness and test-time aggregation. The stages
 and ",paired" are as in configs/plca.py; the report names such pairs as future work.
@@ -19,7 +19,7 @@ recipe does the same.
 from ml_collections import ConfigDict
 
 from configs import common
-from configs.plca import association, crops, pair
+from configs.plca import ON, association, crops, pair
 
 PUBLISHED = {"lr": 2.5e-4, "steps": 30_000, "init": "imagenet", "lambda_lovasz": 0.75}
 FEATURES_ONLY = {"lambda_probs": 0.0, "lambda_smooth": 0.0, "test_aggregation": 0.0}
@@ -29,11 +29,11 @@ VARIANTS = ("paired",)
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: a quick one, gta5 or synthia; "streets,paired" pairs by class."""
-    config = common.base("lfass", benchmark, published=common.TO_CITYSCAPES, variants=("lite", *VARIANTS))
+    """The config for one benchmark: a quick one or one of `ON`; "streets,paired" pairs by class."""
+    config = common.base("lfass", benchmark, published=ON, variants=("lite", *VARIANTS))
     benchmark, _, variant = benchmark.partition(",")
     config.pipeline = ("source_only", "adapt", "oracle")
-    if benchmark in common.TO_CITYSCAPES:
+    if benchmark in ON:
         _network(config)
         crops(config)
         config.source_only = common.source_only(**PUBLISHED)

@@ -7,7 +7,7 @@ Stages: source only -> MinEnt from there -> oracle. The published experiments tr
 with entropy weights 0.001 and 0.0002 over 120,000 steps; the small networks here start from the source-only
 stage and use larger weights, since they train for a few hundred steps only. The published recipes are gta5 and
 synthia: mIoU 42.3 on GTA5 -> Cityscapes, 38.1 on SYNTHIA (mIoU* 44.2), the best snapshot on the target's labels.
-crosscity-CITY and mapillary are trained in the same way; no score was published.
+All other large benchmarks, from crosscity-CITY to darkzurich, are trained in the same way; no score was published.
 """
 
 from ml_collections import ConfigDict

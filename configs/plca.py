@@ -2,7 +2,7 @@
 
     python -m jaxuda.main --config configs/plca.py            # streets, two CPU cores
     python -m jaxuda.main --config configs/plca.py:camvid     # day -> dusk, after jaxuda.prepare camvid
-    python -m jaxuda.main --config configs/plca.py:gta5       # as published; also synthia
+    python -m jaxuda.main --config configs/plca.py:gta5       # as published; also synthia, acdc, darkzurich, ...
 
 Stages: source only (with Lovasz) -> PLCA from there -> oracle. With ",paired" after the benchmark
 (`configs/plca.py:streets,paired`), each target image gets, out of 16 random source images, the one that best covers the
@@ -15,12 +15,14 @@ accumulated in two parts, normalisation trained; images of both domains with a s
 and 46.9 (16 classes). Their Lovasz weight of 0.75 was multiplied by 2 GPUs x 2 accumulated parts; here a weight is used
 as it is given, so the recipes have 3.0. Their Lovasz was computed over the 2 images of one GPU, ours over the 4 of a
 part. Blocks of the network are computed twice (`model.remat`), so that a part of 4 + 4 fits an accelerator of 24 GiB.
+gta5+synthia, acdc and darkzurich are trained as GTA5.
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
 
+ON = (*common.TO_CITYSCAPES, *common.ADVERSE)
 EPOCH = 372
 PUBLISHED = {"lr": 2.5e-4, "batch": 8, "init": "imagenet", "align_corners": False, "lambda_lovasz": 3.0}
 
@@ -29,12 +31,12 @@ VARIANTS = ("paired",)
 
 
 def get_config(benchmark: str = "streets") -> ConfigDict:
-    """The config for one benchmark: a quick one, gta5 or synthia; "streets,paired" pairs by class."""
-    config = common.base("plca", benchmark, published=common.TO_CITYSCAPES, variants=("lite", *VARIANTS))
+    """The config for one benchmark: a quick one or one of `ON`; "streets,paired" pairs by class."""
+    config = common.base("plca", benchmark, published=ON, variants=("lite", *VARIANTS))
     benchmark, _, variant = benchmark.partition(",")
     config.pipeline = ("source_only", "adapt", "oracle")
-    if benchmark in common.TO_CITYSCAPES:
-        _published(config, *((30, 28) if benchmark == "gta5" else (10, 8)))
+    if benchmark in ON:
+        _published(config, *((10, 8) if benchmark == "synthia" else (30, 28)))
     else:
         config.source_only = common.source_only(**common.LOVASZ)
         config.adapt = common.train_stage(
@@ -67,7 +69,8 @@ def crops(config: ConfigDict) -> None:
     for domain in (config.source, config.target):
         domain.update({"resize": None, "short_side": (760, 988), "flip": 0.5, "crop": (730, 730)})
         domain.interpolation = "bilinear"
-    config.evaluation.size = (1460, 730)
+    width, height = config.evaluation.size
+    config.evaluation.size = (round(730 * width / height), 730)  # 1460x730 for Cityscapes
 
 
 def association(**fields) -> dict:

@@ -15,6 +15,7 @@ from test_stages import DOMAINS
 
 from configs import cfcontra, common, dada, daformer, hrda, lfass, mic, minent, plca, sdca, sepico
 from jaxuda import methods
+from jaxuda.data.joined import part_names
 from jaxuda.data.labels import label_space, lookup_table
 from jaxuda.models import make_model
 from jaxuda.optimizers import make_optimizer
@@ -25,6 +26,7 @@ from jaxuda.training.start import method_start, new_state
 from jaxuda.training.step import make_step, to_float
 
 CLASSES = {"gta5": 19, "synthia": 16, "mapillary": 7, "streets": 19, "camvid": 11}
+CLASSES |= {"gta5+synthia": 16, "gta5+synthia-19": 19, "mapillary-19": 19, "acdc": 19, "darkzurich": 19}
 FULL = ("gta5", "synthia")  # benchmarks on which every stage is traced
 
 
@@ -57,7 +59,12 @@ def test_steps_of_published_recipes(recipe: str, benchmark: str) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "benchmark", "stage"),
-    [("advent", "crosscity-rome", "adapt"), ("sdca", "mapillary", "self_train"), ("dada", "mapillary", "adapt")],
+    [
+        ("advent", "crosscity-rome", "adapt"),
+        ("sdca", "mapillary", "self_train"),
+        ("dada", "mapillary", "adapt"),
+        ("mic", "acdc", "adapt"),
+    ],
 )
 def test_elsewhere(recipe: str, benchmark: str, stage: str) -> None:
     """Stages whose networks the tests above do not have."""
@@ -76,11 +83,16 @@ def test_every_benchmark_of_a_recipe_is_planned(recipe: str) -> None:
         if name == "folder":
             continue
         space, place = label_space(config.label_space), config.target.name.partition("/")
-        for dataset in (config.source.name.partition("/")[0], place[0]):
-            lookup_table(dataset, space)
+        for domain in (config.source, config.target):
+            parts = [part.partition("/")[0] for part in part_names(domain.name)]
+            for dataset in parts:
+                lookup_table(dataset, space, parts)
         if name in common.PUBLISHED:
             width = 64 if config.model.name == "deeplab" else None  # of MiT: as its variant has it
             assert config.model.width == width and config.source_only.steps >= 2_000
+        if name in common.ADVERSE:
+            assert config.source.name == "cityscapes" and config.target.name.startswith(name)
+            assert config.evaluation.size[0] / config.evaluation.size[1] == pytest.approx(16 / 9, rel=1e-3)
         if name.startswith("crosscity"):
             assert config.evaluation.split == "test" and place[2] == name.partition("-")[2]
         assert space.num_classes == CLASSES.get(name, 13)

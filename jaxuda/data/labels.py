@@ -81,28 +81,34 @@ def own_space(name: str) -> LabelSpace | None:
     return own.get(about.space) or (label_space(about.space) if about.space else None)
 
 
-def lookup_table(name: str, space: str | LabelSpace) -> np.ndarray:
+def lookup_table(name: str, space: str | LabelSpace, others: Sequence[str] = ()) -> np.ndarray:
     """Maps the ids in a dataset's label files to train ids of a label space.
 
     Args:
       name: the dataset's name, see `dataset`.
       space: a label space or its name.
+      others: datasets that are joined with this one, which may have labels for classes that it lacks.
 
     Returns:
       (256,) uint8; entry r is the train id of raw id r, or 255 where pixels with that id are ignored.
 
     Raises:
-      UserError: the dataset or the space is unknown, or the space has classes that the dataset lacks.
+      UserError: a dataset or the space is unknown, or the space has classes that none of the datasets has.
     """
     space = label_space(space) if isinstance(space, str) else space
+    names = _classes_in(name, space)
+    there = set(names.values()).union(*(_classes_in(other, space).values() for other in others))
+    if missing := sorted(set(space.classes) - there):
+        who, verb = " and ".join(dict.fromkeys([name, *others])), "have" if {*others} - {name} else "has"
+        raise UserError(f"{who} {verb} no labels for {', '.join(missing)}, which the label space {space.name} needs")
+    return table_by_name(names, space)
+
+
+def _classes_in(name: str, space: LabelSpace) -> Mapping[int, str]:
+    """Raw id -> class of a label space, or another class, for the ids of a dataset."""
     about = dataset(name)
     names = about.tables.get(space.name, about.classes)
-    if space.members:
-        names = {raw: space.members.get(class_, class_) for raw, class_ in names.items()}
-    missing = sorted(set(space.classes) - set(names.values()))
-    if missing:
-        raise UserError(f"{name} has no labels for {', '.join(missing)}, which the label space {space.name} needs")
-    return table_by_name(names, space)
+    return {raw: space.members.get(class_, class_) for raw, class_ in names.items()} if space.members else names
 
 
 def table_by_name(names: Mapping[int, str], space: LabelSpace) -> np.ndarray:

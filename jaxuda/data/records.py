@@ -267,9 +267,21 @@ def load(
         parts: dict[str, Records] = {}
         for part in part_names(name):
             where = path if part == "folder" else ""
-            parts[part] = load(part, split, label_space=label_space, data_dir=data_dir, path=where)
+            parts[part] = _load(part, split, label_space, data_dir, where, part_names(name))
             label_space = label_space or parts[part].label_space
         return Joined(parts)
+    return _load(name, split, label_space, data_dir, path)
+
+
+def _load(
+    name: str,
+    split: str,
+    label_space: str | labels.LabelSpace | None,
+    data_dir: str | os.PathLike | None,
+    path: str,
+    joined: Sequence[str] = (),
+) -> Records:
+    """One dataset; `joined`: all of those that it is joined with, of which one must have labels for each class."""
     folder = prepared_folder(name, data_dir, path)
     summary = read_summary(folder)
     if summary is None:
@@ -281,7 +293,8 @@ def load(
         space, table = _folder_labels(summary.get("classes"), label_space)
     else:
         space = _space(label_space) or labels.own_space(dataset)
-        table = labels.lookup_table(dataset, space)
+        others = [part.partition("/")[0] for part in joined if part != "folder"]
+        table = labels.lookup_table(dataset, space, others)
     shown = f"folder {Path(path).name}" if dataset == "folder" else name
     return Records(shown, folder, split, summary["splits"][split], space, table)
 

@@ -8,6 +8,7 @@ import towns
 from layouts import gta5, synthia
 
 from jaxuda.data import PseudoLabelled, domain_transform, load, make_input
+from jaxuda.data.labels import label_space
 from jaxuda.data.pseudo import LABELS, write_pseudo_label
 from jaxuda.data.records import Subset
 from jaxuda.errors import UserError
@@ -60,8 +61,20 @@ def test_all_parts_are_read_in_one_label_space(there):
     np.testing.assert_array_equal(both[3]["label"], other[0]["label"])
     assert both.class_pixels().shape == (6, 17)
     assert {"depth"} == load("synthia", "train", data_dir=there)[0].keys() - both[0].keys()
+
+
+def test_one_of_the_parts_must_have_each_class(there):
+    both = load("gta5+synthia", "train", data_dir=there)
+    assert both.label_space.name == "cityscapes19"
+    gta5, synthia = both[0]["label"], both[4]["label"]
+    nineteen, sixteen = (label_space(name).classes for name in ("cityscapes19", "synthia16"))
+    assert set(np.unique(gta5)) == {*range(19), 255}
+    assert {nineteen[index] for index in np.unique(synthia)[:-1]} == set(sixteen)
+    assert both.class_pixels().shape == (6, 20) and not both.class_pixels()[4, nineteen.index("terrain")]
+    with pytest.raises(UserError, match=r"synthia and camvid have no labels for .*terrain, train, truck"):
+        load("synthia+camvid/day", "train", label_space="cityscapes19", data_dir=there)
     with pytest.raises(UserError, match="synthia has no labels for terrain, train, truck"):
-        load("gta5+synthia", "train", data_dir=there)
+        load("synthia", "train", label_space="cityscapes19", data_dir=there)
 
 
 def test_what_cannot_be_joined(there):
