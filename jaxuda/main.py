@@ -23,7 +23,8 @@ For a start, without any data of your own:
       --images photos --workdir labelled         label your photos with the result
 
 Other commands, each with its own --help: jaxuda.prepare (datasets, your own folders), jaxuda.report (pages and
-comparisons), jaxuda.report.pictures, jaxuda.table (many runs in one table), jaxuda.convert (torch's checkpoints).
+comparisons), jaxuda.report.pictures, jaxuda.table (many runs in one table), jaxuda.convert (torch's checkpoints),
+jaxuda.submit (predictions for test servers).
 
 If a flag is given twice, the last one counts. Exit codes of all commands: 0 done, 75 interrupted (run the same command
 to continue), 2 a mistake to correct, 1 anything else.

@@ -62,6 +62,10 @@ class ImageFiles(Sequence):
     def __len__(self) -> int:
         return len(self._paths)
 
+    def names(self) -> list[str]:
+        """The names of the predictions, without ".png", in order."""
+        return list(self._names)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             image = encoding.read_image_file(self._paths[index].read_bytes(), self._bits)

@@ -3,6 +3,7 @@
 Images contain the prediction: the class of a pixel is its red value divided by ten.
 """
 
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,9 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from configs import minent
+from jaxuda.data import servers
+from jaxuda.data.datasets.cityscapes import CLASSES
 from jaxuda.data.labels import label_space
 from jaxuda.data.records import load
 from jaxuda.metrics import iou, iou_table, mean_iou
@@ -86,6 +90,42 @@ def test_nineteen_classes_as_the_cityscapes_scripts(tmp_path: Path) -> None:
     np.testing.assert_allclose(iou(evaluation.confusion), expected, rtol=0, atol=1e-9)
     assert mean_iou(evaluation.confusion) == pytest.approx(theirs["averageScoreClasses"], abs=1e-9)
     assert np.isnan(expected[9]) and expected[16] == 0 and 0.2 < np.nanmean(expected) < 0.6
+
+
+def test_conditions_add_up_and_what_the_server_gets_scores_as_the_scripts(tmp_path: Path, monkeypatch) -> None:
+    scripts = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
+    source, rng, size = layouts.acdc(tmp_path / "source", (64, 32)), np.random.default_rng(0), (64, 32)
+    raw, images = np.array([*CLASSES]), sorted((source / "rgb_anon").glob("*/val/*/*.png"))
+    labels = [Path(str(file).replace("rgb_anon", "gt", 1).replace("rgb_anon", "gt_labelIds")) for file in images]
+    for file, label in zip(images, labels, strict=True):
+        truth = rng.choice(19, size[::-1])
+        void = rng.random(truth.shape) < 0.2
+        layouts.grey(label, np.where(void, 0, raw[truth]).astype(np.uint8))
+        train = np.where(void, 255, truth).astype(np.uint8)
+        layouts.grey(label.with_name(label.name.replace("labelIds", "labelTrainIds")), train)
+        paint(file, np.where(rng.random(truth.shape) < 0.5, truth, rng.choice(19, truth.shape)))
+    prepare("acdc", manual_dir=source, data_dir=tmp_path)
+    config = minent.get_config("acdc")
+    whole = score(config.target.name, "val", "cityscapes19", tmp_path, size).confusion
+    rows = [score(*entry.split(":"), "cityscapes19", tmp_path, size).confusion for entry in config.evaluation.also]
+    assert len(rows) == 4 and all(row.sum() for row in rows)
+    np.testing.assert_array_equal(sum(rows), whole)
+
+    found = ImageFiles(f"{source}/rgb_anon/*/val/*/*.png")
+    write_predictions(predictions({}, found, **network(19, size)), tmp_path, label_space("cityscapes19"))
+    monkeypatch.setitem(servers.SERVERS, "acdc", servers.SERVERS["acdc"]._replace(size=size))
+    servers.pack("acdc", tmp_path / "cityscapes_ids", found.names(), tmp_path / "acdc.zip")
+    with zipfile.ZipFile(tmp_path / "acdc.zip") as archive:
+        archive.extractall(tmp_path / "served")
+    guesses = []
+    for image in images:  # the scripts take raw ids
+        served = tmp_path / "served" / "labelTrainIds" / image.name
+        layouts.grey(served, raw[np.asarray(Image.open(served))].astype(np.uint8))
+        guesses.append(str(served))
+    arguments = scripts.args
+    arguments.evalInstLevelScore, arguments.JSONOutput, arguments.quiet = False, False, True
+    theirs = scripts.evaluateImgLists(guesses, [str(label) for label in labels], arguments)
+    assert mean_iou(whole) == pytest.approx(theirs["averageScoreClasses"], abs=1e-9) and 0.2 < mean_iou(whole) < 0.6
 
 
 def test_sixteen_and_thirteen_classes_by_hand(tmp_path: Path) -> None:
