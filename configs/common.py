@@ -306,15 +306,11 @@ def _to_mapillary(config: ConfigDict) -> None:
 def _acdc(config: ConfigDict) -> None:
     """All conditions as one target; each is scored alone, too."""
     parts = [f"acdc/{condition}" for condition in CONDITIONS]
-    _adverse(config, "+".join(parts))
+    _darkzurich(config, "+".join(parts))
     config.evaluation.also = tuple(f"{part}:val" for part in parts)
 
 
-def _darkzurich(config: ConfigDict) -> None:
-    _adverse(config, "darkzurich")
-
-
-def _adverse(config: ConfigDict, target: str) -> None:
+def _darkzurich(config: ConfigDict, target: str = "darkzurich") -> None:
     """From Cityscapes; images of the target have half their published size."""
     config.label_space = "cityscapes19"
     config.source = domain("cityscapes", resize=(1024, 512))
