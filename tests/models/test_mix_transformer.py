@@ -401,7 +401,7 @@ def test_remat_changes_nothing(small: tuple) -> None:
             return jnp.mean(jnp.square(outputs.main))
 
         ends.append(jax.jit(jax.grad(loss))(variables["params"]))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), *ends)
+    jax.tree.map(lambda a, b: check(a, b, 1e-4), *ends)
 
 
 def test_the_classifier_maps_the_features_to_the_logits(small: tuple) -> None:
@@ -425,7 +425,7 @@ def test_groups_of_the_optimizer() -> None:
 
 def test_initial_weights() -> None:
     """Spreads of the published initialisation, and a bias that starts at random."""
-    model = make_model({"name": "mix_transformer", "variant": "b0"}, 19)
+    model = make_model({"name": "mix_transformer", "variant": "b0", "blocks": (1, 1, 1, 1)}, 19)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     spread = lambda *path: float(np.std(functools.reduce(lambda tree, key: tree[key], path, params)))  # noqa: E731
     expected = {
