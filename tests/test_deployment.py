@@ -11,16 +11,19 @@ import pytest
 from golden_weights import random_variables
 from ml_collections import FrozenConfigDict
 
+from jaxuda import convert
 from jaxuda.data.transforms import fitted_size, resize_image
 from jaxuda.errors import UserError
 from jaxuda.inference import deployment, onnx_graph
 from jaxuda.inference.predictor import Predictor
+from jaxuda.interop import save_torch
 from jaxuda.models import make_model
 from jaxuda.sweeps import scores
 
 pytestmark = pytest.mark.usefixtures("few_optimizations")
 NETWORKS = {
     "deeplab": {"name": "deeplab", "backbone": "resnet18", "variant": "torchvision", "width": 8, "aux": True},
+    "tiny": {"name": "deeplab", "backbone": "resnet18", "variant": "torchvision", "width": 8, "blocks": (1,) * 4},
     "bottlenecks": {"name": "deeplab", "backbone": "resnet50", "variant": "caffe", "width": 8, "blocks": (1, 1, 2, 1)},
     "vgg": {"name": "deeplab", "backbone": "vgg16", "width": 4},
     "lite": {"name": "efficientnet_lite", "width": 8, "decoder_width": 16},
@@ -29,7 +32,7 @@ CLASSES = ("ground", "box", "sky", "tree", "road")
 
 
 def predictor(network: str, train: str = "minent", **evaluation) -> Predictor:
-    model = make_model(NETWORKS[network], len(CLASSES))
+    model = make_model(NETWORKS[network], 19 if network == "tiny" else len(CLASSES))
     variables = random_variables(model, np.zeros((1, 32, 64, 3), np.float32))
     config = {"train": train, "preprocess": "imagenet", "align_corners": network == "deeplab", "test_aggregation": 0.0}
     config["evaluation"] = {"size": (64, 32), "batch": 1, **evaluation}
@@ -73,7 +76,7 @@ def onnx_session(tmp_path: Path):
     return made
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", [name for name in NETWORKS if name != "tiny"])
 def test_onnx_labels_are_ours(network: str, onnx_session) -> None:
     ours = predictor(network)
     session = onnx_session(ours)
@@ -95,6 +98,34 @@ def test_onnx_of_images_that_keep_their_aspect_and_of_a_method_that_predicts(onn
     ours = predictor("deeplab", train="plca", keep_aspect=True)
     session = onnx_session(ours)
     assert_equal_labels(ours, lambda batch: session.run(["labels", "probabilities"], {"images": batch}))
+
+
+def test_the_command_exports_and_checks(tmp_path: Path, capsys) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    ours, file, stage = predictor("tiny"), tmp_path / "published.pth", tmp_path / "stage"
+    save_torch(ours.variables, ours.model, file)
+    words = ["--config=source_only", "--config.model.width=8", "--config.evaluation.size=(64, 32)"]
+    assert convert.main([str(file), *words, "--config.model.blocks=(1, 1, 1, 1)", f"--out={stage}"]) == 0
+    capsys.readouterr()
+    assert convert.main([str(stage), f"--export={tmp_path / 'net.onnx'}"]) == 0
+    said = capsys.readouterr().out
+    assert "classes road, sidewalk, building" in said and "onnxruntime's labels of two images are jaxuda's" in said
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    labels, probabilities = session.run(["labels", "probabilities"], {"images": images(1)[0][None]})
+    assert labels.shape == (1, 32, 64) and probabilities.shape == (1, 32, 64, 19)
+
+
+def test_a_wrong_file_is_found(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    ours = predictor("tiny")
+    deployment.write(ours, tmp_path / "net.onnx", lambda line: None)
+    shifted = jax.tree.map(lambda x: x, ours.variables)
+    for name in ("kernel0", "kernel1", "kernel2", "kernel3"):
+        shifted["params"]["head"][name] = np.roll(ours.variables["params"]["head"][name], 1, -1)
+    with pytest.raises(
+        UserError, match=r"net\.onnx is not what jaxuda computes: onnxruntime labels \d+ of 2048 pixels"
+    ):
+        deployment.check(tmp_path / "net.onnx", ours._replace(variables=shifted))
 
 
 def test_stablehlo_labels_are_ours(tmp_path: Path) -> None:
