@@ -39,6 +39,7 @@ def domain(name: str, **transforms) -> ConfigDict:
     """One training domain: a dataset ("streets/game"), and how its images are transformed (None = not at all).
 
     Several are joined with "+" ("gta5+synthia"); `parts` has what differs, {"synthia": {"resize": (1280, 760)}}.
+    `reference`: the target's images come with others of the same places, such as those by day of "darkzurich".
     Sizes are (width, height). The order is: resize | within | fit | short_side | scale, crop (balanced), flip, jitter,
     grey, blur.
     """
@@ -50,8 +51,9 @@ def domain(name: str, **transforms) -> ConfigDict:
     for field in ("within", "fit", "balanced"):
         if field in transforms:
             config[field] = optional(transforms.pop(field))
-    if "parts" in transforms:
-        config.parts = transforms.pop("parts")
+    for field in ("parts", "reference"):
+        if field in transforms:
+            config[field] = transforms.pop(field)
     assert not transforms, f"unknown transforms: {', '.join(transforms)}"
     return config
 
@@ -183,8 +185,8 @@ def base(
     )
     config.evaluation = ConfigDict({"split": "val", "size": None, "batch": 4, "network": "student"})
     # What --mode eval and predict average: mirrored images, factors of the input size, weights of several
-    # checkpoints (none: equal ones).
-    config.test = ConfigDict({"flip": False, "scales": (1.0,), "weights": ()})
+    # checkpoints (none: equal ones); what they multiply class probabilities by (none: nothing).
+    config.test = ConfigDict({"flip": False, "scales": (1.0,), "weights": (), "class_weights": ()})
     benchmarks[benchmark](config)
     if variant == "lite":
         config.preprocess = "efficientnet"

@@ -153,6 +153,26 @@ def test_cityscapes_by_an_ensemble_mirrored_and_scaled(tmp_path: Path, capsys) -
     assert "or change --config.evaluation.batch" in capsys.readouterr().err
 
 
+def test_conditions_and_class_weights(tmp_path: Path, capsys) -> None:
+    """ACDC: a table for all conditions and one for each; with class weights a second column beside the first."""
+    source = layouts.acdc(tmp_path / "source", (64, 32))
+    prepare("acdc", manual_dir=source, data_dir=tmp_path)
+    checkpoint = converted("acdc", 19, tmp_path / "network")
+    words = command("acdc", tmp_path, checkpoint, "--config.evaluation.size=(64, 32)", "--mode=eval")
+    assert main([*words, f"--config.test.class_weights={(5.0, *(1.0,) * 17, 0.2)}"]) == 0
+    tables = capsys.readouterr().out.split("IoU in % of ")[1:]
+    names = [table.partition(" on ")[2].partition(",")[0] for table in tables]
+    whole = "acdc/fog val + acdc/night val + acdc/rain val + acdc/snow val"
+    assert names == [whole, *(f"acdc/{condition} val" for condition in layouts.ACDC)]
+    assert all(re.search(r"network +network, weighted\n", table) for table in tables)
+    (scores,) = re.findall(r"^mIoU \(19\) +(\S+) +(\S+)$", tables[0], re.MULTILINE)
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "weighted" not in text and re.search(r"mIoU \(19\) +(\S+)", text)[1] == scores[0]
+    assert main([*words, "--config.test.class_weights=(1.0, 2.0)"]) == MISTAKE
+    assert "config.test.class_weights has 2 weights, but there are 19 classes" in capsys.readouterr().err
+
+
 def test_crosscity(tmp_path: Path, capsys) -> None:
     source = layouts.crosscity(tmp_path / "source")
     prepare("crosscity/rome", manual_dir=source, data_dir=tmp_path)

@@ -80,7 +80,7 @@ def make_input(
     Returns:
       An iterator, to be closed after use, over {"source": {"image" (b, H, W, 3) uint8, "label" (b, H, W)
       uint8, "depth" (b, H, W) float32 if the dataset has it, "id" list of str},
-      "target": {"image", "id", with `target_labels` "label"}}.
+      "target": {"image", "id", with `target_labels` "label", "reference" as "image" if the records have it}}.
 
     Raises:
       UserError: a dataset is empty or the source unlabelled, the number of processes does not divide the
@@ -175,7 +175,8 @@ def _stream(
         if (drawn := len(draws.indices)) < count:
             raise UserError(f"the order of the {domain} has {drawn} entries, but {count} records are to be drawn")
         dataset = grain.MapDataset.source(_Ordered(records, draws)).seed(_domain_seed(seed, domain))
-    keys = ("image", "id", "wanted", *(("label",) if keep_labels else ()), *(("depth",) if domain == "source" else ()))
+    keys = ("image", "id", "wanted", *(("label",) if keep_labels else ()))
+    keys += ("depth",) if domain == "source" else ("reference",)
     return dataset.random_map(_TransformKeys(transform, keys))[:count]
 
 

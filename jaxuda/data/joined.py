@@ -11,6 +11,7 @@ import numpy as np
 from jaxuda.data.transforms import Record, Transform, build_transform
 from jaxuda.errors import UserError
 
+_NO_TRANSFORM = ("name", "path", "split", "parts", "reference")  # fields of a domain
 PLUS = "+"  # between the names of the parts, and between a part and the id of one of its images
 
 
@@ -64,6 +65,10 @@ class Joined(Sequence):
         """The same records without labels and depth."""
         return Joined({name: part.images_only() for name, part in self._parts.items()})
 
+    def with_reference(self) -> "Joined":
+        """As `Records.with_reference`; every part must have reference images."""
+        return Joined({name: part.with_reference() for name, part in self._parts.items()})
+
     def labels_only(self) -> "Joined":
         """The same records without images and depth."""
         return Joined({name: part.labels_only() for name, part in self._parts.items()})
@@ -110,7 +115,7 @@ def domain_transform(domain: Mapping[str, Any]) -> Transform:
     Raises:
       UserError: a field is wrong, or `parts` names a dataset that the domain does not have.
     """
-    shared = {key: value for key, value in domain.items() if key not in ("name", "path", "split", "parts")}
+    shared = {key: value for key, value in domain.items() if key not in _NO_TRANSFORM}
     own = dict(domain.get("parts", {}))
     if not own:
         return build_transform(shared)

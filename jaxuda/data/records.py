@@ -67,7 +67,7 @@ class Records:
     def images_only(self) -> "Records":
         """The same records without labels and depth, which are then not decoded."""
         records = copy.copy(self)
-        records.labelled, records._decoded = False, {"image"}
+        records.labelled, records._decoded = False, self._decoded & {"image", "reference"}
         return records
 
     @property

@@ -1,7 +1,7 @@
 """Random and fixed transforms of records on the host, described by a small mapping in the config.
 
-Geometric transforms change image, label and depth together; photometric ones change only the image. All
-randomness comes from the generator that is passed in, so that equal generators give equal records.
+Geometric transforms change image, reference image, label and depth together; photometric ones change only the image.
+All randomness comes from the generator that is passed in, so that equal generators give equal records.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,8 @@ OPENCV = "opencv"
 _REFUSALS = 10
 # Fill values of a window that is larger than the image: black, ignore, and no depth (infinitely far). mmsegmentation
 # pads normalised images with 0, the mean colour; the recipes that follow it have no crop larger than its image.
-_PADDING = {"image": 0, "label": IGNORE, "depth": 0}
+_PADDING = {"image": 0, "reference": 0, "label": IGNORE, "depth": 0}
+_IMAGES = ("image", "reference")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class TransformSpec:
     interpolation: str = "bicubic"
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Record:
-        """Transforms a record: "image" (H, W, 3) uint8 and, where present, "label" and "depth" (H, W).
+        """Transforms a record: "image" (H, W, 3) uint8 and, where present, "reference", "label" and "depth" (H, W).
 
         Its entry "wanted", (class, pixels), is removed: the crop should show more pixels of the class than that.
         `balanced` and "wanted" look at the label, which must be there, after the resize; a crop is drawn at most eleven
@@ -182,15 +183,20 @@ def _resize(record: Record, size: tuple[int, int], interpolation: str) -> Record
     if record["image"].shape[1::-1] == tuple(size):
         return record
     maps = {key: record[key] for key in ("label", "depth") if key in record}
+    images = {key: record[key] for key in _IMAGES if key in record}
     if interpolation == OPENCV:
         resized = {key: cv2.resize(each, size, interpolation=cv2.INTER_NEAREST) for key, each in maps.items()}
-        resized["image"] = cv2.resize(record["image"], size, interpolation=cv2.INTER_LINEAR)
+        resized |= {key: cv2.resize(each, size, interpolation=cv2.INTER_LINEAR) for key, each in images.items()}
     else:
         resized = {key: resize_nearest(each, size) for key, each in maps.items()}
-        # Columns, then rows. Pillow from 13.0 on does it the other way around for some sizes, and rounds otherwise.
-        picture, kind = Image.fromarray(record["image"]), _INTERPOLATION[interpolation]
-        resized["image"] = np.asarray(picture.resize((size[0], picture.height), kind).resize(size, kind))
+        resized |= {key: _by_pillow(each, size, _INTERPOLATION[interpolation]) for key, each in images.items()}
     return {**record, **resized}
+
+
+def _by_pillow(image: np.ndarray, size: tuple[int, int], kind: Image.Resampling) -> np.ndarray:
+    """Columns, then rows. Pillow from 13.0 on does it the other way around for some sizes, and rounds otherwise."""
+    picture = Image.fromarray(image)
+    return np.asarray(picture.resize((size[0], picture.height), kind).resize(size, kind))
 
 
 def _random_crop(

@@ -130,6 +130,9 @@ def make_ensemble(
     weights = tuple(test.weights) or (1.0,) * len(chosen)
     if len(weights) != len(chosen):
         raise UserError(f"config.test.weights has {len(weights)} weights, but --checkpoint names {len(chosen)}")
+    by_class = tuple(test.get("class_weights", ()))
+    if by_class and len(by_class) != len(classes):
+        raise UserError(f"config.test.class_weights has {len(by_class)} weights, but there are {len(classes)} classes")
     network = network or overrides.get("evaluation.network", "")
     members, variables = [], []
     for (folder, which), weight in zip(chosen, weights, strict=True):
@@ -137,7 +140,7 @@ def make_ensemble(
         method = methods.load(trained.train, imported=True)
         members.append(Member(model, method, _with_asked(trained, overrides), weight))
         variables.append(arrays)
-    return Ensemble(members, flip=test.flip, scales=tuple(test.scales)), variables
+    return Ensemble(members, flip=test.flip, scales=tuple(test.scales), class_weights=by_class), variables
 
 
 def _with_asked(trained: FrozenConfigDict, overrides: Mapping[str, Any]) -> FrozenConfigDict:

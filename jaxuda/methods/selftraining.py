@@ -9,6 +9,7 @@ the number of devices or of parts of a batch. The others take what was drawn.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from jaxuda.models.layers import denormalise, normalise, resize_labels
 
 PyTree = Any
 
+_SEEN_BY_DAY = 0.4  # from this probability on, what is seen by day is there by night
 _SIGMA = (0.15, 1.15)  # range of the blur's deviation, in pixels
 _REACH = 15  # what lies further than 7 pixels away weighs less than 1e-10 at the largest deviation
 
@@ -102,9 +104,46 @@ def pseudo_labels(
       The likeliest class (N, H, W) int32, the share of confident pixels in the whole batch of all devices (scalar),
       and the confidence (N, H, W), the probability of the likeliest class.
     """
-    confidence = jnp.max(jax.nn.softmax(logits), axis=-1)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), *_confident(jax.nn.softmax(logits), threshold, axis_name)
+
+
+def _confident(probs: jax.Array, threshold: float, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
+    """The share of pixels (N, H, W, C) whose highest value is at least `threshold`, and these values (N, H, W)."""
+    confidence = jnp.max(probs, axis=-1)
     share = masked_mean((confidence >= threshold).astype(jnp.int32), axis_name=axis_name)
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32), share.astype(confidence.dtype), confidence
+    return share.astype(confidence.dtype), confidence
+
+
+def pseudo_labels_by_day(
+    night: jax.Array,
+    day: jax.Array,
+    threshold: float,
+    *,
+    ratio: float,
+    static: Sequence[int],
+    weights: Sequence[float],
+    axis_name: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `pseudo_labels`, for images by night, with images by day of the same places (SePiCo, after Wu et al., DANNet).
+
+    With p the class probabilities of a pixel, a class c that does not move has m p_day,c + (1 - m) p_night,c with
+    m = ratio where p_day,c > 0.4 and 1 - ratio elsewhere; any other class has p_night,c. Both are
+    multiplied by the class's weight: the confidence of a class with a weight below the threshold never reaches it.
+
+    Args:
+      night, day: logits (N, H, W, C) of the teacher, at the size of the images.
+      threshold, axis_name: as for `pseudo_labels`.
+      ratio: 0..1, how much the day counts.
+      static: the classes that do not move.
+      weights: C class weights; (): all are 1.
+    """
+    night, day = jax.nn.softmax(night), jax.nn.softmax(day)
+    share_of_day = jnp.where(day > _SEEN_BY_DAY, ratio, 1 - ratio)
+    moves = jnp.ones(night.shape[-1], bool).at[jnp.asarray(static, int)].set(False)
+    mixed = jnp.where(moves, night, share_of_day * day + (1 - share_of_day) * night)
+    if len(weights):
+        mixed *= jnp.asarray(weights, mixed.dtype)
+    return jnp.argmax(mixed, axis=-1).astype(jnp.int32), *_confident(mixed, threshold, axis_name)
 
 
 def trusted(share: jax.Array, shape: tuple[int, int, int], top: int, bottom: int) -> jax.Array:

@@ -7,7 +7,8 @@ L = wCE(s, y) + wCE(x_m, y_m, w_m) + CL(f_s, y) + CL(f_t, q) + R(f_s) + R(f_t).
 The last four terms begin at the step `contrast_start`. CL contrasts a pixel with the distribution of each class in the
 source (`contrast` = "dist"), with its mean ("proto"), or with a bank of the means of earlier batches ("bank"); R is
 `losses.contrastive.uniformity`. The teacher's features of the source give the statistics and the bank. A target image
-that is larger than the source's is cropped where its pseudo-labels are balanced best.
+that is larger than the source's is cropped where its pseudo-labels are balanced best. Where target images come with
+images by day of the same places (`target.reference`), both decide the pseudo-labels.
 
 Two differences from the published code: a stage that continues has its statistics, its bank and its teacher; and the
 teacher's predictions for the source, which nothing reads, are not computed.
@@ -15,7 +16,7 @@ teacher's predictions for the source, which nothing reads, are not computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ from jaxuda.methods.selftraining import (
     flip_coins,
     follow,
     pseudo_labels,
+    pseudo_labels_by_day,
     start_teacher,
     teacher_forward,
     trusted,
@@ -112,9 +114,8 @@ def before_passes(
 ) -> Carry:
     """The teacher's crop and labels of the target, the statistics of the source, augmented and mixed images."""
     source = batch["source"]
-    images, teacher = cropped(carry.extra.teacher, batch, model, config, keys, axis_name)
-    outputs, teacher = teacher_forward(model, teacher, images, axis_name)
-    labels, share, _ = pseudo_labels(upsample(outputs.main, images, config), config.threshold, axis_name)
+    cut, teacher = cropped(carry.extra.teacher, batch, model, config, keys, axis_name)
+    images, (labels, share, teacher) = cut["image"], labelled(teacher, cut, model, config, axis_name)
     weights = trusted(share, labels.shape, config.ignore_top, config.ignore_bottom)
     target = {"image": images, "label": labels, "weight": weights}
 
@@ -280,28 +281,64 @@ def contrast_loss(
 # The crop of the target -------------------------------------------------------------------------------------
 
 
+def labelled(
+    teacher: Teacher, target: Mapping[str, jax.Array], model: Any, config: Any, axis_name: str | None
+) -> tuple[jax.Array, jax.Array, Teacher]:
+    """The teacher's labels of target images (N, H, W), the share of confident ones, and the teacher after that.
+
+    Args:
+      teacher: see above.
+      target: "image" (N, H, W, 3) and, if there are images by day of the same places, "reference".
+      model, axis_name: as for `before_passes`.
+      config: `threshold`; with images by day also `day_ratio`, `static_classes`, and `class_weights` if there are any.
+    """
+
+    def predict(teacher: Teacher, images: jax.Array) -> tuple[jax.Array, Teacher]:
+        outputs, teacher = teacher_forward(model, teacher, images, axis_name)
+        return upsample(outputs.main, images, config), teacher
+
+    night, teacher = predict(teacher, target["image"])
+    if "reference" not in target:
+        labels, share, _ = pseudo_labels(night, config.threshold, axis_name)
+        return labels, share, teacher
+    day, teacher = predict(teacher, target["reference"])
+    labels, share, _ = pseudo_labels_by_day(
+        night,
+        day,
+        config.threshold,
+        ratio=config.day_ratio,
+        static=config.static_classes,
+        weights=config.get("class_weights", ()),
+        axis_name=axis_name,
+    )
+    return labels, share, teacher
+
+
 def cropped(
     teacher: Teacher, batch: PyTree, model: Any, config: Any, keys: Keys, axis_name: str | None
-) -> tuple[jax.Array, Teacher]:
+) -> tuple[Mapping[str, jax.Array], Teacher]:
     """Target images cropped to the size of the source's where the teacher's labels are balanced best.
+
+    Images by day of the same places are cropped alike.
 
     Raises:
       UserError: they are smaller than the source's.
     """
-    images, size = batch["target"]["image"], batch["source"]["image"].shape[1:3]
+    target, size = batch["target"], batch["source"]["image"].shape[1:3]
+    images = target["image"]
     if images.shape[1:3] == size:
-        return images, teacher
+        return target, teacher
     if images.shape[1] < size[0] or images.shape[2] < size[1]:
         height, width = images.shape[1:3]
         raise UserError(
             f"SePiCo mixes source images with crops of the target's, which are smaller here ({width}x{height}, the "
             f"source's {size[1]}x{size[0]}): set source.crop to at most the size of target.resize"
         )
-    outputs, teacher = teacher_forward(model, teacher, images, axis_name)
-    labels = jnp.argmax(upsample(outputs.main, images, config), axis=-1)
+    labels, _, teacher = labelled(teacher, target, model, config, axis_name)
     corners = draw_corners(keys.use("corners"), images.shape[1:3], size)
     best = jax.vmap(lambda labels, corners: best_crop(labels, corners, size, config.crop_limit, model.num_classes))
-    return jax.vmap(lambda image, corner: _window(image, corner, size))(images, best(labels, corners)), teacher
+    cut = jax.vmap(lambda target, corner: jax.tree.map(lambda x: _window(x, corner, size), target))
+    return cut(target, best(labels, corners)), teacher
 
 
 def draw_corners(keys: Keys, image: tuple[int, int], size: tuple[int, int]) -> jax.Array:

@@ -30,6 +30,8 @@ def load_domains(config: ConfigDict) -> Domains:
         open_records(config, domain, config[domain].split) if config[domain].name else None
         for domain in ("source", "target")
     )
+    if target is not None and config.target.get("reference", False):
+        target = target.with_reference()
     if source is not None and not source.labelled:
         raise UserError(f"the source {source.name} has no labels: adaptation needs a labelled source")
     opened = Domains(source, target, _open_validation(config, (source or target).label_space))

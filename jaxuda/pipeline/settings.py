@@ -70,6 +70,9 @@ def check(config: ConfigDict) -> None:
         wrong.append(f"config.test.scales={scales!r} must be factors above 0, such as (1.0,)")
     if not _all_numbers(weights) or min(weights, default=0) < 0 or (weights and not sum(weights)):
         wrong.append(f"config.test.weights={weights!r} must be numbers of at least 0, and not all 0")
+    by_class = plain["test"].get("class_weights", ())
+    if not _all_numbers(by_class) or any(weight <= 0 for weight in by_class):
+        wrong.append(f"config.test.class_weights={by_class!r} must be numbers above 0, one for each class")
     blocks = plain["model"].get("blocks")  # not every network family has it
     if blocks is not None and not (_all_numbers(blocks) and all(type(n) is int and 0 < n < 1000 for n in blocks)):
         wrong.append(f"config.model.blocks={blocks!r} must be the number of blocks of each stage")

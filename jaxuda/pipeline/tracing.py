@@ -68,6 +68,8 @@ def _abstract_arguments(
         if domain in config:
             width, height = image_size(config[domain])
             shapes[domain] = {"image": jax.ShapeDtypeStruct((batch, height, width, 3), jnp.uint8)}
+    if "target" in config and config.target.get("reference", False):
+        shapes["target"]["reference"] = shapes["target"]["image"]
     image = shapes["source"]["image"]
     shapes["source"]["label"] = jax.ShapeDtypeStruct(image.shape[:3], jnp.uint8)
     if depth:

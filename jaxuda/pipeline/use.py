@@ -46,14 +46,24 @@ def evaluate(config: ConfigDict, checkpoint: str, overrides: Mapping[str, Any] =
         asked = overrides.get("evaluation.network", "")
         networks = network_names(*members[0], asked) if len(members) == 1 else [""]
         for network in networks:
-            ensemble, variables = make_ensemble(members, space.classes, config.test, overrides, network)
-            score = make_ensemble_evaluator(ensemble, _devices(config, ensemble))
             heading = title(members, every=len(each) > 1, network=network if len(networks) > 1 else "")
-            for records in labelled:
-                columns[records.name][heading] = score(variables, records).confusion
+            for manner, test in _with_and_without_weights(config.test).items():
+                ensemble, variables = make_ensemble(members, space.classes, test, overrides, network)
+                score = make_ensemble_evaluator(ensemble, _devices(config, ensemble))
+                for records in labelled:
+                    columns[records.name][heading + manner] = score(variables, records).confusion
     for name, column in columns.items():
         print(f"IoU in % of {checkpoint} on {name}{_manner(config, overrides)}\n")
         print(iou_table(column, space.classes))
+
+
+def _with_and_without_weights(test: ConfigDict) -> dict[str, ConfigDict]:
+    """What to add to a heading -> settings: those of `test`, and before them those without its class weights."""
+    if not test.get("class_weights", ()):
+        return {"": test}
+    plain = ConfigDict(test)
+    plain.class_weights = ()
+    return {"": plain, ", weighted": test}
 
 
 def _devices(config: ConfigDict, ensemble: Ensemble) -> list[jax.Device]:

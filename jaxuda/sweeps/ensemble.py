@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from jaxuda.sweeps.scores import (
     make_scores,
@@ -37,18 +38,27 @@ class Ensemble:
 
     Each network gets images of the size of its evaluation during training, `evaluation.size`, times each of `scales`.
     If every network sees an image once, logits are averaged (ADVENT's published ensembles). If a network sees it
-    several times, or its method returns probabilities, class probabilities are averaged.
+    several times, its method returns probabilities, or classes have weights, class probabilities are averaged.
 
     Args:
       members: at least one, all with the same classes. The batch size is that of the first.
       flip: networks also get every image mirrored.
       scales: factors of the input size.
+      class_weights: what class probabilities are multiplied by at the end; () for nothing.
     """
 
-    def __init__(self, members: Sequence[Member], *, flip: bool = False, scales: Sequence[float] = (1.0,)):
-        self.members, self._flip = list(members), flip
+    def __init__(
+        self,
+        members: Sequence[Member],
+        *,
+        flip: bool = False,
+        scales: Sequence[float] = (1.0,),
+        class_weights: Sequence[float] = (),
+    ):
+        self.members, self._flip, self._class_weights = list(members), flip, tuple(class_weights)
         self._scores = [make_scores(member.model, member.method, member.config) for member in members]
-        self._logits = not flip and len(scales) == 1 and not any(hasattr(m.method, "predict") for m in members)
+        probabilistic = any(hasattr(member.method, "predict") for member in members)
+        self._logits = not flip and len(scales) == 1 and not probabilistic and not self._class_weights
         total = len(scales) * sum(member.weight for member in members)
         # (index of the member, its input size, its share)
         self._passes = []
@@ -110,7 +120,7 @@ class Ensemble:
                 if not self._logits:
                     values = probabilities(values, self.members[index].method)
                 total += share / len(views) * values
-        return total
+        return total * jnp.asarray(self._class_weights) if self._class_weights else total
 
     @property
     def single(self) -> bool:

@@ -114,7 +114,7 @@ def before_update(
 def to_float(batch: PyTree, preprocess: str) -> PyTree:
     """Converts a batch of the input to normalised float32 images and int32 labels."""
     convert = {
-        "image": lambda image: normalise(image, preprocess),
+        **dict.fromkeys(("image", "reference"), lambda image: normalise(image, preprocess)),
         "label": lambda label: label.astype(jnp.int32),
     }
     return {

@@ -65,6 +65,27 @@ def softmax(values: np.ndarray) -> np.ndarray:
     return np.asarray(jax.nn.softmax(values))
 
 
+def test_weighted_classes(variables: list[dict]) -> None:
+    """The probabilities at the image's own size are multiplied, before the argmax."""
+    settings, weights, rows = config(), (0.5, 1.0, 1.0, 2.0), records([(48, 64), (50, 70)])
+    ensemble = Ensemble([Member(MODEL, PLAIN, settings)], class_weights=weights)
+    plain = Ensemble([Member(MODEL, PLAIN, settings)])
+    confusion, changed = 0, 0
+    for row in rows:
+        probs = softmax(by_hand(variables[0], row["image"], settings, settings.evaluation.size))
+        expected = (probs * np.array(weights)).argmax(-1)
+        (_, found), (_, unweighted) = (
+            next(iter(ensemble_predictions(each, variables[:1], [row]))) for each in (ensemble, plain)
+        )
+        assert np.mean(found == expected) > 0.999  # rounding may decide pixels between two classes
+        changed += np.sum(found != unweighted)
+        confusion += np.asarray(confusion_matrix(row["label"], expected, 4))
+    assert changed > 100
+    evaluate = make_ensemble_evaluator(ensemble, jax.local_devices()[:1])
+    scored = evaluate(variables[:1], rows).confusion
+    assert scored.sum() == confusion.sum() and np.abs(scored - confusion).sum() < 10
+
+
 def test_two_networks_average_their_logits(variables: list[dict]) -> None:
     settings = [config(), config((48, 32), "caffe")]
     members = [Member(MODEL, PLAIN, s, w) for s, w in zip(settings, (3.0, 1.0), strict=True)]
