@@ -34,6 +34,8 @@ def _tensor(key: str, shape: tuple[int, ...], seed_prefix: str, last_norm: str) 
     if key.endswith("num_batches_tracked"):
         return np.zeros(shape, np.int64)
     z = np.random.default_rng(zlib.crc32((seed_prefix + key).encode())).standard_normal(shape)
+    if key.endswith(("_token", "_tokens", "pos_embed")):
+        return (0.5 * z).astype(np.float32)
     if key.endswith("running_var"):
         z = np.exp(0.1 * z)
     elif key.endswith(("running_mean", "bias")):

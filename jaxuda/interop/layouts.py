@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ class Layout(NamedTuple):
     joins: last words of the name of a layer -> those of the layers in the file, whose outputs are the layer's in turn.
     change: (path, array in our order of axes) -> array; from the file's array to ours, and from ours to the file's.
     unneeded: first words of names of entries that these files have but no computation needs.
+    copies: name of an entry -> the one that it repeats; written, but not needed in a file that is read.
     """
 
     name: Callable[[tuple[str, ...]], str | None]
@@ -38,6 +40,18 @@ class Layout(NamedTuple):
     joins: Mapping[str, tuple[str, ...]] = {}
     change: Callable[[tuple[str, ...], np.ndarray], np.ndarray] = lambda path, array: array
     unneeded: tuple[str, ...] = ()
+    copies: Mapping[str, str] = {}
+
+
+Rules = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
+
+
+def named(rules: Rules, path: tuple[str, ...]) -> str:
+    """The torch name of one variable: its path with torch's names of arrays, and every rule applied in turn."""
+    name = ".".join((*path[1:-1], LEAVES.get(path[-1], path[-1])))
+    for pattern, new in rules:
+        name = re.sub(pattern, new, name)
+    return name
 
 
 def joined(state: Mapping[str, Any], joins: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:

@@ -198,7 +198,7 @@ def _match(
         else:
             array = layout.change(path, array)
         leaves[path] = array
-    known, unneeded = set(names.values()), tuple(prefix + words for words in layout.unneeded)
+    known, unneeded = set(names.values()), tuple(prefix + words for words in (*layout.unneeded, *layout.copies))
     unused = [name for name in state if name not in known and not (unneeded and name.startswith(unneeded))]
     deeper = _inside([name for path, name in names.items() if path[1] == "backbone"], unused)
     kind = ""
@@ -310,6 +310,7 @@ def save_torch(
         raise UserError(f"the layout '{layout}' lacks the network's {homeless[0]}: use {fitting}")
     name, change = layouts[layout].name, layouts[layout].change
     arrays = {name(leaf): to_torch(change(leaf, np.asarray(value))) for leaf, value in flat.items()}
+    arrays |= {copy: arrays[original] for copy, original in layouts[layout].copies.items()}
     arrays = separated(arrays, layouts[layout].joins) | (more or {})
     content = safetensors_bytes(arrays) if path.suffix == ".safetensors" else pth_bytes(_parts(arrays, layouts[layout]))
     try:

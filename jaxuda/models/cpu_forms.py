@@ -146,6 +146,15 @@ def _matmul_backward(saved, g):
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+def by_cells(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolution whose stride is its size: each whole cell of (N, H, W, A) becomes one position."""
+    size = kernel.shape[0]
+    rows, columns = x.shape[1] // size, x.shape[2] // size
+    x = x[:, : rows * size, : columns * size].reshape(-1, rows, size, columns, size, x.shape[-1])
+    x = jnp.swapaxes(x, 2, 3).reshape(-1, rows, columns, size * size * x.shape[-1])
+    return pointwise(x, kernel.reshape(-1, kernel.shape[-1]))
+
+
 def _shifted(x: jax.Array, rows: int, columns: int) -> jax.Array:
     """y[:, i, j] = x[:, i + rows, j + columns], zero outside."""
     return _padded(x, ((-rows, rows), (-columns, columns)))

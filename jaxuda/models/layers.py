@@ -21,6 +21,7 @@ from jax import lax
 
 from jaxuda.errors import UserError
 from jaxuda.models.cpu_forms import (
+    by_cells,
     depthwise_taps,
     few_channels,
     join,
@@ -119,6 +120,8 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1, 
             return few_channels(x, kernel, padding)
         if kernel.shape[:2] == (3, 3) and stride == 1 and dilation == padding >= 4:
             return tap_by_tap(x, kernel, dilation)
+        if kernel.shape[:2] == (stride, stride) and dilation == 1 and padding == 0:
+            return by_cells(x, kernel)
     return library_conv(x, kernel, stride, dilation, ((padding, padding), (padding, padding)))
 
 
@@ -293,11 +296,19 @@ def _drop(layer: nn.Module, x: jax.Array, train: bool, index: jax.Array | None, 
     """`x` times a mask; the mask of each example has `shape`, which broadcasts to the example."""
     if not train or not layer.rate or not layer.has_rng("dropout"):
         return x
+    return jnp.where(drawn(layer, 1 - layer.rate, index, shape), x / (1 - layer.rate), 0).astype(x.dtype)
+
+
+def drawn(layer: nn.Module, share: float, index: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+    """(N, *shape) bool, true with probability `share`; each example draws by its place, see `Dropout`.
+
+    Raises:
+      UserError: `index`, (N,) int32, is None.
+    """
     if index is None:
         raise UserError("a network that draws at random needs `index` in training: the examples' global places")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(layer.make_rng("dropout"), index)
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - layer.rate, shape))(keys)
-    return jnp.where(kept, x / (1 - layer.rate), 0).astype(x.dtype)
+    return jax.vmap(lambda key: jax.random.bernoulli(key, share, shape))(keys)
 
 
 # Resizing ---------------------------------------------------------------------------------------------------

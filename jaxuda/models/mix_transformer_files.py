@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from jaxuda.interop.layouts import LEAVES, Layout
+from jaxuda.interop.layouts import Layout, Rules, named
 
 Path = tuple[str, ...]
-Rules = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
 _BACKBONE: Rules = ((r"\bblock(\d)_(\d+)\b", r"block\1.\2"), (r"\bdwconv\b", "dwconv.dwconv"))
 _DAFORMER: Rules = (
     (r"^decoder\.embed(\d)\b", r"decode_head.embed_layers.\1.proj"),
@@ -63,23 +62,23 @@ _UNUSED = ("decode_head.conv_seg.",)
 def head_layouts(head: str) -> dict[str, Layout]:
     """The layouts of files of a network with that head; a file is compared with them in this order."""
     if head == "daformer":
-        name = functools.partial(_named, (*_BACKBONE, *_DAFORMER))
+        name = functools.partial(named, (*_BACKBONE, *_DAFORMER))
         return {"daformer": Layout(name, "decode_head.fuse_layer.bottleneck.conv.weight")}
     return {
         "hugging_face": Layout(
-            functools.partial(_named, _HUGGING_FACE),
+            functools.partial(named, _HUGGING_FACE),
             "decode_head.classifier.weight",
             joins=_JOINS,
             change=_last_stage_first,
         ),
         "nvlabs": Layout(
-            functools.partial(_named, (*_BACKBONE, *_NVLABS)),
+            functools.partial(named, (*_BACKBONE, *_NVLABS)),
             "decode_head.linear_c1.proj.weight",
             change=_last_stage_first,
             unneeded=_UNUSED,
         ),
         "daformer": Layout(
-            functools.partial(_named, (*_BACKBONE, *_SEGFORMER)), "decode_head.linear_pred.weight", unneeded=_UNUSED
+            functools.partial(named, (*_BACKBONE, *_SEGFORMER)), "decode_head.linear_pred.weight", unneeded=_UNUSED
         ),
     }
 
@@ -87,9 +86,9 @@ def head_layouts(head: str) -> dict[str, Layout]:
 def backbone_layouts() -> dict[str, Layout]:
     """The layouts of the files of image classifiers."""
     return {
-        "mit": Layout(functools.partial(_named, (*_BACKBONE, (r"^backbone\.", ""))), "patch_embed1.proj.weight"),
+        "mit": Layout(functools.partial(named, (*_BACKBONE, (r"^backbone\.", ""))), "patch_embed1.proj.weight"),
         "hugging_face": Layout(
-            functools.partial(_named, _HUGGING_FACE), "segformer.encoder.patch_embeddings.0.proj.weight", joins=_JOINS
+            functools.partial(named, _HUGGING_FACE), "segformer.encoder.patch_embeddings.0.proj.weight", joins=_JOINS
         ),
     }
 
@@ -107,14 +106,6 @@ def backbone_kind(shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, tup
     first = re.compile(r"\bpatch_embed(1|dings\.0)\.proj\.weight$")
     width = next((shape[0] for name, shape in shapes.items() if first.search(name)), 0)
     return next((f"a MiT-{name.upper()}" for name, sizes in known.items() if sizes == (width, blocks)), "")
-
-
-def _named(rules: Rules, path: Path) -> str:
-    """The torch name of one variable."""
-    name = ".".join((*path[1:-1], LEAVES[path[-1]]))
-    for pattern, new in rules:
-        name = re.sub(pattern, new, name)
-    return name
 
 
 def _last_stage_first(path: Path, array: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Layers of vision transformers, on maps (N, H, W, A): linear, layer normalisation, depthwise convolution, attention.
+"""Layers of vision transformers, on maps (N, H, W, A): linear, layer normalisation, convolutions, attention.
 
 Attention keeps no map of queries x keys for the gradient: it keeps its inputs, its result and one number per query, and
 computes the map again, one block of queries after another (Dao et al., FlashAttention, NeurIPS 2022, but with all keys
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxuda.models.cpu_forms import pointwise
-from jaxuda.models.layers import backbone_init, depthwise_conv2d, use_cpu_forms
+from jaxuda.models.layers import backbone_init, conv2d, depthwise_conv2d, use_cpu_forms
 
 linear_init = nn.initializers.normal(0.02)
 # Entries of the map of queries x keys of one image that are computed at a time. On CPUs a block stays in the cache.
@@ -97,6 +97,26 @@ class Depthwise(nn.Module):
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(self.dtype)
         return y
+
+
+class Enlarge(nn.Module):
+    """Transposed convolution 2x2 with stride 2, without bias: every position becomes a cell of 2x2.
+
+    The kernel is (2, 2, features, A).
+    """
+
+    features: int
+    dtype: str = "float32"
+    kernel_init: nn.initializers.Initializer = backbone_init
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(N, h, w, A) -> (N, 2 h, 2 w, features)."""
+        (height, width, channels), features = x.shape[1:], self.features
+        kernel = self.param("kernel", self.kernel_init, (2, 2, features, channels)).astype(self.dtype)
+        flat = kernel.reshape(4 * features, channels).T
+        y = conv2d(x.astype(self.dtype), flat[None, None]).reshape(-1, height, width, 2, 2, features)
+        return jnp.swapaxes(y, 2, 3).reshape(-1, 2 * height, 2 * width, features)
 
 
 def attend(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
