@@ -112,6 +112,24 @@ def mit_model(variant: str = "b0", **fields) -> ConfigDict:
     )
 
 
+def dinov2_model(variant: str = "vitb14", **fields) -> ConfigDict:
+    """A vision transformer of DINOv2 with VFM-UDA's decoder; see `jaxuda.models.dinov2`."""
+    return ConfigDict(
+        {
+            "name": "dinov2",
+            "variant": variant,
+            "registers": False,
+            "head": "vfmuda",
+            "width": unset(),
+            "blocks": unset(),
+            "grid": 37,
+            "window": unset(),
+            "dtype": "float32",
+            **fields,
+        }
+    )
+
+
 def adamw(config: ConfigDict, **fields) -> None:
     """Replaces the optimizer's section by AdamW's.
 

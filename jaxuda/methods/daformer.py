@@ -1,12 +1,12 @@
-"""DAFormer's step: self-training on mixed images that an EMA teacher labels. DACS and MIC are configs of it.
+"""DAFormer's step: self-training on mixed images that an EMA teacher labels. DACS, MIC and VFM-UDA are configs of it.
 
 Hoyer, Dai, Van Gool: DAFormer, CVPR 2022 (section 3); Tranheden et al.: DACS, WACV 2021 (mixed images); Hoyer et al.:
-MIC, CVPR 2023 (masked images):
+MIC, CVPR 2023 (masked images); Englert et al.: VFM-UDA, CVPR 2024 workshop (masked tokens):
 L = wCE(s, y_s) + lambda_lovasz * Lovasz(s, y_s) + lambda_features * FD(s, y_s) + wCE(m, y_m, w_m)
   + lambda_mask * wCE(k, q, w)
 with s source images; m: target images into which classes of source images are pasted; k: target images with hidden
-blocks; q, w: the teacher's labels of the target, and how much they count. wCE is a mean over all pixels, also ignored
-ones. FD is the distance to the features of a frozen ImageNet network.
+blocks or tokens; q, w: the teacher's labels of the target, and how much they count. wCE is a mean over all pixels, also
+ignored ones. FD is the distance to the features of a frozen ImageNet network.
 
 As in the published code, where it differs from the papers: w is one number for the whole batch, the share of its
 confident pixels; all images draw from the classes of the whole source batch, "ignore" among them; the teacher's batch
@@ -30,6 +30,7 @@ from jaxuda.losses.segmentation import IGNORE, weighted_cross_entropy
 from jaxuda.methods import Carry, Keys, Start
 from jaxuda.methods.selftraining import (
     Coins,
+    Teacher,
     augment,
     block_draws,
     block_mask,
@@ -49,7 +50,7 @@ from jaxuda.models import Outputs
 
 PyTree = Any
 Labelled = Mapping[str, jax.Array]  # "image" (N, H, W, 3), "label" (N, H, W) int32, and "weight" (N, H, W)
-MASK_IMAGES = ("augmented", "separate")
+MASK_IMAGES = ("augmented", "separate", "tokens")
 
 
 def init(key: jax.Array, *, variables: PyTree, config: Any, weights: Callable[[str], PyTree], **_: Any) -> Start:
@@ -82,8 +83,8 @@ def before_passes(
             f"source images are {width}x{height} and target images {columns}x{rows}, but parts of source images are "
             "pasted into target images: set crop, or resize, of config.source and config.target to one size"
         )
-    outputs, teacher = teacher_forward(model, carry.extra, images, axis_name)
-    labels, share, _ = pseudo_labels(upsample(outputs.main, images, config), config.threshold, axis_name)
+    logits, teacher = teacher_logits(model, carry.extra, images, config, axis_name)
+    labels, share, _ = pseudo_labels(logits, config.threshold, axis_name)
     weights = trusted(share, labels.shape, config.ignore_top, config.ignore_bottom)
     target = {"image": images, "label": labels, "weight": weights}
     mixed = mixed_images(
@@ -136,6 +137,13 @@ def masked_pass(
     if config.mask_images == "separate":
         # Every device has the same two images.
         axis_name, keys = None, keys._replace(index=jnp.arange(2, dtype=jnp.int32))
+    elif config.mask_images == "tokens":
+        if not hasattr(model, "mask_ratio"):
+            raise UserError(
+                "mask_images='tokens' hides tokens of the network, and this network has none: set mask_images to "
+                "'augmented', which hides blocks of the image, or model.name to dinov2"
+            )
+        model = model.clone(mask_ratio=config.mask_ratio)
     outputs, carry = forward(
         model, params["model"], carry, masked["image"], keys=keys, use="masked", axis_name=axis_name
     )
@@ -167,11 +175,28 @@ def pictures(carry: Carry, batch: PyTree, *, config: Any) -> dict[str, jax.Array
         "weights": mixed["weight"],
     }
     # "Separate" masked images are two, whatever the number of the others.
-    masked = config.lambda_mask and config.mask_images == "augmented"
+    masked = config.lambda_mask and config.mask_images != "separate"
     return {**shown, "masked": carry.values["masked"]["image"]} if masked else shown
 
 
 # What the passes are made of --------------------------------------------------------------------------------
+
+
+def teacher_logits(
+    model: Any, teacher: Teacher, images: jax.Array, config: Any, axis_name: str | None
+) -> tuple[jax.Array, Teacher]:
+    """The teacher's logits at the size of the images, (N, H, W, C), and the teacher as `teacher_forward` returns it.
+
+    config: with `teacher_flip` (if it is set) the probabilities are the mean of those of the images and of their mirror
+        images, as in VFM-UDA; the logits are their logarithms.
+    """
+    outputs, teacher = teacher_forward(model, teacher, images, axis_name)
+    logits = upsample(outputs.main, images, config)
+    if not config.get("teacher_flip", False):
+        return logits, teacher
+    outputs, teacher = teacher_forward(model, teacher, images[:, :, ::-1], axis_name)
+    mirrored = upsample(outputs.main, images, config)[:, :, ::-1]
+    return jnp.log((jax.nn.softmax(logits) + jax.nn.softmax(mirrored)) / 2), teacher
 
 
 def source_loss(
@@ -270,8 +295,9 @@ def masked_images(source: Labelled, target: Labelled, keys: Keys, config: Any, a
       source, target: as for `mixed_images`.
       keys: decide which blocks are hidden, and how colours change.
       config: `mask_images`: all target images with changed colours ("augmented"), or the first source and the first
-        target image of the whole batch as they are ("separate"). `mask_block`: the side of a block in pixels;
-        `mask_ratio`: the share of hidden blocks; `preprocess` and `strength`.
+        target image of the whole batch as they are ("separate"). "tokens": as "augmented", but nothing is hidden here:
+        the network hides tokens. `mask_block`: the side of a block in pixels; `mask_ratio`: the share of hidden blocks;
+        `preprocess` and `strength`.
       axis_name: the device axis, or None.
 
     Raises:
@@ -299,6 +325,8 @@ def masked_images(source: Labelled, target: Labelled, keys: Keys, config: Any, a
             per_batch=True,
         )
         masked = {**target, "image": image}
+        if config.mask_images == "tokens":
+            return masked
     size = masked["image"].shape[1:3]
     shown = block_mask(block_draws(keys.use("masked blocks"), size, config.mask_block), size, config.mask_ratio)
     return {**masked, "image": masked["image"] * shown[..., None].astype(masked["image"].dtype)}

@@ -22,11 +22,13 @@ from jaxuda.interop.layouts import Layout
 from jaxuda.models import Outputs, Pretrained, check_choices, dinov2_files
 from jaxuda.models.layers import Conv, drawn, head_init, resize_bilinear
 from jaxuda.models.transformer_layers import Enlarge, LayerNorm, Linear, attend, linear_init
+from jaxuda.models.windows import averaged, cut_out, windows
 
 PATCH = 14
 REGISTERS = 4
-# variant -> (channels, blocks, attention heads)
-VARIANTS = {"vits14": (384, 12, 6), "vitb14": (768, 12, 12), "vitl14": (1024, 24, 16)}
+HEAD_WIDTH = 64  # channels of an attention head
+# variant -> (channels, blocks)
+VARIANTS = {"vits14": (384, 12), "vitb14": (768, 12), "vitl14": (1024, 24)}
 HEADS = ("vfmuda", "linear")
 torch_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # +-1 / sqrt(fan-in)
 
@@ -214,8 +216,12 @@ class DINOv2(nn.Module):
     variant: "vits14", "vitb14" or "vitl14".
     registers: the network has four registers: tokens that belong to no patch. Such weights are files of their own.
     head: "vfmuda" (logits at four times the map of patches) or "linear" (at that map).
-    width, blocks, heads: channels, number of blocks, and attention heads, if they differ from the variant's.
+    width: channels, if they differ from the variant's.
+    blocks: numbers of blocks, which add up, if they differ from the variant's.
+    heads: attention heads; default: one for 64 channels.
     grid: the table of positions has grid x grid entries; the released networks have 37, for images of 518 pixels.
+    window: (width, height) of the parts of larger images that inference computes, overlapping by half; probabilities
+        are then averaged at the resolution of the image. None: images are computed as a whole.
     mask_ratio: in training the share of patches that are replaced by the learned mask token; methods set it with
         `clone` for a pass.
     dtype: compute dtype; parameters, softmax, statistics, positions and outputs stay float32 with "bfloat16".
@@ -231,9 +237,10 @@ class DINOv2(nn.Module):
     registers: bool = False
     head: str = "vfmuda"
     width: int | None = None
-    blocks: int | None = None
+    blocks: tuple[int, ...] | None = None
     heads: int | None = None
     grid: int = 37
+    window: tuple[int, int] | None = None
     mask_ratio: float = 0.0
     dtype: str = "float32"
     remat: bool = False
@@ -242,9 +249,18 @@ class DINOv2(nn.Module):
     CLASSIFIERS = ("head",)
     SHAPE_FIELDS = ("name", "variant", "registers", "head", "width", "blocks", "heads", "grid")
 
-    @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, index: jax.Array | None = None) -> Outputs:
         """Maps normalised images (N, H, W, 3) to `Outputs`; in training tokens are masked at random."""
+        size, window = images.shape[1:3], (self.window or images.shape[2:0:-1])[::-1]
+        if train or (size[0] <= window[0] and size[1] <= window[1]):
+            return self._computed(images, train, index)
+        boxes = windows(size, tuple(map(min, size, window)))
+        outputs = self._computed(cut_out(images, boxes), train, index)
+        main, features = (resize_bilinear(x, boxes.part, align_corners=False) for x in (outputs.main, outputs.features))
+        return Outputs(jnp.log(averaged(jax.nn.softmax(main), boxes)), averaged(features, boxes))
+
+    @nn.compact
+    def _computed(self, images: jax.Array, train: bool, index: jax.Array | None) -> Outputs:
         images = resize_bilinear(images, enlarged(images.shape[1:3]), align_corners=False)
         encoder = Encoder(
             *self._sizes(), self.grid, self.registers, self.mask_ratio, self.remat, self.dtype, name="backbone"
@@ -272,7 +288,7 @@ class DINOv2(nn.Module):
         """The fields that decide the features, as one line of text."""
         sizes = self._sizes()
         kind = dinov2_files.kind(*sizes[:2], self.registers, VARIANTS)
-        more = "" if sizes == VARIANTS[self.variant] else f" of {sizes[2]} heads"
+        more = f" of {sizes[2]} heads" if self.heads else ""
         table = "" if self.grid == 37 else f", {self.grid}x{self.grid} positions"
         return f"{kind}{more}{table}, head {self.head}"
 
@@ -292,8 +308,9 @@ class DINOv2(nn.Module):
     def _sizes(self) -> tuple[int, int, int]:
         """Channels, number of blocks, attention heads."""
         check_choices(self, variant=tuple(VARIANTS), head=HEADS)
-        width, blocks, heads = VARIANTS[self.variant]
-        sizes = self.width or width, self.blocks or blocks, self.heads or heads
+        width, blocks = VARIANTS[self.variant]
+        width = self.width or width
+        sizes = width, sum(self.blocks or (blocks,)), self.heads or max(width // HEAD_WIDTH, 1)
         if sizes[0] % sizes[2] or sizes[0] % 4:
             raise UserError(
                 f"model.width={sizes[0]} must be a multiple of 4 and of the number of attention heads, {sizes[2]}"

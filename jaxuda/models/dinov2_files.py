@@ -61,9 +61,9 @@ def backbone_layouts() -> dict[str, Layout]:
     }
 
 
-def kind(width: int, blocks: int, registers: bool, known: Mapping[str, tuple[int, ...]]) -> str:
-    """A network in words; `known`: variant -> (channels, blocks, ...)."""
-    variant = next((name for name, sizes in known.items() if sizes[:2] == (width, blocks)), "")
+def kind(width: int, blocks: int, registers: bool, known: Mapping[str, tuple[int, int]]) -> str:
+    """A network in words; `known`: variant -> (channels, blocks)."""
+    variant = next((name for name, sizes in known.items() if sizes == (width, blocks)), "")
     size = f"ViT-{_SIZES[variant[3]]}/{variant[4:]}" if variant else f"ViT of {blocks} blocks, {width} channels"
     return f"a DINOv2 {size}{' with registers' if registers else ''}"
 
@@ -73,7 +73,7 @@ def backbone_kind(shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, tup
 
     Args:
       shapes: torch name -> shape; names may have a prefix.
-      known: variant -> (channels, blocks, ...).
+      known: variant -> (channels, blocks).
     """
     patches = re.compile(r"\bpatch_embed(\.proj|dings\.projection)\.weight$")
     width = next((shape[0] for name, shape in shapes.items() if patches.search(name) and len(shape) == 4), 0)

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxuda.errors import UserError
@@ -28,6 +27,7 @@ from jaxuda.interop.torch_checkpoint import published_layout, torch_layouts
 from jaxuda.models import Detail, Outputs
 from jaxuda.models.decoders import SegFormerDecoder
 from jaxuda.models.layers import Conv, Dropout, cut, head_init, resize_bilinear
+from jaxuda.models.windows import averaged, cut_out, windows
 
 SCALE = 2  # how many times smaller the context view is
 
@@ -84,9 +84,9 @@ class HRDA(nn.Module):
         if train or (size[0] <= height and size[1] <= width):
             return self._views(images, train, index)
         boxes = windows(size, (min(height, size[0]), min(width, size[1])))
-        parts = self._views(_parts(images, boxes), train, index)
+        parts = self._views(cut_out(images, boxes), train, index)
         # Features that nobody reads are not computed.
-        whole = lambda x: _average(resize_bilinear(x, boxes.part, align_corners=False), boxes)  # noqa: E731
+        whole = lambda x: averaged(resize_bilinear(x, boxes.part, align_corners=False), boxes)  # noqa: E731
         return Outputs(whole(parts.main), whole(parts.features))
 
     def _views(self, images: jax.Array, train: bool, index: jax.Array | None) -> Outputs:
@@ -107,7 +107,7 @@ class HRDA(nn.Module):
             found = Detail(detail, offset, jnp.asarray(self.detail_weight, detail.dtype))
         else:
             boxes = windows((height, width), crop)
-            placed = _average(self.network(_parts(images, boxes), train).main, boxes.shrunk(stride))
+            placed = averaged(self.network(cut_out(images, boxes), train).main, boxes.shrunk(stride))
         up = lambda x: resize_bilinear(x, cells, align_corners=False)  # noqa: E731
         main = up(attention) * placed + up((1 - attention) * context.main)
         return context._replace(main=main, features=up(context.features), detail=found)
@@ -211,55 +211,6 @@ def _inside(offset: jax.Array, crop: tuple[int, int], cells: tuple[int, int], un
         for count, start, side in zip(cells, offset, crop, strict=True)
     )
     return rows[:, None] & columns
-
-
-class Boxes(NamedTuple):
-    """Equal parts of an image that cover it; sizes are (height, width).
-
-    offsets: (row, column) of each.
-    part: the size of each.
-    size: that of the image.
-    """
-
-    offsets: tuple[tuple[int, int], ...]
-    part: tuple[int, int]
-    size: tuple[int, int]
-
-    def shrunk(self, factor: int) -> Boxes:
-        """The same on a map that is `factor` times smaller."""
-        small = lambda pair: (pair[0] // factor, pair[1] // factor)  # noqa: E731
-        return Boxes(tuple(map(small, self.offsets)), small(self.part), small(self.size))
-
-
-def windows(size: tuple[int, int], part: tuple[int, int]) -> Boxes:
-    """The parts of an image that overlap by half, the last ones shifted inwards to its border.
-
-    Args:
-      size, part: (height, width) of the image and of each part, which must not be larger.
-    """
-    starts = []
-    for side, length in zip(size, part, strict=True):
-        step = max(length // 2, 1)
-        starts.append([min(place * step, side - length) for place in range(-(-(side - length) // step) + 1)])
-    return Boxes(tuple((row, column) for row in starts[0] for column in starts[1]), tuple(part), tuple(size))
-
-
-def _parts(images: jax.Array, boxes: Boxes) -> jax.Array:
-    """(N, H, W, A) -> (parts * N, h, w, A), one part of all images after another."""
-    height, width = boxes.part
-    return jnp.concatenate([images[:, y : y + height, x : x + width] for y, x in boxes.offsets])
-
-
-def _average(parts: jax.Array, boxes: Boxes) -> jax.Array:
-    """The inverse of `_parts`: (parts * N, h, w, A) -> (N, H, W, A), the mean where parts overlap."""
-    (height, width), (rows, columns) = boxes.part, boxes.size
-    count, total = np.zeros((rows, columns, 1)), 0.0
-    parts = parts.reshape(len(boxes.offsets), -1, *parts.shape[1:])
-    for part, (y, x) in zip(parts, boxes.offsets, strict=True):
-        around = ((0, 0), (y, rows - y - height), (x, columns - x - width), (0, 0))
-        total += jnp.pad(part, around)
-        count[y : y + height, x : x + width] += 1
-    return total / jnp.asarray(count, parts.dtype)
 
 
 # The second head in the files of HRDA's authors.
