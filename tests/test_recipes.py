@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from test_stages import DOMAINS
 
-from configs import cfcontra, common, dada, daformer, hrda, lfass, mic, minent, plca, sdca, sepico
+from configs import cfcontra, common, dada, daformer, hrda, lfass, mic, minent, plca, sdca, sepico, vfmuda
 from jaxuda import methods
 from jaxuda.data.joined import part_names
 from jaxuda.data.labels import label_space, lookup_table
@@ -88,7 +88,7 @@ def test_every_benchmark_of_a_recipe_is_planned(recipe: str) -> None:
             for dataset in parts:
                 lookup_table(dataset, space, parts)
         if name in common.PUBLISHED:
-            width = 64 if config.model.name == "deeplab" else None  # of MiT: as its variant has it
+            width = 64 if config.model.name == "deeplab" else None  # of transformers: as their variant has it
             assert config.model.width == width and config.source_only.steps >= 2_000
         if name in common.ADVERSE:
             assert config.source.name == "cityscapes" and config.target.name.startswith(name)
@@ -150,6 +150,27 @@ def test_cfcontra_shares_stages_with_minent(benchmark: str) -> None:
     ours, theirs = (plan(module.get_config(benchmark), Path("runs/x"), DOMAINS) for module in (cfcontra, minent))
     ours = {stage.name: stage.fingerprint for stage in ours}
     assert [ours[name] for name in ("source_only", "minent", "oracle")] == [stage.fingerprint for stage in theirs]
+
+
+def test_vfmuda_settings() -> None:
+    """Its transformer learns with a tenth of the rate of its decoder, 5e-5 times the root of the batch."""
+    for benchmark, size in (("gta5", (2048, 1024)), ("folder", (256, 128))):
+        config = vfmuda.get_config(benchmark)
+        stages = {stage.name: stage.config for stage in plan(config, Path("runs/x"), DOMAINS)}
+        assert {stage.init for stage in stages.values()} == {"imagenet"}
+        for stage in stages.values():
+            assert stage.lr * stage.optim.head_factor == pytest.approx(5e-5 * stage.batch**0.5)
+            assert (stage.optim.weight_decay, stage.optim.undecayed, stage.evaluation.size) == (0.01, (), size)
+        adapt = stages["adapt"]
+        assert (adapt.mask_images, adapt.mask_ratio, adapt.teacher_flip, adapt.lambda_features) == (
+            "tokens",
+            0.7,
+            True,
+            0,
+        )
+    adapt = plan(vfmuda.get_config("gta5"), Path("runs/x"), DOMAINS)[1].config
+    assert adapt.source.crop == adapt.target.crop == adapt.model.window == (1024, 1024)
+    assert (adapt.source.short_side, adapt.target.short_side) == ((1296, 1584), (922, 1126))
 
 
 def test_association_settings() -> None:

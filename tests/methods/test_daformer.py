@@ -184,6 +184,44 @@ def test_separate_masks_hide_parts_of_the_first_images() -> None:
         np.testing.assert_array_equal(shown[kept], image[kept])
 
 
+def test_masked_tokens() -> None:
+    """VFM-UDA: images are complete, and the network hides their tokens; one without tokens is refused."""
+    config = changed(mask_images="tokens")
+    masked = prepared(float_batch(), mask_images="tokens").values["masked"]
+    assert np.mean(np.abs(masked["image"]).max(-1) == 0) < 0.01 and np.any(masked["weight"])
+
+    def loss(model: object, variables: dict, mask_ratio: float) -> float:
+        config.mask_ratio = mask_ratio
+        carry = Carry(variables.get("batch_stats", {}), None, {}, {}).keep(masked=masked)
+        params = {"model": variables["params"]}
+        return method.masked_pass(params, carry, {}, model=model, config=config, keys=KEYS, axis_name=None)[0]
+
+    model = make_model({"name": "dinov2", "width": 8, "blocks": (1,), "grid": 3}, CLASSES)
+    variables = random_variables(model, jnp.zeros((1, 32, 48, 3)))
+    none, most, again = (loss(model, variables, ratio) for ratio in (0.0, 0.7, 0.7))
+    assert none != most == again
+    model = make_model(config.model, CLASSES)
+    with pytest.raises(UserError, match="'tokens' hides tokens of the network, and this network has none"):
+        loss(model, random_variables(model, jnp.zeros((1, 32, 48, 3))), 0.7)
+
+
+def test_a_teacher_that_sees_mirror_images_too() -> None:
+    """Its probabilities are the mean of both views: those of a mirrored image are mirrored."""
+    images = float_batch()["target"]["image"]
+    model = make_model(changed().model, CLASSES)
+    teacher = start_teacher(random_variables(model, images[:1]))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def probabilities(images: jax.Array, flip: bool) -> jax.Array:
+        config = changed(teacher_flip=flip)
+        return jax.nn.softmax(method.teacher_logits(model, teacher, images, config, None)[0])
+
+    plain, mirrored = probabilities(images, False), probabilities(images[:, :, ::-1], False)[:, :, ::-1]
+    assert np.abs(plain - mirrored).max() > 0.01
+    for view, there in ((images, slice(None)), (images[:, :, ::-1], slice(None, None, -1))):
+        np.testing.assert_allclose(probabilities(view, True)[:, :, there], (plain + mirrored) / 2, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
