@@ -206,6 +206,9 @@ def base(
     # checkpoints (none: equal ones); what they multiply class probabilities by (none: nothing).
     config.test = ConfigDict({"flip": False, "scales": (1.0,), "weights": (), "class_weights": ()})
     benchmarks[benchmark](config)
+    # How many target images, chosen by the seed, are learned from with their labels (or a file with one id per line),
+    # and their share of the labelled images of a batch.
+    config.target.update({"labelled": unset(), "labelled_share": 0.5})
     if variant == "lite":
         config.preprocess = "efficientnet"
         config.model = lite_model()

@@ -60,8 +60,10 @@ def default_workdir(config: ConfigDict, workdir: str) -> Path:
 
 
 def run_name(config: ConfigDict) -> str:
-    """The name of a run's work folder, from its recipe, benchmark and seed."""
-    return f"{config.name}-{config.benchmark.replace(',', '-')}-seed{config.seed}"
+    """The name of a run's work folder, from its recipe, benchmark and seed, and its labelled target images, if any."""
+    labelled = config.get("target", {}).get("labelled")
+    few = f"-labelled-{Path(str(labelled)).stem}" if labelled else ""
+    return f"{config.name}-{config.benchmark.replace(',', '-')}{few}-seed{config.seed}"
 
 
 def run_and_report(config: ConfigDict, workdir: Path, from_stage: str = "") -> dict[str, Any]:

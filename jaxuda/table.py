@@ -2,8 +2,9 @@
 
 Runs or resumes every method on every benchmark with every seed, and prints mean and spread of the mIoU.
 Stages that several methods share (source only, oracle) are trained once per benchmark and seed; a method's own stages
-have its name. The table is also written to RUNS/table.md and RUNS/table.json. Further words (--config.FIELD=VALUE)
-apply to every run.
+have its name. With --labelled 0,4,16 each run is done without labels of the target, and with 4 and 16 of its images
+labelled; the oracle has all labels. The table is also written to RUNS/table.md and RUNS/table.json. Further words
+(--config.FIELD=VALUE) apply to every run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 
 from jaxuda import files
 from jaxuda.cli import Parser, guarded, parse, seeds
+from jaxuda.errors import UserError
 from jaxuda.files import user_path
 from jaxuda.main import run_and_report, run_name
 
@@ -27,6 +29,9 @@ def run(argv: list[str] | None) -> None:
     )
     parser.add_argument("--benchmarks", default="streets", help="comma-separated, such as camvid,camvid,lite")
     parser.add_argument("--seeds", default="0", type=seeds, help="comma-separated")
+    parser.add_argument(
+        "--labelled", default="", help="comma-separated numbers of labelled target images (default: as in the config)"
+    )
     parser.add_argument("--runs", default="runs", type=user_path, help="the folder of work folders")
     run_all(*parser.parse_with_fields(argv))
 
@@ -36,20 +41,30 @@ def run_all(args: argparse.Namespace, overrides: list[str]) -> None:
     from jaxuda.pipeline import tables  # here: --help must not wait for JAX
     from jaxuda.pipeline.results import check_comparable
 
-    planned = []
+    planned, numbers = [], _numbers(args.labelled) or [None]
     for benchmark in re.split(r",(?!(?:lite|mit|hrda)\b)", args.benchmarks):  # "streets,lite" is one
         configs = {file: parse(["table", f"--config={file}:{benchmark}", *overrides]).config for file in args.configs}
         check_comparable((f"{file}:{benchmark}", tables.facts(config)) for file, config in configs.items())
-        planned += [(config, seed) for config in configs.values() for seed in args.seeds]
+        planned += [(config, number, seed) for config in configs.values() for number in numbers for seed in args.seeds]
     results = []
-    for config, seed in planned:
+    for config, number, seed in planned:
         seeded = copy.deepcopy(config)
         seeded.seed = seed
+        if number is not None:
+            seeded.target.labelled = number
         results.append(run_and_report(seeded, args.runs / run_name(seeded)))
     tables.comparable(results)
     files.write_json(args.runs / "table.json", results)
     files.write_bytes(args.runs / "table.md", (tables.summary(results) + "\n").encode())
     print(tables.summary(results))
+
+
+def _numbers(text: str) -> list[int]:
+    """The numbers of --labelled."""
+    words = [word for word in text.split(",") if word]
+    if wrong := [word for word in words if not word.isdecimal()]:
+        raise UserError(f"--labelled {text}: {wrong[0]!r} is no number of images; give numbers such as 0,4,16")
+    return [int(word) for word in dict.fromkeys(words)]
 
 
 def main(argv: list[str] | None = None) -> int:

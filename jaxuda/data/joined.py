@@ -11,7 +11,8 @@ import numpy as np
 from jaxuda.data.transforms import Record, Transform, build_transform
 from jaxuda.errors import UserError
 
-_NO_TRANSFORM = ("name", "path", "split", "parts", "reference")  # fields of a domain
+# Fields of a domain that do not describe a transform.
+_NO_TRANSFORM = ("name", "path", "split", "parts", "reference", "labelled", "labelled_share")
 PLUS = "+"  # between the names of the parts, and between a part and the id of one of its images
 
 
@@ -61,6 +62,15 @@ class Joined(Sequence):
         """As `Records.class_pixels`."""
         return np.concatenate([part.class_pixels() for part in self._parts.values()])
 
+    @property
+    def has_depth(self) -> bool:
+        """Whether records have a "depth"."""
+        return all(part.has_depth for part in self._parts.values())
+
+    def without_depth(self) -> "Joined":
+        """The same records without depth."""
+        return Joined({name: part.without_depth() for name, part in self._parts.items()})
+
     def images_only(self) -> "Joined":
         """The same records without labels and depth."""
         return Joined({name: part.images_only() for name, part in self._parts.items()})
@@ -104,17 +114,42 @@ class TransformByPart:
         return self.transforms[part + PLUS](record, rng)
 
 
+# The ids of the labelled target images among those of the source begin with it; no dataset has such a name.
+FEW = "labelled target" + PLUS
+
+
+@dataclass(frozen=True)
+class TransformByDomain:
+    """Transforms source images with the source's transform, and labelled target images with the target's."""
+
+    source: Transform
+    target: Transform
+
+    @property
+    def balanced(self) -> bool:
+        """Whether crops depend on labels."""
+        return any(getattr(transform, "balanced", None) for transform in (self.source, self.target))
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Record:
+        """See `transforms.TransformSpec`."""
+        own = str(record["id"]).removeprefix(FEW)
+        return self.source(record, rng) if own == record["id"] else self.target({**record, "id": own}, rng)
+
+
 def domain_transform(domain: Mapping[str, Any]) -> Transform:
     """The transform of a domain of a config, from its fields and, if it has `parts`, from what differs per dataset.
 
     Args:
       domain: such as {"name": "gta5+synthia", "resize": (1280, 720), ..., "parts": {"synthia": {"resize": (1280,
         760)}}}. A key of `parts` is a part's name, or its dataset's name for all of its configs; for a module of the
-        user, the last word of its path.
+        user, the last word of its path. `few`: the domain of further images, those whose ids begin with `FEW`.
 
     Raises:
       UserError: a field is wrong, or `parts` names a dataset that the domain does not have.
     """
+    if few := domain.get("few"):
+        own = {key: value for key, value in domain.items() if key != "few"}
+        return TransformByDomain(domain_transform(own), domain_transform(few))
     shared = {key: value for key, value in domain.items() if key not in _NO_TRANSFORM}
     own = dict(domain.get("parts", {}))
     if not own:

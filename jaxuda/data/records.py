@@ -197,6 +197,20 @@ class Subset(Sequence):
         """As `Records.class_pixels`."""
         return self._records.class_pixels()[self._indices]
 
+    @property
+    def fingerprint(self) -> str:
+        """As that of `Records`; changes with the chosen ids and their order."""
+        return hashlib.sha256(f"{self._records.fingerprint} {self._ids}".encode()).hexdigest()[:32]
+
+    @property
+    def has_depth(self) -> bool:
+        """Whether records have a "depth"."""
+        return self._records.has_depth
+
+    def without_depth(self) -> "Subset":
+        """The same records without depth."""
+        return Subset(self._records.without_depth(), self._ids)
+
     def images_only(self) -> "Subset":
         """The same records without labels and depth."""
         return Subset(self._records.images_only(), self._ids)

@@ -15,6 +15,7 @@ from jaxuda.data.prepared import prepare_command, prepared_folder, read_summary,
 from jaxuda.data.preparing import prepare
 from jaxuda.data.records import Domains
 from jaxuda.errors import UserError
+from jaxuda.pipeline.labelled import with_few_labels
 
 
 def load_domains(config: ConfigDict) -> Domains:
@@ -50,7 +51,7 @@ def load_domains(config: ConfigDict) -> Domains:
                 f"{(source or target).name} and {records.name} have different classes: {', '.join(space.classes)} "
                 f"against {', '.join(records.label_space.classes)}; give both the same classes.json"
             )
-    return opened
+    return with_few_labels(config, opened)
 
 
 def load_validation(config: ConfigDict) -> tuple[tuple[data.Records, ...], LabelSpace]:

@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxuda import data
+from jaxuda.data.few import FewLabels
 from jaxuda.data.records import Domains
 from jaxuda.errors import UserError
 from jaxuda.metrics import iou_table
@@ -58,6 +59,7 @@ def collect(config: ConfigDict, recipe: list[Stage], domains: Domains) -> dict[s
         "evaluation_size": list(config.evaluation.size),
         "checkpoints": CHECKPOINT_RULES | {"mean_of_last": f"mean of the last {config.mean_of_last} evaluations"},
         "data": {place: records and _described(records) for place, records in opened.items()},
+        **({"target_labels": len(domains.source.few)} if isinstance(domains.source, FewLabels) else {}),
         **({"also": [_described(records) for records in domains.validation[1:]]} if domains.validation[1:] else {}),
         "config_sha256": hashlib.sha256(settings.encode()).hexdigest(),
         **versions(),

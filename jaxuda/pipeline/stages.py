@@ -17,6 +17,7 @@ from jaxuda import files, methods, plugins
 from jaxuda.data.records import Domains
 from jaxuda.errors import UserError
 from jaxuda.models import load_family
+from jaxuda.pipeline.labelled import take_fields
 from jaxuda.training import checkpoints, weights
 
 SHARED = (
@@ -287,6 +288,7 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
     for place in ("source", "target"):
         # The content of the data matters, not their place; `data` has the checksum of the content.
         identity.get(place, {}).pop("path", None)
+        identity.get(place, {}).get("few", {}).pop("path", None)
     converted = {asked: imagenet_start(network, config.data_dir) for asked, network in _networks(resolved).items()}
     identity["weights"] = {asked: start for asked, (_, start) in converted.items()}
     converted = {asked: folder for asked, ((folder, _), _) in converted.items()}
@@ -308,6 +310,9 @@ def resolve(name: str, config: ConfigDict) -> ConfigDict:
     if config.get("class_weights"):
         resolved.class_weights = tuple(config.class_weights)  # set only when used, as below
     resolved.update(own.to_dict())
+    if (few := take_fields(resolved)) and own.domains[0] == "source":
+        # The labelled target images among the source's keep the target's transform.
+        resolved.source.few = {**resolved.target.to_dict(), "labelled_share": few["labelled_share"]}
     if "train" in own:
         resolved.schedule_steps = own.schedule_steps or own.steps
         # Set only when used: every field enters the stage's fingerprint.

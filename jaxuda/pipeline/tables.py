@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from jaxuda.pipeline.results import check_comparable
 
-BASELINES = ("source_only", "oracle")
+ORACLE = "oracle"
+BASELINES = ("source_only", ORACLE)
 SCORES = {
     "last": lambda result: result["last"]["miou"],
     "mean of last": lambda result: result["mean_of_last"]["miou"],
@@ -35,21 +36,24 @@ def rows_of(runs: list[dict[str, Any]]) -> list[Row]:
     """The rows of a table over seeds.
 
     Args:
-      runs: what `pipeline.run` returns; the runs of one config and benchmark in the order of their seeds.
+      runs: what `pipeline.run` returns; the runs of one config and benchmark in the order of their seeds. Stages that
+        learned from a few labels of the target say from how many.
     """
     rows: dict[tuple[str, str], Row] = {}
-    seen: dict[tuple[str, int, str], list[str]] = {}
+    seen: dict[tuple[str, int, str, int], list[str]] = {}
     for run in runs:
         for stage, result in run["stages"].items():
             if "mean_of_last" not in result:
                 continue
             title = stage.replace("_", " ")
             fingerprint = run["fingerprints"][stage]
-            others = seen.setdefault((run["benchmark"], run["seed"], stage), [])
+            few = run.get("target_labels", 0) * (stage != ORACLE)
+            others = seen.setdefault((run["benchmark"], run["seed"], stage, few), [])
             if stage in BASELINES and fingerprint in others:
                 continue  # an earlier method's run has the same stage
             if stage not in BASELINES or others:
                 title = f"{run['config']}: {title}"
+            title += f", {few if few > 0 else 'listed'} target labels" if few else ""
             others.append(fingerprint)
             place = (run["benchmark"], title)
             row = rows.setdefault(place, Row(*place, {name: [] for name in SCORES}))

@@ -106,6 +106,7 @@ def check_steps(stages: Sequence[Stage], classes: int, depth: bool) -> None:
         if "sweep" in config:
             sweeps.load(config.sweep)
             continue
+        _check_few(stage)
         sizes = {domain: image_size(config[domain]) for domain in ("source", "target") if domain in config}
         if (settings := {**config.to_dict(), **sizes}) in seen:
             continue  # source only and the oracle differ only in their images
@@ -125,6 +126,19 @@ def check_steps(stages: Sequence[Stage], classes: int, depth: bool) -> None:
                 f"{missing.reader} reads config.{missing.section or stage.name}.{missing.field}, which the config "
                 "lacks: add it to that section"
             ) from error
+
+
+def _check_few(stage: Stage) -> None:
+    """Raises a UserError if a stage's labelled target images and source images could not be in one batch."""
+    source = stage.config.source
+    if "few" not in source or stage.config.batch == 1:
+        return
+    if (ours := image_size(source)) != (theirs := image_size(source.few)):
+        raise UserError(
+            f"the stage '{stage.name}' cannot be trained: source images are {ours[0]}x{ours[1]} and labelled target "
+            f"images {theirs[0]}x{theirs[1]}, but config.target.labelled puts both into one batch: set resize, or "
+            "crop, of config.source and config.target to one size"
+        )
 
 
 def _check_pictures(config: Any, classes: int, arguments: tuple[TrainState, PyTree, PyTree]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ def comparison_page(runs: Sequence[Run], galleries: Mapping[int, Gallery], notes
     notes = [*(f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in run.notes), *notes]
     finals = _finals(runs, names)
     sections: list[page.Section] = [
-        ("results", "Results", join(_scores(runs, names), _over_seeds(runs))),
+        ("results", "Results", join(_scores(runs, names), _over_seeds(runs), _over_labels(runs))),
         ("pictures", "Pictures", _gallery(runs, names, galleries)),
         ("curves", "Curves", _curves(runs, names)),
         ("classes", "Classes", _classes(finals)),
@@ -105,21 +106,51 @@ def _scores(runs: Sequence[Run], names: Sequence[str]) -> Markup:
     return join(tables.table(caption, head, rows), tag("p", chosen, class_="faint"))
 
 
-def _over_seeds(runs: Sequence[Run]) -> Markup | None:
-    """Mean and spread of runs that differ in their seed, if there are any."""
-    scored = [run for run in runs if run.scored and "name" in run.config]
-    rows = seeds.rows_of(
+def _rows(runs: Sequence[Run]) -> list[seeds.Row]:
+    """The rows of a table over seeds."""
+    return seeds.rows_of(
         [
             {
                 "config": run.config["name"],
                 "benchmark": run.config["benchmark"],
                 "seed": run.config["seed"],
+                "target_labels": _target_labels(run),
                 "fingerprints": {stage.name: stage.fingerprint for stage in run.scored},
                 "stages": {stage.name: stage.results for stage in run.scored},
             }
-            for run in scored
+            for run in runs
+            if run.scored and "name" in run.config
         ]
     )
+
+
+def _target_labels(run: Run) -> int:
+    """The number of target images whose labels a run learned from, beside the oracle; a list of them counts as -1."""
+    labelled = run.config.get("target", {}).get("labelled") or 0
+    return labelled if isinstance(labelled, int) else -1
+
+
+def _over_labels(runs: Sequence[Run]) -> Markup | None:
+    """The mIoU, mean over seeds, against the number of labelled target images, if runs differ in it."""
+    numbers = sorted({number for run in runs if (number := _target_labels(run)) >= 0})
+    if len(numbers) < 2 or len({run.config.get("benchmark") for run in runs}) > 1:
+        return None
+    found: dict[str, dict[int, float]] = {}
+    for number in numbers:
+        for row in _rows([run for run in runs if _target_labels(run) == number]):
+            name = row.title.partition(",")[0]
+            found.setdefault(name, {})[number] = 100 * statistics.mean(row.scores["last"])
+    if (oracle := found.get(ORACLE)) and len(oracle) < len(numbers):
+        found[ORACLE] = dict.fromkeys(numbers, statistics.mean(oracle.values()))
+    series = [charts.Series(name, index, sorted(at.items())) for index, (name, at) in enumerate(found.items())]
+    title, x_label = "mIoU in %, mean over seeds", "labelled images of the target"
+    chart = charts.fitted(lambda width: charts.line_chart(series, title, x_label, width=width))
+    return tag("figure", chart, tag("figcaption", charts.legend(series)))
+
+
+def _over_seeds(runs: Sequence[Run]) -> Markup | None:
+    """Mean and spread of runs that differ in their seed, if there are any."""
+    rows = _rows(runs)
     several = [row for row in rows if len(row.scores["last"]) > 1]
     if not several:
         return None

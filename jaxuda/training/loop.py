@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxuda import data, files, methods, parallel
+from jaxuda.data.few import FewLabels
 from jaxuda.data.records import EASY, HARD, Domains, Subset, read_split
 from jaxuda.errors import Interrupted, UserError
 from jaxuda.models import make_model
@@ -166,10 +167,19 @@ def _input(task: Task, options: Options, labelled: Any, unlabelled: Any, done: i
         target_transform=None if unlabelled is None else data.domain_transform(config.target),
         target_labels=config.get("target_label_figures", False),
         num_workers=options.num_workers,
-        source_order=data.orders.load(config.order).order(labelled, unlabelled, count, config, task.artifacts),
+        source_order=source_order(labelled, unlabelled, count, config, task.artifacts),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+
+
+def source_order(labelled: Any, unlabelled: Any, count: int, config: Any, artifacts: Mapping[str, Path]) -> Any:
+    """The order of `config.order` (see `data.orders`); a few labelled target images are drawn in between."""
+    order = data.orders.load(config.order).order
+    if not isinstance(labelled, FewLabels):
+        return order(labelled, unlabelled, count, config, artifacts)
+    own = order(labelled.source, unlabelled, count, config, artifacts)
+    return labelled.order(own, count, config.source.few.labelled_share, config.seed)
 
 
 def arrays(batch: PyTree) -> PyTree:
