@@ -122,6 +122,7 @@ def dinov2_model(variant: str = "vitb14", **fields) -> ConfigDict:
             "head": "vfmuda",
             "width": unset(),
             "blocks": unset(),
+            "heads": unset(),
             "grid": 37,
             "window": unset(),
             "dtype": "float32",

@@ -133,7 +133,9 @@ class TransformByDomain:
     def __call__(self, record: Record, rng: np.random.Generator) -> Record:
         """See `transforms.TransformSpec`."""
         own = str(record["id"]).removeprefix(FEW)
-        return self.source(record, rng) if own == record["id"] else self.target({**record, "id": own}, rng)
+        if own == record["id"]:
+            return self.source(record, rng)
+        return {**self.target({**record, "id": own}, rng), "id": record["id"]}
 
 
 def domain_transform(domain: Mapping[str, Any]) -> Transform:

@@ -17,7 +17,7 @@ from jaxuda import files, methods, plugins
 from jaxuda.data.records import Domains
 from jaxuda.errors import UserError
 from jaxuda.models import load_family
-from jaxuda.pipeline.labelled import take_fields
+from jaxuda.pipeline.labelled import move_fields
 from jaxuda.training import checkpoints, weights
 
 SHARED = (
@@ -310,9 +310,7 @@ def resolve(name: str, config: ConfigDict) -> ConfigDict:
     if config.get("class_weights"):
         resolved.class_weights = tuple(config.class_weights)  # set only when used, as below
     resolved.update(own.to_dict())
-    if (few := take_fields(resolved)) and own.domains[0] == "source":
-        # The labelled target images among the source's keep the target's transform.
-        resolved.source.few = {**resolved.target.to_dict(), "labelled_share": few["labelled_share"]}
+    move_fields(resolved, own.domains[0] == "source")
     if "train" in own:
         resolved.schedule_steps = own.schedule_steps or own.steps
         # Set only when used: every field enters the stage's fingerprint.
