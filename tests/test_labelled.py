@@ -10,11 +10,12 @@ import pytest
 import tiny
 from test_stages import fingerprints
 
-from configs import minent, source_only
+from configs import minent, sdca, source_only
 from jaxuda import table
 from jaxuda.data.few import FewLabels
 from jaxuda.data.input import Draws, make_input
 from jaxuda.data.joined import FEW, domain_transform
+from jaxuda.data.pseudo import write_pseudo_label
 from jaxuda.errors import UserError
 from jaxuda.main import main, run_name
 from jaxuda.pipeline.domains import load_domains
@@ -22,6 +23,7 @@ from jaxuda.pipeline.stages import plan, resolve
 from jaxuda.pipeline.tables import rows_of
 from jaxuda.pipeline.tracing import check_steps
 from jaxuda.report import comparison
+from jaxuda.training.loop import training_records
 
 
 def recipe(data: dict[str, Path], labelled=None, **fields):
@@ -181,6 +183,25 @@ def test_only_stages_that_learn_from_them_change() -> None:
     with config.unlocked():
         del config.target.labelled, config.target.labelled_share
     assert fingerprints(config) == plain
+
+
+def test_self_training_keeps_the_labels(data: dict[str, Path], tmp_path: Path) -> None:
+    """Among pseudo-labels the few labelled images have their own labels; the oracle has all anyway."""
+    config = sdca.get_config("folder")
+    config.update({"data_dir": str(data["data_dir"])})
+    for domain in ("source", "target"):
+        config[domain].path = str(data[domain])
+    config.target.labelled = 2
+    domains = load_domains(config)
+    stages = {stage.name: stage.config for stage in plan(config, tmp_path, domains)}
+    assert stages["self_train"].source.few.labelled_share == 0.5 and "few" not in stages["oracle"].source
+    for name in domains.target.ids():
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        write_pseudo_label(tmp_path, name, np.full((32, 48), 1, np.uint8), domains.label_space)
+    labelled, unlabelled = training_records(stages["self_train"], domains, {"pseudo_labels": tmp_path})
+    assert unlabelled is None and len(labelled) == 8
+    assert {int(x) for index in range(6) for x in np.unique(labelled[index]["label"])} == {1}
+    assert all(len(np.unique(labelled[index]["label"])) == 3 for index in (6, 7))
 
 
 def test_images_of_two_sizes_are_refused_before_training(data: dict[str, Path]) -> None:

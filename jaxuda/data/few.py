@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxuda.data import orders
 from jaxuda.data.input import Draws, draw_order
 from jaxuda.data.joined import FEW
 from jaxuda.data.transforms import Record
@@ -16,7 +18,7 @@ from jaxuda.data.transforms import Record
 class FewLabels(Sequence):
     """The records of the source, then the labelled ones of the target, whose ids get the prefix `FEW`.
 
-    Records have depth if both have it.
+    In the place of the source's there may be pseudo-labelled records of the target. Records have depth if both have it.
 
     Args:
       source: the source's records.
@@ -29,12 +31,14 @@ class FewLabels(Sequence):
     labelled = True
 
     def __init__(self, source: Any, few: Any):
-        if not (source.has_depth and few.has_depth):
-            source, few = source.without_depth(), few.without_depth()
-        self.source, self.few = source, few
+        self.has_depth = all(getattr(records, "has_depth", False) for records in (source, few))
+        self.source, self.few = (source, few) if self.has_depth else map(_without_depth, (source, few))
         self.name, self.label_space = f"{source.name} + {len(few)} of {few.name}", source.label_space
-        self.fingerprint = hashlib.sha256(f"{source.fingerprint} {few.fingerprint}".encode()).hexdigest()[:32]
-        self.has_depth = source.has_depth
+
+    @property
+    def fingerprint(self) -> str:
+        """As that of `Records`."""
+        return hashlib.sha256(f"{self.source.fingerprint} {self.few.fingerprint}".encode()).hexdigest()[:32]
 
     def __len__(self) -> int:
         return len(self.source) + len(self.few)
@@ -81,3 +85,16 @@ class FewLabels(Sequence):
             return Draws(indices)
         # Any crop of a target's image shows more than -1 pixels of a class.
         return Draws(indices, draws.classes[:count], np.where(of_target, -1.0, draws.pixels[:count]))
+
+
+def source_order(labelled: Any, unlabelled: Any, count: int, config: Any, artifacts: Mapping[str, Path]) -> Any:
+    """The order of `config.order` (see `data.orders`), with draws of `FewLabels` of the target in between."""
+    order = orders.load(config.order).order
+    if not isinstance(labelled, FewLabels):
+        return order(labelled, unlabelled, count, config, artifacts)
+    own = order(labelled.source, unlabelled, count, config, artifacts)
+    return labelled.order(own, count, config.source.few.labelled_share, config.seed)
+
+
+def _without_depth(records: Any) -> Any:
+    return records.without_depth() if getattr(records, "has_depth", False) else records

@@ -76,18 +76,18 @@ def _chosen(asked: Any, where: str, domains: Domains, seed: int) -> list[str]:
     return chosen
 
 
-def move_fields(resolved: ConfigDict, from_source: bool) -> None:
+def move_fields(resolved: ConfigDict, learned: bool) -> None:
     """Takes `FIELDS` out of the target of a stage's settings, where they would change every stage.
 
     Args:
       resolved: the settings; changed in place.
-      from_source: the stage learns from the source's labels. If the fields are set, its source then has the section
-        `few`: the target's transform, for the labelled images of the target, and their share.
+      learned: the stage learns from the source's labels or from pseudo-labels. If the fields are set, its source then
+        has the section `few`: the target's transform, for the labelled images of the target, and their share.
     """
     source, target = resolved.source, resolved.target
     values = {name: target[name] for name in FIELDS if name in target}
     with source.unlocked(), target.unlocked():
         for name in values:
             del target[name]
-        if from_source and values.get("labelled"):
+        if learned and values.get("labelled"):
             source.few = {**target.to_dict(), "labelled_share": values["labelled_share"]}

@@ -250,7 +250,11 @@ def _make_stage(name: str, config: ConfigDict, workdir: Path, domains: Domains, 
     both = {"source": domains.source, "target": domains.target}
     datasets = {place: records.fingerprint for place, records in both.items() if records is not None}
     if own.domains[0] == "target":
-        resolved.source, datasets["source"] = resolved.target, datasets["target"]
+        few = resolved.source.get("few")
+        resolved.source, datasets["source"] = resolved.target.copy_and_resolve_references(), datasets["target"]
+        if few:
+            with resolved.source.unlocked():
+                resolved.source.few = few
     if len(own.domains) == 1:
         # Data that the stage does not read must not change its fingerprint: recipes share their baselines.
         del resolved["target"]
@@ -310,7 +314,7 @@ def resolve(name: str, config: ConfigDict) -> ConfigDict:
     if config.get("class_weights"):
         resolved.class_weights = tuple(config.class_weights)  # set only when used, as below
     resolved.update(own.to_dict())
-    move_fields(resolved, own.domains[0] == "source")
+    move_fields(resolved, own.domains[0] == "source" or bool(own.labels))
     if "train" in own:
         resolved.schedule_steps = own.schedule_steps or own.steps
         # Set only when used: every field enters the stage's fingerprint.

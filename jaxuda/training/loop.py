@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxuda import data, files, methods, parallel
-from jaxuda.data.few import FewLabels
+from jaxuda.data.few import FewLabels, source_order
 from jaxuda.data.records import EASY, HARD, Domains, Subset, read_split
 from jaxuda.errors import Interrupted, UserError
 from jaxuda.models import make_model
@@ -138,7 +138,8 @@ def training_records(config: Any, domains: Domains, artifacts: Mapping[str, Path
     """The records that a stage learns from: labelled, and unlabelled (None if it uses none).
 
     They are those of `config.domains`. With `config.split` the labelled ones are the easy part of a ranking and the
-    unlabelled ones the hard part; with `config.labels` pseudo-labels replace the labels.
+    unlabelled ones the hard part; with `config.labels` pseudo-labels replace the labels. The few labelled images of the
+    target, if there are any, are among the source's and among those with pseudo-labels.
     """
     labelled, unlabelled = domains.source, None
     if config.domains[0] == "target":
@@ -150,6 +151,8 @@ def training_records(config: Any, domains: Domains, artifacts: Mapping[str, Path
         unlabelled = Subset(unlabelled, read_split(artifacts[config.split], HARD))
     if config.labels:
         labelled = data.PseudoLabelled(labelled, artifacts[config.labels], domains.label_space)
+        if isinstance(domains.source, FewLabels):
+            labelled = FewLabels(labelled, domains.source.few)
     return labelled, unlabelled
 
 
@@ -171,15 +174,6 @@ def _input(task: Task, options: Options, labelled: Any, unlabelled: Any, done: i
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-
-
-def source_order(labelled: Any, unlabelled: Any, count: int, config: Any, artifacts: Mapping[str, Path]) -> Any:
-    """The order of `config.order` (see `data.orders`); a few labelled target images are drawn in between."""
-    order = data.orders.load(config.order).order
-    if not isinstance(labelled, FewLabels):
-        return order(labelled, unlabelled, count, config, artifacts)
-    own = order(labelled.source, unlabelled, count, config, artifacts)
-    return labelled.order(own, count, config.source.few.labelled_share, config.seed)
 
 
 def arrays(batch: PyTree) -> PyTree:
