@@ -26,6 +26,12 @@ NETWORKS = {
     "tiny": {"name": "deeplab", "backbone": "resnet18", "variant": "torchvision", "width": 8, "blocks": (1,) * 4},
     "bottlenecks": {"name": "deeplab", "backbone": "resnet50", "variant": "caffe", "width": 8, "blocks": (1, 1, 2, 1)},
     "vgg": {"name": "deeplab", "backbone": "vgg16", "width": 4},
+    "mit": {"name": "mix_transformer", "variant": "b0", "width": 8, "blocks": (1, 1, 1, 1), "head_width": 8},
+    "hrda": {
+        "name": "mix_transformer",
+        **{"variant": "b0", "width": 8, "blocks": (1, 1, 1, 1), "head_width": 8},
+        "hrda": {"attention_width": 8, "crop": (64, 64), "window": (64, 64)},
+    },
     "lite": {"name": "efficientnet_lite", "width": 8, "decoder_width": 16},
 }
 CLASSES = ("ground", "box", "sky", "tree", "road")
@@ -33,9 +39,10 @@ CLASSES = ("ground", "box", "sky", "tree", "road")
 
 def predictor(network: str, train: str = "minent", **evaluation) -> Predictor:
     model = make_model(NETWORKS[network], 19 if network == "tiny" else len(CLASSES))
-    variables = random_variables(model, np.zeros((1, 32, 64, 3), np.float32))
+    size = (128, 64) if network == "hrda" else (64, 32)
+    variables = random_variables(model, np.zeros((1, *size[::-1], 3), np.float32))
     config = {"train": train, "preprocess": "imagenet", "align_corners": network == "deeplab", "test_aggregation": 0.0}
-    config["evaluation"] = {"size": (64, 32), "batch": 1, **evaluation}
+    config["evaluation"] = {"size": size, "batch": 1, **evaluation}
     return Predictor(CLASSES, model, jax.device_get(variables), FrozenConfigDict(config))
 
 

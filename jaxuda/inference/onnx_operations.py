@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -61,10 +62,12 @@ class Graph:
         """A size as a vector of one int64.
 
         Raises:
-          Unsupported: it is a computed one, such as twice a size of an argument.
+          Unsupported: it is a computed one, other than a multiple of a size of an argument.
         """
         if isinstance(size, int | np.integer):
             return self.ints([size])
+        if match := re.fullmatch(r"(\d+)\*(\w+)", str(size)):
+            return self.node("Mul", self.ints([int(match[1])]), self.size(match[2]))
         if str(size) not in self._sizes:
             raise Unsupported(f"the computed size {size}; sizes must be numbers or those of the images")
         if str(size) not in self._size_names:
