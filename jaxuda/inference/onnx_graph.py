@@ -16,7 +16,8 @@ import numpy as np
 from jax.extend import core
 
 from jaxuda.errors import UserError
-from jaxuda.inference.onnx_operations import OPERATIONS, Graph, Unsupported, Value
+from jaxuda.inference.onnx_nodes import Graph, Unsupported, Value
+from jaxuda.inference.onnx_operations import OPERATIONS
 
 OPSET, IR_VERSION = 18, 9  # of 2023; releases of onnxruntime read all older ones
 # Operations that call a function, which is written in their place.
