@@ -71,7 +71,7 @@ def test_devices_draw_the_same() -> None:
             arguments = parallel.replicate(state, chosen), parallel.replicate(constants, chosen)
             moved, _ = parallel.compile_step(step, chosen)(*arguments, 0, parallel.shard(batch, chosen))
             ends.append(parallel.first(moved, chosen))
-    # A constant before batch normalisation changes nothing: the gradient of these biases is rounding, which AdamW scales.
+    # Constants before batch normalisation change nothing: the gradient of these biases is rounding, which AdamW scales.
     noise = lambda path: all(word in jax.tree_util.keystr(path) for word in ("scale_attention", "embed", "bias"))  # noqa: E731
     kept = [[(path, x) for path, x in jax.tree_util.tree_leaves_with_path(end) if not noise(path)] for end in ends]
     one, two = ({jax.tree_util.keystr(path): x for path, x in leaves} for leaves in kept)
