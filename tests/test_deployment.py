@@ -32,6 +32,8 @@ NETWORKS = {
         **{"variant": "b0", "width": 8, "blocks": (1, 1, 1, 1), "head_width": 8},
         "hrda": {"attention_width": 8, "crop": (64, 64), "window": (64, 64)},
     },
+    "dinov2": {"name": "dinov2", "width": 32, "blocks": (1, 1), "heads": 2, "grid": 3, "registers": True},
+    "dinov2 in windows": {"name": "dinov2", "width": 32, "blocks": (1,), "grid": 3, "window": (40, 32)},
     "lite": {"name": "efficientnet_lite", "width": 8, "decoder_width": 16},
 }
 CLASSES = ("ground", "box", "sky", "tree", "road")

@@ -109,7 +109,7 @@ def _broadcast(graph: Graph, equation: Any, values: Sequence[Tensor]) -> Value:
 
 
 def _reshape(graph: Graph, equation: Any, values: Sequence[Tensor]) -> Value:
-    if equation.params.get("dimensions") is not None:
+    if equation.primitive.name == "reshape" and equation.params["dimensions"] is not None:
         raise Unsupported("with a transposition")
     return _made(equation, graph.reshape(graph.expanded(values[0]), equation.outvars[0].aval.shape))
 
