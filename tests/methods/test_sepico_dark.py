@@ -1,5 +1,7 @@
 """SePiCo with images by day of the same places: labels, class weights, and what a step and its input do with them."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ from golden_weights import golden
 from layouts import darkzurich
 from methods.test_contract import CLASSES, begin
 from methods.test_sepico import changed, wide_batch
+from ml_collections import ConfigDict
+from test_stages import DOMAINS
 
 from configs import sepico as recipe
 from jaxuda.data import domain_transform, load, make_input
@@ -16,6 +20,8 @@ from jaxuda.methods import Keys
 from jaxuda.methods import sepico as method
 from jaxuda.methods.selftraining import pseudo_labels, pseudo_labels_by_day
 from jaxuda.models import make_model
+from jaxuda.pipeline.stages import plan
+from jaxuda.pipeline.tracing import check_steps
 from jaxuda.prepare import prepare
 from jaxuda.training.step import to_float
 
@@ -88,10 +94,17 @@ def test_labels_and_crops_of_a_step() -> None:
     assert jax.tree.structure(after) == jax.tree.structure(start)
 
 
-def test_a_recipe_without_the_fields_names_them() -> None:
-    start, constants, step = begin(changed(contrast_start=0))
-    with pytest.raises((KeyError, AttributeError), match="day_ratio"):
-        jax.eval_shape(lambda state: step(state, constants, 0, dark_batch()), start)
+def test_the_recipe_is_checked_with_images_by_day() -> None:
+    """As before training, at the published sizes, on a tiny network."""
+    config = recipe.get_config("darkzurich")
+    config.model.update({"width": 8, "blocks": (1, 1, 1, 1)})
+    (stage,) = (stage for stage in plan(config, Path("runs/x"), DOMAINS) if stage.name == "adapt")
+    check_steps([stage], 19, depth=False)
+    lacking = ConfigDict(config)
+    del lacking.adapt["static_classes"]
+    (stage,) = (stage for stage in plan(lacking, Path("runs/x"), DOMAINS) if stage.name == "adapt")
+    with pytest.raises(UserError, match=r"reads config.adapt.static_classes, which the config lacks"):
+        check_steps([stage], 19, depth=False)
 
 
 def test_input_has_both_images_cut_and_mirrored_alike(tmp_path) -> None:
