@@ -52,7 +52,7 @@ def complaint(capsys):
             "config.evaluation has no field 'wisdom'; it has batch, network, size, split",
         ),
         (["--config.adapt.lr.x=1"], "config.adapt.lr is a value, not a section: it has no field 'x'"),
-        (["--config.test=3"], "config.test is a section: set its fields (flip, scales, weights), each as"),
+        (["--config.test=3"], "config.test is a section: set its fields (class_weights, flip, scales, weights), each"),
         (["--config.adapt.lr=abc"], "--config.adapt.lr=abc must be a number"),
         (["--config.model.width=1.5"], "--config.model.width=1.5 must be a whole number"),
         (["--config.model.aux=perhaps"], "--config.model.aux=perhaps must be True or False"),
