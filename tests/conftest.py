@@ -15,6 +15,9 @@ _CACHE = Path(tempfile.gettempdir()) / f"jaxuda-tests-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # drawing weights compiles many small programs
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# On some processors XLA complains of every program that it loads from the cache, by kilobytes (jax issue 38445): they
+# would fill the pipes of processes whose standard error is read only at their end.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
