@@ -32,11 +32,11 @@ ROOT, CLASSES = Path(__file__).resolve().parents[2], 19
 
 def main() -> None:
     """Compiles the step and prints its memory."""
-    layers.use_cpu_forms = lambda: False
     config = parse(["plca_memory", f"--config={ROOT}/configs/plca.py:gta5", *sys.argv[1:]]).config
     stage, (width, height) = resolve("adapt", config), config.source.crop
     step, arguments = abstract_step(stage, CLASSES, stage.batch)
-    compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+    with layers.compile_for("any"):
+        compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
     memory = compiled.memory_analysis()
     # The state is donated: the new state takes the memory of the old one.
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes

@@ -25,7 +25,6 @@ ROOT, SUSTAINED = Path(__file__).resolve().parents[2], 40e12
 
 def main() -> None:
     """Prints a row per training stage."""
-    layers.use_cpu_forms = lambda: False
     print("| recipe | stage | batch | GiB | TFLOP per step | steps | hours |\n|---|---|---|---|---|---|---|")
     for word in sys.argv[1:]:
         config = parse(["recipe_cost", f"--config={ROOT / word}"]).config
@@ -33,7 +32,8 @@ def main() -> None:
         for stage in stages:
             settings = stage.config
             step, arguments = abstract_step(settings, classes, settings.batch, settings.model.get("depth", False))
-            jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
+            with layers.compile_for("gpu"):
+                jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
             count = cost.operations(jaxpr)
             hours = count * settings.steps / SUSTAINED / 3600
             print(

@@ -22,7 +22,7 @@ from jaxuda.data.transforms import OPENCV
 from jaxuda.errors import UserError
 from jaxuda.inference import onnx_graph
 from jaxuda.inference.predictor import Predictor, load
-from jaxuda.models.layers import plain_forms
+from jaxuda.models.layers import compile_for
 from jaxuda.sweeps.scores import kept_aspect, make_scores, probabilities, score_grid
 
 PyTree = Any
@@ -59,7 +59,7 @@ def write(predictor: Predictor, path: Path, say: Callable[[str], None] = print) 
     program = make_program(predictor)
     batch, height, width = jax.export.symbolic_shape("N, H, W")
     images = jax.ShapeDtypeStruct((batch, height, width, 3), jnp.uint8)
-    with plain_forms():
+    with compile_for("any"):
         content = (_onnx if path.suffix == ".onnx" else _stablehlo)(predictor, program, images)
     try:
         files.write_bytes(path, content)

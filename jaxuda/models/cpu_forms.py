@@ -1,7 +1,7 @@
 """Equivalent forms of convolution, residual join and pooling that XLA compiles to far faster training code on a CPU.
 
 `jaxuda.models.layers` decides where they are used; each computes the same as the plain form there, up to rounding. All
-maps are NHWC; kernels are (height, width, in, out).
+maps are NHWC; kernels are (height, width, in, out). `project_and_shift` is faster on a GPU, too.
 """
 
 import functools

@@ -1,9 +1,9 @@
 """Layers that every network shares: convolution, batch normalisation, pooling, dropout, resizing, gradient reversal.
 
-Only this file decides how a convolution is lowered. On GPU (and wherever it is fastest) it is XLA's own
-convolution; on CPU some shapes have an equivalent form (`cpu_forms.py`) that XLA compiles to far faster
-training code. The choice is made while tracing, from `jax.default_backend()`; both forms agree in float64
-up to rounding.
+Only this file decides how a convolution is lowered. Where that is fastest it is XLA's own convolution; some shapes
+have equivalent forms that XLA compiles to far better training code on CPU (`cpu_forms.py`) or on GPU (`gpu_forms.py`).
+The choice is made while tracing, from the platform that the program is compiled for (`compile_for`); all forms agree
+in float64 up to rounding.
 
 All maps are NHWC; kernels are (height, width, in, out).
 """
@@ -31,6 +31,7 @@ from jaxuda.models.cpu_forms import (
     project_and_shift,
     tap_by_tap,
 )
+from jaxuda.models.gpu_forms import dilated_conv
 
 # The constants that published ImageNet weights expect, in the channel order of their input.
 _BGR_MEANS = {
@@ -45,22 +46,31 @@ head_init = nn.initializers.normal(0.01)
 backbone_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-_plain = contextvars.ContextVar("plain", default=False)
+_platform = contextvars.ContextVar("platform", default="")
+
+
+@contextlib.contextmanager
+def compile_for(platform: str) -> Iterator[None]:
+    """What is traced inside has the forms of a platform, whatever devices this process has.
+
+    Args:
+      platform: "cpu" or "gpu"; "any": XLA's own convolutions, for programs that leave this process.
+    """
+    before = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(before)
 
 
 def use_cpu_forms() -> bool:
     """Whether to use the forms that are only faster on CPU (decided while tracing)."""
-    return jax.default_backend() == "cpu" and not _plain.get()
+    return (_platform.get() or jax.default_backend()) == "cpu"
 
 
-@contextlib.contextmanager
-def plain_forms() -> Iterator[None]:
-    """What is traced inside has XLA's own convolutions also on CPU: for programs that leave this process."""
-    before = _plain.set(True)
-    try:
-        yield
-    finally:
-        _plain.reset(before)
+def use_gpu_forms() -> bool:
+    """Whether to use the forms that are only faster on GPU (decided while tracing)."""
+    return (_platform.get() or jax.default_backend()) == "gpu"
 
 
 def normalise(images: jax.Array, kind: str) -> jax.Array:
@@ -122,6 +132,8 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1, 
             return tap_by_tap(x, kernel, dilation)
         if kernel.shape[:2] == (stride, stride) and dilation == 1 and padding == 0:
             return by_cells(x, kernel)
+    if use_gpu_forms() and kernel.shape[:2] == (3, 3) and stride == 1 and dilation == padding > 1:
+        return dilated_conv(x, kernel, dilation)
     return library_conv(x, kernel, stride, dilation, ((padding, padding), (padding, padding)))
 
 
@@ -136,7 +148,7 @@ def conv2d_sum(x: jax.Array, kernels: Sequence[jax.Array], dilations: Sequence[i
     Returns:
       (N, H, W, B).
     """
-    if not use_cpu_forms():
+    if not (use_cpu_forms() or use_gpu_forms()):
         return sum(conv2d(x, k, dilation=d, padding=d) for k, d in zip(kernels, dilations, strict=True))
     # Few outputs and distant taps: project to all taps at once, then add the shifted projections. Taps that
     # coincide (the centres) are added before the product; taps that are outside of the map everywhere are

@@ -8,6 +8,7 @@ from jax import lax
 
 from jaxuda.errors import UserError
 from jaxuda.models import layers
+from jaxuda.pipeline.cost import operations
 
 
 def relative_error(actual, expected):
@@ -160,79 +161,110 @@ def test_gradient_reversal():
     np.testing.assert_allclose(scaled, -0.25)
 
 
-# The forms chosen on CPU against the plain ones
+# The forms chosen for a platform against the plain ones
 
 
-def plain_and_cpu(monkeypatch, function, *arguments):
-    """Outputs and gradients of both forms in float64."""
+def plain_and(platform, function, *arguments):
+    """Outputs and gradients of the library's form and of that for a platform, in float64, computed here."""
     results = []
-    for cpu in (False, True):
-        monkeypatch.setattr(layers, "use_cpu_forms", lambda cpu=cpu: cpu)
+    for name in ("any", platform):
 
         def both(*arguments):  # a new function each time: the form is chosen while tracing
             y, pullback = jax.vjp(function, *arguments)
             return y, pullback(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
 
-        results.append(jax.jit(both)(*arguments))
+        with layers.compile_for(name):
+            results.append(jax.jit(both)(*arguments))
     return results
 
 
 def check_equal(results):
-    plain, cpu = (jax.tree.leaves(result) for result in results)
-    for a, b in zip(plain, cpu, strict=True):
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         assert relative_error(b, np.asarray(a)) < 1e-12
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_pointwise_convolution_on_cpu_equals_library(monkeypatch, stride):
+def test_pointwise_convolution_on_cpu_equals_library(stride):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         x, kernel = rng.normal(size=(2, 7, 8, 5)), rng.normal(size=(1, 1, 5, 3))
-        check_equal(plain_and_cpu(monkeypatch, lambda x, k: layers.conv2d(x, k, stride), x, kernel))
+        check_equal(plain_and("cpu", lambda x, k: layers.conv2d(x, k, stride), x, kernel))
 
 
 @pytest.mark.parametrize("size", [(11, 6), (4, 9)], ids=str)
-def test_dilated_convolution_on_cpu_equals_library(monkeypatch, size):
+def test_dilated_convolution_on_cpu_equals_library(size):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         x, kernel = rng.normal(size=(2, *size, 5)), rng.normal(size=(3, 3, 5, 4))
         conv = lambda x, k: layers.conv2d(x, k, dilation=4, padding=4)  # noqa: E731
-        check_equal(plain_and_cpu(monkeypatch, conv, x, kernel))
+        check_equal(plain_and("cpu", conv, x, kernel))
 
 
 @pytest.mark.parametrize("width", [9, 10])
 @pytest.mark.parametrize(("size", "padding"), [(7, 3), (3, 1), (4, 1), (3, 0)])
-def test_convolution_of_images_on_cpu_equals_library(monkeypatch, size, padding, width):
+def test_convolution_of_images_on_cpu_equals_library(size, padding, width):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         x, kernel = rng.normal(size=(2, 11, width, 3)), rng.normal(size=(size, size, 3, 5))
-        check_equal(plain_and_cpu(monkeypatch, lambda x, k: layers.conv2d(x, k, 2, padding=padding), x, kernel))
+        check_equal(plain_and("cpu", lambda x, k: layers.conv2d(x, k, 2, padding=padding), x, kernel))
 
 
 @pytest.mark.parametrize("ceil", [False, True])
 @pytest.mark.parametrize(("size", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 0)])
-def test_max_pool_on_cpu_equals_library(monkeypatch, size, stride, padding, ceil):
+def test_max_pool_on_cpu_equals_library(size, stride, padding, ceil):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         # Steps of a half: the first of equal entries must win in both.
         for x in (rng.normal(size=(2, 8, 11, 3)), np.round(2 * rng.normal(size=(2, 9, 12, 3))) / 2):
             pool = lambda x: layers.max_pool(x, size, stride, padding, ceil)  # noqa: E731
-            check_equal(plain_and_cpu(monkeypatch, pool, x))
+            check_equal(plain_and("cpu", pool, x))
 
 
+@pytest.mark.parametrize("dilation", [2, 4, 12])
+@pytest.mark.parametrize("size", [(8, 12), (11, 7), (1, 3)], ids=str)
+def test_dilated_convolution_on_gpu_equals_library(size, dilation):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x, kernel = rng.normal(size=(2, *size, 5)), rng.normal(size=(3, 3, 5, 4))
+        conv = lambda x, k: layers.conv2d(x, k, dilation=dilation, padding=dilation)  # noqa: E731
+        check_equal(plain_and("gpu", conv, x, kernel))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernel_gradient_of_dilated_convolution_on_gpu_has_no_dilation(dtype):
+    """And no more operations than the library's, on a map whose sides the dilation divides."""
+    x, kernel = jax.ShapeDtypeStruct((2, 12, 16, 5), dtype), jax.ShapeDtypeStruct((3, 3, 5, 4), dtype)
+
+    def gradients(x, kernel):
+        y, pullback = jax.vjp(lambda x, k: layers.conv2d(x, k, dilation=4, padding=4), x, kernel)
+        return pullback(y)
+
+    counts = []
+    for platform in ("any", "gpu"):
+        with layers.compile_for(platform):
+            jaxpr = jax.make_jaxpr(lambda *given: gradients(*given))(x, kernel)
+        assert [part.dtype for part in jaxpr.out_avals] == [dtype, dtype]
+        counts.append(operations(jaxpr.jaxpr))
+    assert counts[0] == counts[1]
+    text = str(jaxpr)
+    assert (text.count("conv_general_dilated["), text.count("rhs_dilation=(4, 4)")) == (3, 2)
+    assert "window_strides=(4, 4)" not in text
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("size", [(30, 9), (5, 26)], ids=str)
-def test_sum_of_dilated_convolutions_on_cpu_equals_library(monkeypatch, size):
+def test_sum_of_dilated_convolutions_equals_library(size, platform):
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         x = rng.normal(size=(2, *size, 5))
         kernels = [rng.normal(size=(3, 3, 5, 4)) for _ in range(4)]
-        check_equal(plain_and_cpu(monkeypatch, lambda x, *k: layers.conv2d_sum(x, k, (6, 12, 18, 24)), x, *kernels))
+        check_equal(plain_and(platform, lambda x, *k: layers.conv2d_sum(x, k, (6, 12, 18, 24)), x, *kernels))
 
 
-def test_residual_join_on_cpu_equals_sum_and_relu(monkeypatch):
+def test_residual_join_on_cpu_equals_sum_and_relu():
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
-        check_equal(plain_and_cpu(monkeypatch, layers.residual_join, *rng.normal(size=(2, 2, 5, 5, 3))))
+        check_equal(plain_and("cpu", layers.residual_join, *rng.normal(size=(2, 2, 5, 5, 3))))
 
 
 def test_initial_weights_of_backbone_and_head():
