@@ -75,7 +75,7 @@ def install(folder: Path) -> None:
     if subprocess.run([*command, *wheels]).returncode:
         sys.exit(
             f"cannot compile for a GPU here: pip could not install {' '.join(wheels)} (see above). They exist for "
-            "Linux and released versions of JAX; try again with network access, or give a folder that has them: --wheels"
+            "Linux and released versions of JAX; try again with network access, or give a folder with them: --wheels"
         )
     done.touch()
 
