@@ -76,7 +76,9 @@ def read(text: str) -> Program:
                 continue
             if line.opcode in _FREE or line.opcode.endswith("-done"):
                 continue
-            size = _size(line.type) + sum(_size(types[operand]) for operand in line.operands)
+            # Beside its result a library returns its workspace, which it need not touch.
+            result = line.type.split("]")[0] + "]" if "__cu" in line.rest else line.type
+            size = _size(result) + sum(_size(types[operand]) for operand in line.operands)
             counts["kernels"] += turns
             counts["traffic"] += turns * size
             if line.opcode in ("copy", "transpose") or (line.opcode == "fusion" and _moves(line.name)):
