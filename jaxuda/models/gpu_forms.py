@@ -10,17 +10,29 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxuda.models.cpu_forms import library_conv
+from jaxuda.models.cpu_forms import Pads, library_conv
+
+
+def is_dilated(kernel: jax.Array, stride: int, dilation: int, pads: Pads) -> bool:
+    """Whether `dilated_conv` computes a convolution with these settings; see `library_conv`."""
+    size, around = kernel.shape[0], dilation * (kernel.shape[0] // 2)
+    same = kernel.shape[1] == size and tuple(map(tuple, pads)) == ((around, around),) * 2
+    return dilation > 1 and stride == 1 and size % 2 == 1 and size > 1 and same
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dilated_conv(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
-    """3x3 convolution of (N, H, W, A) with (3, 3, A, B) that keeps the size; its kernel gradient is that of plain ones.
+    """Convolution of (N, H, W, A) with (k, k, A / groups, B), k odd, that keeps the size.
 
     XLA's own kernel gradient of a dilated convolution is a forward convolution whose window is the whole map, which
-    cuDNN has no fast kernel for.
+    cuDNN has no fast kernel for. Here it is that of a plain convolution.
     """
-    return library_conv(x, kernel, 1, dilation, ((dilation, dilation), (dilation, dilation)))
+    return _same_conv(x, kernel, dilation)
+
+
+def _same_conv(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
+    around = dilation * (kernel.shape[0] // 2)
+    return library_conv(x, kernel, 1, dilation, ((around, around), (around, around)))
 
 
 def _dilated_forward(x, kernel, dilation):
@@ -30,10 +42,9 @@ def _dilated_forward(x, kernel, dilation):
 def _dilated_backward(dilation, saved, g):
     # The functions are linear in what is asked for: a transposition computes nothing forward, as `jax.vjp` would.
     x, kernel = saved
-    pads = ((dilation, dilation), (dilation, dilation))
-    (dx,) = jax.linear_transpose(lambda x: library_conv(x, kernel, 1, dilation, pads), x)(g)
+    (dx,) = jax.linear_transpose(lambda x: _same_conv(x, kernel, dilation), x)(g)
     x, g = _interleaved_maps(x, dilation), _interleaved_maps(g, dilation)
-    (dkernel,) = jax.linear_transpose(lambda kernel: library_conv(x, kernel, 1, 1, ((1, 1), (1, 1))), kernel)(g)
+    (dkernel,) = jax.linear_transpose(lambda kernel: _same_conv(x, kernel, 1), kernel)(g)
     return dx, dkernel
 
 

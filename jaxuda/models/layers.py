@@ -21,6 +21,7 @@ from jax import lax
 
 from jaxuda.errors import UserError
 from jaxuda.models.cpu_forms import (
+    Pads,
     by_cells,
     depthwise_taps,
     few_channels,
@@ -31,7 +32,7 @@ from jaxuda.models.cpu_forms import (
     project_and_shift,
     tap_by_tap,
 )
-from jaxuda.models.gpu_forms import dilated_conv, moments_in_one_pass
+from jaxuda.models.gpu_forms import dilated_conv, is_dilated, moments_in_one_pass
 
 # The constants that published ImageNet weights expect, in the channel order of their input.
 _BGR_MEANS = {
@@ -132,9 +133,13 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1, 
             return tap_by_tap(x, kernel, dilation)
         if kernel.shape[:2] == (stride, stride) and dilation == 1 and padding == 0:
             return by_cells(x, kernel)
-    if use_gpu_forms() and kernel.shape[:2] == (3, 3) and stride == 1 and dilation == padding > 1:
+    return _library_conv(x, kernel, stride, dilation, ((padding, padding), (padding, padding)))
+
+
+def _library_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, pads: Pads) -> jax.Array:
+    if use_gpu_forms() and is_dilated(kernel, stride, dilation, pads):
         return dilated_conv(x, kernel, dilation)
-    return library_conv(x, kernel, stride, dilation, ((padding, padding), (padding, padding)))
+    return library_conv(x, kernel, stride, dilation, pads)
 
 
 def conv2d_sum(x: jax.Array, kernels: Sequence[jax.Array], dilations: Sequence[int]) -> jax.Array:
@@ -172,7 +177,7 @@ def depthwise_conv2d(
     """
     if use_cpu_forms():
         return depthwise_taps(x, kernel, stride, dilation, pads)
-    return library_conv(x, kernel, stride, dilation, pads)
+    return _library_conv(x, kernel, stride, dilation, pads)
 
 
 class Conv(nn.Module):

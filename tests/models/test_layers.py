@@ -258,6 +258,15 @@ def test_dilated_convolution_on_gpu_equals_library(size, dilation):
         check_equal(plain_and("gpu", conv, x, kernel))
 
 
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_dilated_depthwise_convolution_on_gpu_equals_library(kernel_size):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x, kernel = rng.normal(size=(2, 11, 7, 6)), rng.normal(size=(kernel_size, kernel_size, 1, 6))
+        pads = ((kernel_size - 1, kernel_size - 1),) * 2
+        check_equal(plain_and("gpu", lambda x, k: layers.depthwise_conv2d(x, k, 1, 2, pads), x, kernel))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernel_gradient_of_dilated_convolution_on_gpu_has_no_dilation(dtype):
     """And no more operations than the library's, on a map whose sides the dilation divides."""
