@@ -1,4 +1,4 @@
-"""Equivalent forms of convolution and normalisation for which XLA calls better kernels on a GPU.
+"""Equivalent forms of convolution for which XLA calls better kernels on a GPU.
 
 `jaxuda.models.layers` decides where they are used; each computes the same as the plain form there, up to rounding. All
 maps are NHWC; kernels are (height, width, in, out). `experiments/gpu/compile_steps.py` shows which kernels are called.
@@ -7,7 +7,6 @@ maps are NHWC; kernels are (height, width, in, out). `experiments/gpu/compile_st
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from jaxuda.models.cpu_forms import Pads, library_conv
@@ -58,25 +57,3 @@ def _interleaved_maps(x: jax.Array, step: int) -> jax.Array:
     x = lax.pad(x, x.dtype.type(0), ((0, 0, 0), *ends, (0, 0, 0)))
     x = x.reshape(count, rows, step, columns, step, channels).transpose(0, 2, 4, 1, 3, 5)
     return x.reshape(-1, rows, columns, channels)
-
-
-def moments_in_one_pass(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `layers.batch_moments`; reads the map once.
-
-    Sums of squares around a value near the mean cancel little: the mean of up to 8 x 8 places of each map. (Around 0,
-    or around the running mean, they would lose four digits where the mean is 100 deviations away.)
-    """
-    rows, columns = (-(-n // 8) for n in x.shape[1:3])
-    near = lax.stop_gradient(jnp.mean(x[:, rows // 2 :: rows, columns // 2 :: columns], axis=(0, 1, 2)))
-    total, squares = jnp.sum(x - near, axis=(0, 1, 2)), jnp.sum(jnp.square(x - near), axis=(0, 1, 2))
-    own = jnp.asarray(x.size // x.shape[-1], x.dtype)
-    shifted, count = total + own * near, own
-    if axis_name is not None:
-        shifted, count = lax.psum((shifted, count), axis_name)
-    mean = near + total / own if axis_name is None else shifted / count
-    # The sum of (x - mean)^2. It has no gradient with respect to the mean.
-    rest = lax.stop_gradient(mean - near)
-    squares = squares - 2 * rest * total + own * jnp.square(rest)
-    if axis_name is not None:
-        squares = lax.psum(squares, axis_name)
-    return mean, jnp.maximum(squares, 0) / count, count

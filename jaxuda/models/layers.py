@@ -32,7 +32,7 @@ from jaxuda.models.cpu_forms import (
     project_and_shift,
     tap_by_tap,
 )
-from jaxuda.models.gpu_forms import dilated_conv, is_dilated, moments_in_one_pass
+from jaxuda.models.gpu_forms import dilated_conv, is_dilated
 
 # The constants that published ImageNet weights expect, in the channel order of their input.
 _BGR_MEANS = {
@@ -211,7 +211,7 @@ class BatchNorm(nn.Module):
     """Batch normalisation as torch defines it, over the global batch.
 
     mode="frozen" always uses the running statistics. mode="batch" uses those of the batch in training, over
-    all devices of `axis_name` (of squares around the mean, or close to it: sums of plain squares would cancel in
+    all devices of `axis_name` (sums and counts first, then centred squares: sums of squares would cancel in
     float32), and moves the running statistics by 0.1 towards them, with the unbiased variance. Statistics are
     float32 for any `dtype`. `eps` may be 0 (SDCA's frozen layers).
     """
@@ -244,8 +244,6 @@ class BatchNorm(nn.Module):
 
 def batch_moments(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean (A,), biased variance (A,) and count of positions of (N, H, W, A) over all devices."""
-    if use_gpu_forms():
-        return moments_in_one_pass(x, axis_name)
     total = jnp.sum(x, axis=(0, 1, 2))
     count = jnp.asarray(x.size // x.shape[-1], x.dtype)
     if axis_name is not None:
