@@ -318,10 +318,11 @@ def resolve(name: str, config: ConfigDict) -> ConfigDict:
     if "train" in own:
         resolved.schedule_steps = own.schedule_steps or own.steps
         # Set only when used: every field enters the stage's fingerprint.
-        if config.get("accumulate", 1) > 1:
-            resolved.accumulate = config.accumulate
-        if config.get("remat"):
-            resolved.model.remat = True
+        with resolved.unlocked():
+            if config.get("accumulate", 1) > 1:
+                resolved.accumulate = config.accumulate
+            if config.get("remat"):
+                resolved.model.remat = True
     return resolved
 
 

@@ -53,7 +53,7 @@ def test_records_feed_workers(tmp_path):
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(UserError, match="unknown dataset='street'; choose one of: camvid, cityscapes, crosscity"):
+    with pytest.raises(UserError, match="unknown dataset='street'; choose one of: acdc, camvid, cityscapes, crosscity"):
         load("street/game", "train", data_dir=tmp_path)
     with pytest.raises(UserError, match="unknown dataset 'camvid/night'; choose from camvid/day, camvid/dusk"):
         load("camvid/night", "train", data_dir=tmp_path)

@@ -19,7 +19,13 @@ from jax.nn import log_softmax, softmax
 from jaxuda import losses
 from jaxuda.losses.adversarial import class_domain_ce, domain_bce
 from jaxuda.losses.association import aggregate, cycle_association, smoothness
-from jaxuda.losses.contrastive import ClassStatistics, distribution_contrast, prototype_contrast
+from jaxuda.losses.contrastive import (
+    ClassStatistics,
+    bank_contrast,
+    distribution_contrast,
+    prototype_contrast,
+    uniformity,
+)
 from jaxuda.losses.depth import berhu
 from jaxuda.losses.entropy import adaptive_entropy, entropy_loss, entropy_map
 from jaxuda.losses.feature_distance import feature_distance
@@ -34,6 +40,7 @@ ROWS = RNG.normal(size=(5, SHAPE[-1]))
 UNIT = ROWS / np.linalg.norm(ROWS, axis=1, keepdims=True)
 STATS = ClassStatistics(ROWS, RNG.random((5, SHAPE[-1])), np.ones(5))
 OTHER = RNG.normal(size=SHAPE)
+BANK = np.stack([ROWS, ROWS[::-1]], axis=1)  # two rows per class
 SOFT = RNG.random((*SHAPE[:3], SHAPE[-1] // 2 + 1))
 START = RNG.normal(size=SHAPE)
 FAR = np.zeros(SHAPE[:3])
@@ -114,13 +121,15 @@ CASES = {
     "aggregate, kl": (lambda x: jnp.sum(OTHER * aggregate(softmax(x), "kl", block=5)), None),
     "smoothness": (lambda x: smoothness(x), _constant_level),
     "smoothness without threshold": (lambda x: smoothness(x, 0.0), None),
+    "bank_contrast": (lambda x: bank_contrast(x, LABELS, BANK, np.array([2, 1, 2, 1, 2]), 0.5), None),
+    "uniformity": (lambda x: uniformity(x, LABELS, ROWS, 0.5), None),
     "masked_mean": (lambda x: masked_mean(jnp.square(x), LABELS[..., None] == 1), None),
     "gradient_reversal": (lambda x: jnp.sum(OTHER * jnp.tanh(gradient_reversal(x, 0.3))), None),
 }
 # The other functions in the modules of losses: they have no gradient, or are parts of those above.
 NO_LOSSES = {
-    *("class_centres", "cycle", "empty_statistics", "global_max", "global_sum", "image_means"),
-    *("nearest_prototype_labels", "positive", "shrink_labels", "update_memory", "update_statistics"),
+    *("class_centres", "cycle", "empty_bank", "empty_statistics", "global_max", "global_sum", "image_means"),
+    *("nearest_prototype_labels", "positive", "shrink_labels", "update_bank", "update_memory", "update_statistics"),
 }
 
 

@@ -187,7 +187,7 @@ def test_separate_masks_hide_parts_of_the_first_images() -> None:
 def test_masked_tokens() -> None:
     """VFM-UDA: images are complete, and the network hides their tokens; one without tokens is refused."""
     config = changed(mask_images="tokens")
-    masked = prepared(float_batch(), mask_images="tokens").values["masked"]
+    masked = prepared(mask_images="tokens").values["masked"]
     assert np.mean(np.abs(masked["image"]).max(-1) == 0) < 0.01 and np.any(masked["weight"])
 
     def loss(model: object, variables: dict, mask_ratio: float) -> float:
