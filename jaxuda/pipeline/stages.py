@@ -310,7 +310,7 @@ def resolve(name: str, config: ConfigDict) -> ConfigDict:
     """The shared sections of a config overlaid with those of one stage."""
     own = config[name]
     resolved = ConfigDict({field: config[field] for field in SHARED}, convert_dict=True)
-    resolved = resolved.copy_and_resolve_references()
+    resolved = resolved.copy_and_resolve_references().unlock()  # the copied sections are as locked as the config
     if config.get("class_weights"):
         resolved.class_weights = tuple(config.class_weights)  # set only when used, as below
     resolved.update(own.to_dict())
@@ -318,11 +318,10 @@ def resolve(name: str, config: ConfigDict) -> ConfigDict:
     if "train" in own:
         resolved.schedule_steps = own.schedule_steps or own.steps
         # Set only when used: every field enters the stage's fingerprint.
-        with resolved.unlocked():
-            if config.get("accumulate", 1) > 1:
-                resolved.accumulate = config.accumulate
-            if config.get("remat"):
-                resolved.model.remat = True
+        if config.get("accumulate", 1) > 1:
+            resolved.accumulate = config.accumulate
+        if config.get("remat"):
+            resolved.model.remat = True
     return resolved
 
 
