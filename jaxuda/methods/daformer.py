@@ -42,6 +42,7 @@ from jaxuda.methods.selftraining import (
     present_classes,
     pseudo_labels,
     start_teacher,
+    student_and_teacher,
     teacher_forward,
     trusted,
 )
@@ -160,8 +161,7 @@ def after_update(state: Any, *, config: Any) -> Any:
 
 def evaluated(state: Any, *, config: Any) -> dict[str, PyTree]:
     """Student and teacher, both with the student's running statistics."""
-    networks = {"student": state.params["model"], "teacher": state.extra.params}
-    return {name: {"params": params, "batch_stats": state.batch_stats} for name, params in networks.items()}
+    return student_and_teacher(state, state.extra.params)
 
 
 def pictures(carry: Carry, batch: PyTree, *, config: Any) -> dict[str, jax.Array]:

@@ -71,6 +71,12 @@ def follow(teacher: PyTree, student: PyTree, step: jax.Array, alpha: float) -> P
     return jax.tree.map(lambda t, s: (t + taken * (s - t)).astype(t.dtype), teacher, student)
 
 
+def student_and_teacher(state: Any, teacher: PyTree) -> dict[str, PyTree]:
+    """The networks to evaluate: the student and the teacher (its parameters), both with the student's statistics."""
+    networks = {"student": state.params["model"], "teacher": teacher}
+    return {name: {"params": params, "batch_stats": state.batch_stats} for name, params in networks.items()}
+
+
 def teacher_forward(
     model: Any, teacher: Teacher, images: jax.Array, axis_name: str | None = None
 ) -> tuple[Outputs, Teacher]:

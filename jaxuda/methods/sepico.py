@@ -48,6 +48,7 @@ from jaxuda.methods.selftraining import (
     pseudo_labels,
     pseudo_labels_by_day,
     start_teacher,
+    student_and_teacher,
     teacher_forward,
     trusted,
 )
@@ -188,8 +189,7 @@ def after_update(state: Any, *, config: Any) -> Any:
 
 def evaluated(state: Any, *, config: Any) -> dict[str, PyTree]:
     """Student and teacher, both with the student's running statistics."""
-    networks = {"student": state.params["model"], "teacher": state.extra.teacher.params}
-    return {name: {"params": params, "batch_stats": state.batch_stats} for name, params in networks.items()}
+    return student_and_teacher(state, state.extra.teacher.params)
 
 
 def pictures(carry: Carry, batch: PyTree, *, config: Any) -> dict[str, jax.Array]:
