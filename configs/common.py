@@ -328,10 +328,8 @@ def _to_mapillary(config: ConfigDict) -> None:
 
 
 def _acdc(config: ConfigDict) -> None:
-    """All conditions as one target; each is scored alone, too."""
-    parts = [f"acdc/{condition}" for condition in CONDITIONS]
-    _darkzurich(config, "+".join(parts))
-    config.evaluation.also = tuple(f"{part}:val" for part in parts)
+    """All conditions as one target; each is scored alone, too, as are all datasets that are joined."""
+    _darkzurich(config, "+".join(f"acdc/{condition}" for condition in CONDITIONS))
 
 
 def _darkzurich(config: ConfigDict, target: str = "darkzurich") -> None:

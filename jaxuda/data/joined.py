@@ -58,6 +58,10 @@ class Joined(Sequence):
         """Ids of all records in the order of their index."""
         return [prefix(name) + id_ for name, part in self._parts.items() for id_ in part.ids()]
 
+    def parts(self) -> list[Any]:
+        """The datasets that are joined, in their order."""
+        return list(self._parts.values())
+
     def class_pixels(self) -> np.ndarray:
         """As `Records.class_pixels`."""
         return np.concatenate([part.class_pixels() for part in self._parts.values()])

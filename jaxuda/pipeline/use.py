@@ -41,7 +41,7 @@ def evaluate(config: ConfigDict, checkpoint: str, overrides: Mapping[str, Any] =
         raise UserError(f"the target has no labelled split '{config.evaluation.split}' to score on")
     chosen = parse_checkpoint(checkpoint)
     each = [[one] for one in chosen] if checkpoint.endswith(f":{ALL}") else [chosen]
-    columns: dict[str, dict[str, np.ndarray]] = {records.name: {} for records in labelled}
+    columns: dict[str, dict[str, np.ndarray]] = {}
     for members in each:
         asked = overrides.get("evaluation.network", "")
         networks = network_names(*members[0], asked) if len(members) == 1 else [""]
@@ -51,7 +51,9 @@ def evaluate(config: ConfigDict, checkpoint: str, overrides: Mapping[str, Any] =
                 ensemble, variables = make_ensemble(members, space.classes, test, overrides, network)
                 score = make_ensemble_evaluator(ensemble, _devices(config, ensemble))
                 for records in labelled:
-                    columns[records.name][heading + manner] = score(variables, records).confusion
+                    found = score(variables, records)
+                    for name, scores in {records.name: found, **found.parts}.items():
+                        columns.setdefault(name, {})[heading + manner] = scores.confusion
     for name, column in columns.items():
         print(f"IoU in % of {checkpoint} on {name}{_manner(config, overrides)}\n")
         print(iou_table(column, space.classes))

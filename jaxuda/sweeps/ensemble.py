@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxuda.models.layers import resize_bilinear
 from jaxuda.sweeps.scores import (
     make_scores,
     padded_sizes,
@@ -38,13 +39,14 @@ class Ensemble:
 
     Each network gets images of the size of its evaluation during training, `evaluation.size`, times each of `scales`.
     If every network sees an image once, logits are averaged (ADVENT's published ensembles). If a network sees it
-    several times, its method returns probabilities, or classes have weights, class probabilities are averaged.
+    several times, its method returns probabilities, or classes have weights, class probabilities are averaged. Weights
+    are multiplied with probabilities at the size of the network's input, as SePiCo's authors do.
 
     Args:
       members: at least one, all with the same classes. The batch size is that of the first.
       flip: networks also get every image mirrored.
       scales: factors of the input size.
-      class_weights: what class probabilities are multiplied by at the end; () for nothing.
+      class_weights: what class probabilities are multiplied by; () for nothing.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Ensemble:
         self.members, self._flip, self._class_weights = list(members), flip, tuple(class_weights)
         self._scores = [make_scores(member.model, member.method, member.config) for member in members]
         probabilistic = any(hasattr(member.method, "predict") for member in members)
-        self._logits = not flip and len(scales) == 1 and not probabilistic and not self._class_weights
+        self._logits = not flip and len(scales) == 1 and not probabilistic
         total = len(scales) * sum(member.weight for member in members)
         # (index of the member, its input size, its share)
         self._passes = []
@@ -98,18 +100,27 @@ class Ensemble:
     def grid(self, variables: Sequence[PyTree], which: int = 0) -> tuple[int, int]:
         """(h, w) of the scores of one pass, that is, of one network at one input size."""
         index, size, _ = self._passes[which]
+        if self._class_weights:
+            return size[1], size[0]
         return score_grid(self._scores[index], variables[index], self.members[index].config, size)
 
     def coarse(self, variables: Sequence[PyTree], passes: Passes) -> list[list[jax.Array]]:
-        """The scores (N, h, w, C) of each pass at the network's resolution; with `flip` also of mirrored images."""
+        """The scores (N, h, w, C) of each pass, of the size `grid`; with `flip` also those of mirrored images."""
         result = []
         for (index, _, _), arrays in zip(self._passes, passes, strict=True):
             images, scores = arrays["image"], self._scores[index]
             views = [scores(variables[index], images)]
             if self._flip:
                 views.append(scores(variables[index], images[:, :, ::-1])[:, :, ::-1])
-            result.append(views)
+            result.append([self._weighted(view, self.members[index], images.shape[1:3]) for view in views])
         return result
+
+    def _weighted(self, scores: jax.Array, member: Member, size: tuple[int, int]) -> jax.Array:
+        """Weighted class probabilities of a size (height, width) if classes have weights, otherwise `scores`."""
+        if not self._class_weights:
+            return scores
+        scores = resize_bilinear(scores, size, member.config.align_corners)
+        return probabilities(scores, member.method) * jnp.asarray(self._class_weights)
 
     def average(self, coarse: list[list[jax.Array]], passes: Passes) -> jax.Array:
         """The weighted mean (N, H, W, C) of the result of `coarse`, at the sizes in `passes`."""
@@ -117,12 +128,12 @@ class Ensemble:
         for (index, _, share), arrays, views in zip(self._passes, passes, coarse, strict=True):
             for view in views:
                 values = resize(view, arrays["rows"], arrays["columns"])
-                if not self._logits:
+                if not (self._logits or self._class_weights):
                     values = probabilities(values, self.members[index].method)
                 total += share / len(views) * values
-        return total * jnp.asarray(self._class_weights) if self._class_weights else total
+        return total
 
     @property
     def single(self) -> bool:
-        """Whether one network sees every image, and only once."""
-        return len(self._passes) == 1 and not self._flip
+        """Whether one network sees every image, and only once, and `coarse` has its scores as they are."""
+        return len(self._passes) == 1 and not self._flip and not self._class_weights

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxuda import data, parallel
+from jaxuda.data.joined import Joined
 from jaxuda.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
 from jaxuda.sweeps.ensemble import Ensemble, Member, Passes
 from jaxuda.sweeps.scores import probabilities, shown_pixels
@@ -21,10 +23,15 @@ PyTree = Any
 
 
 class Evaluation(NamedTuple):
-    """confusion: (C, C) int64, row = label, or None without labels. figures: label-free, see `_label_free`."""
+    """The scores of one network on one dataset.
+
+    confusion: (C, C) int64, row = label, or None without labels. figures: label-free, see `_label_free`. parts: if
+    several datasets are joined, the scores on each, whose confusion matrices add up to `confusion`.
+    """
 
     confusion: np.ndarray | None
     figures: dict[str, float]
+    parts: dict[str, Evaluation] = {}  # noqa: RUF012 (nothing writes to it)
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for JSON: mIoU, pixel accuracy and per-class IoU in 0..1, the figures, the confusion matrix."""
@@ -66,21 +73,38 @@ def make_ensemble_evaluator(
             sums["confusion"] = confusion_matrix(batch["label"], predictions, first.model.num_classes)
         return sums
 
+    def sums(variables: Sequence[PyTree], records: data.Records, bar: Any) -> dict[str, np.ndarray]:
+        total: dict[str, np.ndarray] = {}
+        grid = ensemble.grid(variables)
+        for batch, passes in ensemble.batches(_Share(records), variables, of_labels=True):
+            arrays = {**_labels(batch, passes), "shown": shown_pixels(batch, first.config, grid)}
+            arrays = parallel.spread((arrays, passes), devices)
+            found = jax.device_get(evaluate_batch(variables, *arrays)).items()
+            total = _added(total, {name: value.astype(_WIDE.get(name, np.float64)) for name, value in found})
+            bar.update(batch["count"])
+        # Over all processes; some of them may have had no record.
+        shares = parallel.exchange({name: value.tolist() for name, value in total.items()})
+        return functools.reduce(_added, shares, {})
+
     def evaluate(variables: Sequence[PyTree], records: data.Records) -> Evaluation:
         variables = [parallel.everywhere(each, devices) for each in variables]
-        total: dict[str, np.ndarray] = {}
-        mine = _Share(records)
-        with progress_bar(len(mine), "evaluate", "img") as bar:
-            grid = ensemble.grid(variables)
-            for batch, passes in ensemble.batches(mine, variables, of_labels=True):
-                arrays = {**_labels(batch, passes), "shown": shown_pixels(batch, first.config, grid)}
-                arrays = parallel.spread((arrays, passes), devices)
-                for name, value in jax.device_get(evaluate_batch(variables, *arrays)).items():
-                    total[name] = total.get(name, 0) + value.astype(np.int64 if name == "confusion" else np.float64)
-                bar.update(batch["count"])
-        return _finish(_joined(total))
+        parts = records.parts() if isinstance(records, Joined) else [records]
+        with progress_bar(sum(len(_Share(part)) for part in parts), "evaluate", "img") as bar:
+            found = [sums(variables, part, bar) for part in parts]
+        whole = _finish(functools.reduce(_added, found, {}))
+        if len(parts) == 1:
+            return whole
+        return whole._replace(parts={part.name: _finish(each) for part, each in zip(parts, found, strict=True)})
 
     return evaluate
+
+
+_WIDE = {"confusion": np.int64}  # the type that a figure is summed in, where it is not float64
+
+
+def _added(total: Mapping[str, np.ndarray], more: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The sums of two sets of figures; one of them may lack some."""
+    return {**total, **{name: total.get(name, 0) + np.asarray(value) for name, value in more.items()}}
 
 
 class _Share(Sequence):
@@ -94,15 +118,6 @@ class _Share(Sequence):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._records[self._rows[index]]
-
-
-def _joined(total: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The sums over all processes; some of them may have had no record."""
-    joined: dict[str, np.ndarray] = {}
-    for part in parallel.exchange({name: value.tolist() for name, value in total.items()}):
-        for name, value in part.items():
-            joined[name] = joined.get(name, 0) + np.asarray(value)
-    return joined
 
 
 def _labels(batch: dict[str, Any], passes: Passes) -> dict[str, np.ndarray]:

@@ -343,13 +343,16 @@ class _Loop:
     def _evaluation(self, evaluate: Callable, networks: Mapping[str, PyTree], step: int) -> dict[str, float] | None:
         """Evaluates the chosen network on the validation sets, and logs and stores the scores.
 
-        The first set gives the score of the checkpoint. Other networks of the state (a teacher) are scored on it too.
+        The first set gives the score of the checkpoint; the datasets that it joins are scored by themselves too. Other
+        networks of the state (a teacher) are scored on it as well.
         """
         if not self._validation:
             return None
         chosen, (first, *others) = self._task.config.evaluation.network, self._validation
-        summary = evaluate(networks[chosen], first).summary()
-        beside = {other.name: evaluate(networks[chosen], other).summary() for other in others}
+        evaluation = evaluate(networks[chosen], first)
+        summary = evaluation.summary()
+        beside = evaluation.parts | {other.name: evaluate(networks[chosen], other) for other in others}
+        beside = {name: scores.summary() for name, scores in beside.items()}
         rest = {name: evaluate(networks[name], first).summary() for name in networks if name != chosen}
         row = {"step": step, **summary} | ({"beside": beside} if beside else {})
         row |= {"network": chosen, "other_networks": rest} if rest else {}

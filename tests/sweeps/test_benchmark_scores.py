@@ -106,10 +106,15 @@ def test_conditions_add_up_and_what_the_server_gets_scores_as_the_scripts(tmp_pa
         paint(file, np.where(rng.random(truth.shape) < 0.5, truth, rng.choice(19, truth.shape)))
     prepare("acdc", manual_dir=source, data_dir=tmp_path)
     config = minent.get_config("acdc")
-    whole = score(config.target.name, "val", "cityscapes19", tmp_path, size).confusion
-    rows = [score(*entry.split(":"), "cityscapes19", tmp_path, size).confusion for entry in config.evaluation.also]
-    assert len(rows) == 4 and all(row.sum() for row in rows)
-    np.testing.assert_array_equal(sum(rows), whole)
+    together = score(config.target.name, "val", "cityscapes19", tmp_path, size)
+    whole, rows = together.confusion, together.parts
+    assert list(rows) == [f"acdc/{condition} val" for condition in layouts.ACDC]
+    for name, row in rows.items():
+        alone = score(name.removesuffix(" val"), "val", "cityscapes19", tmp_path, size)
+        assert row.summary() == alone.summary() and row.confusion.sum() and not alone.parts
+    np.testing.assert_array_equal(sum(row.confusion for row in rows.values()), whole)
+    means = {name: np.mean([row.figures[name] for row in rows.values()]) for name in ("entropy", "snd")}
+    assert {name: together.figures[name] for name in means} == pytest.approx(means)
 
     found = ImageFiles(f"{source}/rgb_anon/*/val/*/*.png")
     write_predictions(predictions({}, found, **network(19, size)), tmp_path, label_space("cityscapes19"))

@@ -85,7 +85,7 @@ def _run(sweep: Any, records: InMemory, config: ConfigDict, folder: Path) -> Pat
 
 
 def _evaluate(records: InMemory, config: ConfigDict, folder: Path) -> list[Any]:
-    confusion, figures = make_evaluator(MODEL, METHOD, config, jax.devices()[:1])({}, records)
+    confusion, figures, _ = make_evaluator(MODEL, METHOD, config, jax.devices()[:1])({}, records)
     return [confusion / confusion.sum(), np.array(list(figures.values()))]
 
 

@@ -66,14 +66,16 @@ def softmax(values: np.ndarray) -> np.ndarray:
 
 
 def test_weighted_classes(variables: list[dict]) -> None:
-    """The probabilities at the image's own size are multiplied, before the argmax."""
-    settings, weights, rows = config(), (0.5, 1.0, 1.0, 2.0), records([(48, 64), (50, 70)])
+    """The probabilities are multiplied at the size of the network's input, then they get the image's own size."""
+    settings, weights, rows = config(), (0.5, 1.0, 1.0, 2.0), records([(48, 64), (100, 140)])
     ensemble = Ensemble([Member(MODEL, PLAIN, settings)], class_weights=weights)
     plain = Ensemble([Member(MODEL, PLAIN, settings)])
     confusion, changed = 0, 0
     for row in rows:
-        probs = softmax(by_hand(variables[0], row["image"], settings, settings.evaluation.size))
-        expected = (probs * np.array(weights)).argmax(-1)
+        shown = resize_image(row["image"], settings.evaluation.size)[None]
+        scores = resize_bilinear(logits(variables[0], normalise(shown, "imagenet")), (48, 64), align_corners=True)
+        probs = softmax(scores) * np.array(weights)
+        expected = np.asarray(resize_bilinear(probs, row["label"].shape, align_corners=True)[0].argmax(-1))
         (_, found), (_, unweighted) = (
             next(iter(ensemble_predictions(each, variables[:1], [row]))) for each in (ensemble, plain)
         )
