@@ -14,7 +14,7 @@ CITIES = ("rio", "rome", "taipei", "tokyo")
 CONDITIONS = ("fog", "night", "rain", "snow")
 # The benchmarks of papers: to Cityscapes (from two sources in the 16 classes of both, or in 19), from Cityscapes to
 # each city of Cross-City, to Mapillary in 7 or 19 classes, and from Cityscapes to weather and night.
-TO_CITYSCAPES = ("gta5", "synthia", "gta5+synthia", "gta5+synthia-19")
+TO_CITYSCAPES = ("gta5", "synthia", "synthia-19", "gta5+synthia", "gta5+synthia-19")
 ADVERSE = ("acdc", "darkzurich")
 MAPILLARY = ("mapillary", "mapillary-19")
 PUBLISHED = (*TO_CITYSCAPES, *(f"crosscity-{city}" for city in CITIES), *MAPILLARY, *ADVERSE)
@@ -159,7 +159,9 @@ def base(
     """
     benchmark, _, variant = benchmark.partition(",")
     benchmarks = {"streets": _streets, "camvid": _camvid, "folder": _folder}
-    known = {"gta5": _gta5, "synthia": _synthia, "mapillary": _mapillary, "mapillary-19": _mapillary_19}
+    known = {"gta5": _gta5, "mapillary": _mapillary, "mapillary-19": _mapillary_19}
+    known |= {"synthia": partial(_synthia, label_space="synthia16")}
+    known |= {"synthia-19": partial(_synthia, label_space="synthia19")}
     known |= {"gta5+synthia": partial(_both, label_space="synthia16")}
     known |= {"gta5+synthia-19": partial(_both, label_space="cityscapes19"), "acdc": _acdc, "darkzurich": _darkzurich}
     known |= {f"crosscity-{city}": partial(_crosscity, city=city) for city in CITIES}
@@ -282,8 +284,9 @@ def _gta5(config: ConfigDict) -> None:
     _cityscapes(config)
 
 
-def _synthia(config: ConfigDict) -> None:
-    config.label_space = "synthia16"
+def _synthia(config: ConfigDict, label_space: str) -> None:
+    """16 classes, where the target's terrain, trucks and trains are ignored, or a network for all 19."""
+    config.label_space = label_space
     config.source = domain("synthia", resize=(1280, 760))
     _cityscapes(config)
 

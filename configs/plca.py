@@ -36,7 +36,7 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
     benchmark, _, variant = benchmark.partition(",")
     config.pipeline = ("source_only", "adapt", "oracle")
     if benchmark in ON:
-        _published(config, *((10, 8) if benchmark == "synthia" else (30, 28)))
+        _published(config, *((10, 8) if benchmark.startswith("synthia") else (30, 28)))
     else:
         config.source_only = common.source_only(**common.LOVASZ)
         config.adapt = common.train_stage(

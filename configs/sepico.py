@@ -64,7 +64,7 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
 
 
 def _quick(config: ConfigDict) -> None:
-    steps = 250
+    steps = 300
     config.source_only = common.source_only(**common.LOVASZ)
     config.adapt = common.train_stage(
         "sepico",

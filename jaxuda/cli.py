@@ -308,6 +308,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help explains)")
 
 
+def _silence_cache() -> None:
+    """On some processors XLA logs kilobytes for every program in its cache, and uses it all the same (jax issue 38445).
+
+    It looks at the variable when JAX is imported. With GPUs its errors are worth reading, and there are none of these.
+    """
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
 def guarded(work: Callable[[], None], interrupted: str = CONTINUES) -> int:
     """Runs a command; mistakes, interruptions and a closed pipe become one message and an exit code.
 
@@ -318,6 +327,7 @@ def guarded(work: Callable[[], None], interrupted: str = CONTINUES) -> int:
     Returns:
       0 for success, `INTERRUPTED`, or `MISTAKE`. Other exceptions are bugs and are not caught.
     """
+    _silence_cache()
     code = 0
     try:
         with _exit_on_termination(interrupted):

@@ -112,10 +112,17 @@ def run_mode(argv: list[str]) -> None:
     join_processes(args)
     if args.seeds and args.mode != "run":
         raise UserError(f"--seeds belongs to --mode run; --mode {args.mode} uses the stage that --checkpoint names")
+    from jaxuda.training.compile_cache import kept_programs
+
+    with kept_programs():
+        _run(args)
+
+
+def _run(args: flags.FlagValues) -> None:
+    """Does what the parsed command line asks for."""
     from jaxuda.pipeline import use
 
     overrides = config_flags.get_override_values(args["config"]) if args.config is not None else {}
-
     if args.dry_run:
         from jaxuda.pipeline import cost
 

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxuda.data.labels import starred
-
 
 def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int) -> jax.Array:
     """Counts (C, C) int32: row = label, column = prediction.
@@ -49,12 +47,13 @@ def pixel_accuracy(confusion: np.ndarray) -> float:
     return float(np.trace(confusion) / total) if total else float("nan")
 
 
-def iou_table(columns: dict[str, np.ndarray], classes: Sequence[str]) -> str:
-    """A text table: one row per class, one column per model, IoU in percent; for SYNTHIA's 16 classes also mIoU*.
+def iou_table(columns: dict[str, np.ndarray], classes: Sequence[str], starred: Sequence[str] = ()) -> str:
+    """A text table: one row per class, one column per model, IoU in percent.
 
     Args:
       columns: heading -> confusion matrix (C, C).
       classes: C names.
+      starred: those of them whose mean is mIoU*, see `LabelSpace`.
     """
     width = max(len("pixel accuracy"), *map(len, classes))
     heads = {name: max(9, len(name)) for name in columns}
@@ -70,7 +69,8 @@ def iou_table(columns: dict[str, np.ndarray], classes: Sequence[str]) -> str:
     lines = [" " * width + "".join(f"  {name:>{head}}" for name, head in heads.items()), rule]
     lines += [row(name, cells) for name, cells in zip(classes, per_class, strict=True)]
     lines += [rule, row(f"mIoU ({len(classes)})", [mean_iou(confusion) for confusion in columns.values()])]
-    if (common := starred(classes)) is not None:
-        lines += [row(f"mIoU* ({len(common)})", [_mean(values[common]) for values in per_class.T])]
+    if starred:
+        rows = [classes.index(name) for name in starred]
+        lines += [row(f"mIoU* ({len(rows)})", [_mean(values[rows]) for values in per_class.T])]
     lines += [row("pixel accuracy", [pixel_accuracy(confusion) for confusion in columns.values()])]
     return "\n".join(lines)

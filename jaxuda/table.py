@@ -40,6 +40,7 @@ def run_all(args: argparse.Namespace, overrides: list[str]) -> None:
     """Does all runs, then prints the table; nothing runs if some of them cannot be compared."""
     from jaxuda.pipeline import tables  # here: --help must not wait for JAX
     from jaxuda.pipeline.results import check_comparable
+    from jaxuda.training.compile_cache import kept_programs
 
     planned, numbers = [], _numbers(args.labelled) or [None]
     for benchmark in re.split(r",(?!(?:lite|mit|hrda)\b)", args.benchmarks):  # "streets,lite" is one
@@ -52,7 +53,8 @@ def run_all(args: argparse.Namespace, overrides: list[str]) -> None:
         seeded.seed = seed
         if number is not None:
             seeded.target.labelled = number
-        results.append(run_and_report(seeded, args.runs / run_name(seeded)))
+        with kept_programs():
+            results.append(run_and_report(seeded, args.runs / run_name(seeded)))
     tables.comparable(results)
     files.write_json(args.runs / "table.json", results)
     files.write_bytes(args.runs / "table.md", (tables.summary(results) + "\n").encode())

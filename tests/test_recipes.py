@@ -26,7 +26,8 @@ from jaxuda.training.start import method_start, new_state
 from jaxuda.training.step import make_step, to_float
 
 CLASSES = {"gta5": 19, "synthia": 16, "mapillary": 7, "streets": 19, "camvid": 11}
-CLASSES |= {"gta5+synthia": 16, "gta5+synthia-19": 19, "mapillary-19": 19, "acdc": 19, "darkzurich": 19}
+CLASSES |= {"synthia-19": 19, "gta5+synthia": 16, "gta5+synthia-19": 19, "mapillary-19": 19}
+CLASSES |= {"acdc": 19, "darkzurich": 19}
 FULL = ("gta5", "synthia")  # benchmarks on which every stage is traced
 TEACHERS = ("dacs", "daformer", "hrda", "mic", "sepico", "vfmuda")  # synthia differs in the number of classes alone
 

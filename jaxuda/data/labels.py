@@ -24,6 +24,7 @@ class LabelSpace(NamedTuple):
     palette: (C, 3) uint8 RGB.
     members: classes of other spaces -> the class that they belong to here.
     starred: the classes whose mean is reported as mIoU*; () for none.
+    unseen: classes that a dataset may lack.
     """
 
     name: str
@@ -31,6 +32,7 @@ class LabelSpace(NamedTuple):
     palette: np.ndarray
     members: Mapping[str, str] | None = None
     starred: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -63,7 +65,7 @@ def _spaces() -> Iterator[LabelSpace]:
 
 
 def label_space(name: str) -> LabelSpace:
-    """Returns a label space by name: cityscapes19, synthia16, common13, crosscity13, super7 or camvid11.
+    """Returns a label space by name: cityscapes19, synthia16, synthia19, common13, crosscity13, super7 or camvid11.
 
     Raises:
       UserError: the name is unknown; the message lists the known ones.
@@ -98,7 +100,7 @@ def lookup_table(name: str, space: str | LabelSpace, others: Sequence[str] = ())
     space = label_space(space) if isinstance(space, str) else space
     names = _classes_in(name, space)
     there = set(names.values()).union(*(_classes_in(other, space).values() for other in others))
-    if missing := sorted(set(space.classes) - there):
+    if missing := sorted(set(space.classes) - there - set(space.unseen)):
         who, verb = " and ".join(dict.fromkeys([name, *others])), "have" if {*others} - {name} else "has"
         raise UserError(f"{who} {verb} no labels for {', '.join(missing)}, which the label space {space.name} needs")
     return table_by_name(names, space)
@@ -118,12 +120,6 @@ def table_by_name(names: Mapping[int, str], space: LabelSpace) -> np.ndarray:
     for raw, name in names.items():
         table[raw] = train_ids.get(name, IGNORE)
     return table
-
-
-def starred(classes: Sequence[str]) -> list[int] | None:
-    """The indices, in the classes of a space, of those whose mean is called mIoU*; None for spaces without."""
-    starred = next((space.starred for space in _spaces() if space.starred and space.classes == tuple(classes)), None)
-    return starred and [classes.index(name) for name in starred]
 
 
 def colourise(label: np.ndarray, space: LabelSpace) -> np.ndarray:

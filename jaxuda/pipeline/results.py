@@ -56,6 +56,7 @@ def collect(config: ConfigDict, recipe: list[Stage], domains: Domains) -> dict[s
         "seed": config.seed,
         "validation": domains.validation[0].name if domains.validation else None,
         "classes": list(domains.label_space.classes),
+        **({"starred": list(domains.label_space.starred)} if domains.label_space.starred else {}),
         "evaluation_size": list(config.evaluation.size),
         "checkpoints": CHECKPOINT_RULES | {"mean_of_last": f"mean of the last {config.mean_of_last} evaluations"},
         "data": {place: records and _described(records) for place, records in opened.items()},
@@ -86,7 +87,11 @@ def final_table(results: dict[str, Any]) -> str:
         columns |= {f"{title} ({network})": found for network, found in others.items()}
     lines = [f"IoU in % on {results['validation']}, last checkpoint of each stage", ""]
     lines += [
-        iou_table({name: np.asarray(found["confusion"]) for name, found in columns.items()}, results["classes"]),
+        iou_table(
+            {name: np.asarray(found["confusion"]) for name, found in columns.items()},
+            results["classes"],
+            results.get("starred", ()),
+        ),
         "",
     ]
     for beside in dict.fromkeys(name for result in scored.values() for name in result["last"].get("beside", {})):

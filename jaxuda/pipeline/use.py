@@ -56,7 +56,7 @@ def evaluate(config: ConfigDict, checkpoint: str, overrides: Mapping[str, Any] =
                         columns.setdefault(name, {})[heading + manner] = scores.confusion
     for name, column in columns.items():
         print(f"IoU in % of {checkpoint} on {name}{_manner(config, overrides)}\n")
-        print(iou_table(column, space.classes))
+        print(iou_table(column, space.classes, space.starred))
 
 
 def _with_and_without_weights(test: ConfigDict) -> dict[str, ConfigDict]:
