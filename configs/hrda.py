@@ -24,6 +24,7 @@ def get_config(benchmark: str = "streets") -> ConfigDict:
     """The config for one benchmark: one of common.QUICK and common.PUBLISHED."""
     if "," in benchmark:
         raise ValueError(f"configs/hrda.py:{benchmark.partition(',')[0]} has no variants")
-    config = daformer.recipe("hrda", f"{benchmark},hrda", lambda_features=0.005, variants=("hrda",), quick={"steps": 300})
+    quick = {"steps": 300}
+    config = daformer.recipe("hrda", f"{benchmark},hrda", lambda_features=0.005, variants=("hrda",), quick=quick)
     config.benchmark = benchmark
     return config

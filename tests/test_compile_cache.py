@@ -62,7 +62,7 @@ def test_turned_off_elsewhere_and_unusable(tmp_path: Path) -> None:
     (tmp_path / "jaxuda").write_text("a file where the folder should be")
     (hits, misses, _, folder), text = run(tmp_path)
     assert (hits, misses, folder) == ("0", "0", "None")
-    assert text.startswith("compiled programs are not kept in ") and text.count("\n") == 1
+    assert text.startswith("compiled programs are not kept: ") and text.count("\n") == 1
 
 
 def test_oldest_go_first(tmp_path: Path) -> None:

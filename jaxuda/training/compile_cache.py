@@ -34,7 +34,7 @@ def kept_programs() -> Iterator[None]:
     if not jax.config.jax_enable_compilation_cache:
         yield
         return
-    own = None if jax.config.jax_compilation_cache_dir else _open_folder(cache_folder())
+    own = None if jax.config.jax_compilation_cache_dir else _open_folder()
     if own:
         jax.config.update("jax_compilation_cache_dir", str(own))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -42,15 +42,15 @@ def kept_programs() -> Iterator[None]:
         yield
 
 
-def _open_folder(everything: Path) -> Path | None:
+def _open_folder() -> Path | None:
     """The folder of this machine, after a check that it can be written; None if it cannot, which is said."""
-    folder = everything / _machine()
     try:
+        folder = cache_folder() / _machine()
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        shrink(everything, LIMIT)
-    except OSError as error:
-        print(f"compiled programs are not kept in {folder}: {error}. {_ADVICE}", file=sys.stderr)
+        shrink(cache_folder(), LIMIT)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
+        print(f"compiled programs are not kept: {error}. {_ADVICE}", file=sys.stderr)
         return None
     return folder
 
