@@ -230,10 +230,15 @@ class Theirs:
             if reset:
                 self.torch.cuda.reset_peak_memory_stats()
             return self.torch.cuda.max_memory_allocated()
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+        return peak_of_process(reset)
+
+
+def peak_of_process(reset: bool = False) -> int:
+    """The most memory in bytes that this process has used, or has used since the last reset, which may be now."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
 def matmul_rate(dtype: str, side: int) -> float:
