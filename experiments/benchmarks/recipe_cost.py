@@ -1,6 +1,6 @@
 """Cost of the published recipes: memory and arithmetic of one step of each training stage, as a Markdown table.
 
-    python experiments/benchmarks/recipe_cost.py configs/sdca.py:gta5 [...]
+    python experiments/benchmarks/recipe_cost.py configs/sdca.py:gta5 [...] [--config.model.dtype=bfloat16 ...]
 
 Nothing is computed: the step is traced at full size, with the forms of the layers for a GPU. Memory is the largest sum
 of arrays that are alive at the same time, if operations run in the order of the trace and none are fused; compilers do
@@ -26,8 +26,11 @@ ROOT, SUSTAINED = Path(__file__).resolve().parents[2], 40e12
 def main() -> None:
     """Prints a row per training stage."""
     print("| recipe | stage | batch | GiB | TFLOP per step | steps | hours |\n|---|---|---|---|---|---|---|")
+    fields = [word for word in sys.argv[1:] if word.startswith("--")]
     for word in sys.argv[1:]:
-        config = parse(["recipe_cost", f"--config={ROOT / word}"]).config
+        if word in fields:
+            continue
+        config = parse(["recipe_cost", f"--config={ROOT / word}", *fields]).config
         stages, classes = cost.training_stages(config, Path("runs"))
         for stage in stages:
             settings = stage.config
