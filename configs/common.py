@@ -40,15 +40,15 @@ def domain(name: str, **transforms) -> ConfigDict:
 
     Several are joined with "+" ("gta5+synthia"); `parts` has what differs, {"synthia": {"resize": (1280, 760)}}.
     `reference`: the target's images come with others of the same places, such as those by day of "darkzurich".
-    Sizes are (width, height). The order is: resize | within | fit | short_side | scale, crop (balanced), flip, jitter,
-    grey, blur.
+    Sizes are (width, height). The order is: resize | within | fit | short_side | scale, margins, crop (balanced), flip,
+    jitter, grey, blur.
     """
     interpolation = transforms.pop("interpolation", "bicubic")
     config = ConfigDict({"name": name, "path": "", "split": "train", "interpolation": interpolation})
     for field in ("resize", "short_side", "scale", "base", "crop", "flip", "jitter", "grey", "blur"):
         config[field] = optional(transforms.pop(field, None))
     # Set only when used: every field enters the stage's fingerprint.
-    for field in ("within", "fit", "balanced"):
+    for field in ("within", "fit", "margins", "balanced"):
         if field in transforms:
             config[field] = optional(transforms.pop(field))
     for field in ("parts", "reference"):

@@ -27,8 +27,8 @@ from ml_collections import ConfigDict
 from configs import common
 
 LONG = {"lr": 6e-5, "steps": 40_000, "batch": 2, "init": "imagenet", "align_corners": False}
-# Of crops of 1024 pixels: rows without trusted labels, pixels of the drawn class, side of masked blocks.
-LARGE = {"ignore_top": 30, "ignore_bottom": 240, "rare_class_crop_ratio": 2.0, "mask_block": 64}
+# Of crops of 1024 pixels: pixels of the drawn class, side of masked blocks.
+LARGE = {"rare_class_crop_ratio": 2.0, "mask_block": 64}
 VARIANTS = ("mit",)  # MiT-B5 in place of ResNet-101
 # The train ids of things, what can be counted, in each label space; own classes have none known, and all are used.
 THINGS = {
@@ -73,10 +73,13 @@ def recipe(
         if not variant:
             cnn(config)
         crops(config, 1024 if variant == "hrda" else 512)
+        # HRDA's authors have margins of whole images, where the car is visible; DAFormer's have them in crops, in night
+        # and weather too.
         if variant == "hrda":
             fields |= LARGE
-        # HRDA's authors have margins where the car is visible; DAFormer's have them in night and weather too.
-        if place not in common.TO_CITYSCAPES and (place not in common.ADVERSE or variant == "hrda"):
+            if place in common.TO_CITYSCAPES:
+                config.target.margins = (30, 240, 30, 30)
+        if variant == "hrda" or place not in (*common.TO_CITYSCAPES, *common.ADVERSE):
             fields |= {"ignore_top": 0, "ignore_bottom": 0}
         shared, start = LONG, {}
     else:

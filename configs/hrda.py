@@ -10,9 +10,9 @@ size of the part, `--config.model.hrda.window` the size of the parts of an image
 
 As published: MiT-B5, crops of 1024, detail views of 512, 40,000 steps of 2 + 2 images; evaluation at 2048x1024 in
 windows of 1024; mIoU 73.8 on GTA5, mIoU* 65.8 on SYNTHIA (synthia-19; mean of three seeds, last checkpoint), mIoU 68.0
-on ACDC and 55.9 on Dark Zurich (their test servers). There the labels of the 30 columns at either side of an image of
-Cityscapes are not trusted either; here only those of the rows at its top and bottom; on acdc and darkzurich all labels
-are. MiT's weights may only be used non-commercially. The quick recipes, MiT-B0 from random weights, show that it runs.
+on ACDC and 55.9 on Dark Zurich (their test servers). The teacher's labels are not trusted in 30 rows at the top, 240 at
+the bottom and 30 columns at either side of an image of Cityscapes; on acdc and darkzurich they are everywhere. MiT's
+weights may only be used non-commercially. The quick recipes, MiT-B0 from random weights, show that it runs.
 """
 
 from ml_collections import ConfigDict

@@ -221,7 +221,8 @@ def test_settings_of_transformers() -> None:
     for config in large.values():
         assert config.model.hrda.crop == (512, 512) and config.model.hrda.window == config.source.crop == (1024, 1024)
         assert config.source.within == (2560, 1440) and config.target.within == config.evaluation.size == (2048, 1024)
-        assert (config.adapt.ignore_top, config.adapt.ignore_bottom, config.adapt.rare_class_crop_ratio) == (30, 240, 2)
+        assert config.target.margins == (30, 240, 30, 30) and config.adapt.rare_class_crop_ratio == 2
+        assert config.adapt.ignore_top == config.adapt.ignore_bottom == 0
     assert (large["hrda"].adapt.lambda_mask, large["mic"].adapt.lambda_mask) == (0, 1)
     assert large["mic"].adapt.mask_block == 64 and mic.get_config("gta5,mit").adapt.mask_block == 32
     quick = hrda.get_config("camvid")

@@ -80,7 +80,8 @@ def make_input(
     Returns:
       An iterator, to be closed after use, over {"source": {"image" (b, H, W, 3) uint8, "label" (b, H, W)
       uint8, "depth" (b, H, W) float32 if the dataset has it, "id" list of str},
-      "target": {"image", "id", with `target_labels` "label", "reference" as "image" if the records have it}}.
+      "target": {"image", "id", with `target_labels` "label", "reference" as "image" if the records have it,
+      with margins "trusted" (b, H, W) uint8}}.
 
     Raises:
       UserError: a dataset is empty or the source unlabelled, the number of processes does not divide the

@@ -27,7 +27,7 @@ OPENCV = "opencv"
 _REFUSALS = 10
 # Fill values of a window that is larger than the image: black, ignore, and no depth (infinitely far). mmsegmentation
 # pads normalised images with 0, the mean colour; the recipes that follow it have no crop larger than its image.
-_PADDING = {"image": 0, "reference": 0, "label": IGNORE, "depth": 0}
+_PADDING = {"image": 0, "reference": 0, "label": IGNORE, "depth": 0, "trusted": 0}
 _IMAGES = ("image", "reference")
 
 
@@ -44,6 +44,7 @@ class TransformSpec:
     short_side: tuple[int, int] | None = None  # the short side uniform in lo..hi (integers, both included)
     scale: tuple[float, float] | None = None  # to a uniform factor in lo..hi of `base`
     base: tuple[int, int] | None = None  # size that `scale` refers to; default: the image's own
+    margins: tuple[int, int, int, int] | None = None  # rows at top and bottom, columns at left and right: not trusted
     crop: tuple[int, int] | None = None  # random window; smaller images are padded at the right and bottom
     balanced: float | None = None  # crops show two classes or more, none on this share of the labelled pixels or more
     flip: float = 0.0  # probability of a mirror image
@@ -58,6 +59,7 @@ class TransformSpec:
         """Transforms a record: "image" (H, W, 3) uint8 and, where present, "reference", "label" and "depth" (H, W).
 
         Its entry "wanted", (class, pixels), is removed: the crop should show more pixels of the class than that.
+        `margins` adds "trusted" (H, W) uint8: 0 in the margins of the resized image and in padding, 1 elsewhere.
         `balanced` and "wanted" look at the label, which must be there, after the resize; a crop is drawn at most eleven
         times for each, and the last one is used whatever it shows.
         """
@@ -66,6 +68,8 @@ class TransformSpec:
         size = self._target_size(record["image"].shape, rng)
         if size is not None:
             record = _resize(record, size, self.interpolation)
+        if self.margins:
+            record["trusted"] = _inside(record["image"].shape, *self.margins)
         if self.fit:
             record = _window(record, 0, 0, self.fit)
         if self.crop:
@@ -140,9 +144,11 @@ def _problem(key: str, value: Any) -> str:
         return "" if _numbers((value,)) and 0 <= value < 1 else "must be a share below 1"
     if key in ("flip", "grey"):
         return "" if _numbers((value,)) and 0 <= value <= 1 else "must be a probability"
-    length = 4 if key == "jitter" else 2
+    length = 4 if key in ("jitter", "margins") else 2
     if not isinstance(value, tuple) or len(value) != length or not _numbers(value):
         return f"must be {length} numbers, or None"
+    if key == "margins":
+        return "" if all(isinstance(v, int) and v >= 0 for v in value) else "must be integers, none negative"
     integers = key in ("resize", "within", "fit", "base", "crop", "short_side")
     if integers and not all(isinstance(v, int) and v > 0 for v in value):
         return "must be positive integers"
@@ -197,6 +203,14 @@ def _by_pillow(image: np.ndarray, size: tuple[int, int], kind: Image.Resampling)
     """Columns, then rows. Pillow from 13.0 on does it the other way around for some sizes, and rounds otherwise."""
     picture = Image.fromarray(image)
     return np.asarray(picture.resize((size[0], picture.height), kind).resize(size, kind))
+
+
+def _inside(shape: tuple[int, ...], top: int, bottom: int, left: int, right: int) -> np.ndarray:
+    """(H, W) uint8 of an image of this shape: 0 in its margins, 1 elsewhere."""
+    height, width = shape[:2]
+    inside = np.zeros((height, width), np.uint8)
+    inside[top : max(height - bottom, 0), left : max(width - right, 0)] = 1
+    return inside
 
 
 def _random_crop(

@@ -14,7 +14,8 @@ params: {"model": the network's parameters, and what `init` added}.
 carry: a `Carry`: batch statistics, the method's own state, values and metrics, as the previous pass returned them.
 batch: {"source": {"image" (N, H, W, 3) float, normalised; "label" (N, H, W) int32, 255 = ignore; "depth" (N, H, W)
   float if the data have it}, "target": {"image"; "reference" as "image", with `target.reference`: another image of the
-  same place}}, for the domains of the stage; N: this device's share of the part.
+  same place; "trusted" (N, H, W) uint8, with `target.margins`: 1 where labels for the image are trusted}}, for the
+  domains of the stage; N: this device's share of the part.
 step: int32 scalar, the number of updates done before this one.
 model: the network, a Flax module; see `jaxuda.models`.
 config: the stage's settings.

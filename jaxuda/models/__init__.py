@@ -124,6 +124,7 @@ class Pretrained(NamedTuple):
     family: the network family; set by `pretrained`.
     package, package_file, sha256: the pip package that brings the file ("NAME==VERSION"), the file's path below the
         folder of installed packages, and its checksum; "" if there is none.
+    preprocess: the `config.preprocess` that they expect; "": the network's variant decides.
     """
 
     fields: Mapping[str, Any]
@@ -133,6 +134,7 @@ class Pretrained(NamedTuple):
     package: str = ""
     package_file: str = ""
     sha256: str = ""
+    preprocess: str = ""
 
 
 def load_family(fields: Mapping[str, Any], *, imported: bool = False) -> ModuleType:

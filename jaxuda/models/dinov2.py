@@ -345,6 +345,7 @@ IMAGENET = {
         {"variant": variant, "registers": registers},
         f"dinov2_{variant}{'_reg4' if registers else ''}_pretrain.pth",
         "the authors of DINOv2 (Meta)",
+        preprocess="imagenet",
     )
     for registers in (False, True)
     for variant in VARIANTS
@@ -352,11 +353,5 @@ IMAGENET = {
 
 
 def imagenet_name(fields: Mapping[str, Any], preprocess: str) -> str:
-    """The weights of `IMAGENET` that a network with these fields and this normalisation of images starts from.
-
-    Raises:
-      UserError: they expect images of another normalisation.
-    """
-    if preprocess != "imagenet":
-        raise UserError(f"the weights of DINOv2 expect config.preprocess=imagenet, not {preprocess}")
+    """The weights of `IMAGENET` that a network with these fields starts from."""
     return f"dinov2-{fields.get('variant', 'vitb14')}{'-reg4' if fields.get('registers') else ''}"

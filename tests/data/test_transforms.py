@@ -87,6 +87,17 @@ def test_geometric_transforms_move_everything_together():
             assert result["label"].shape == result["depth"].shape == (size[1], size[0])
 
 
+def test_margins_move_with_the_image():
+    """They are of the resized image, and a crop that leaves the image is not trusted there."""
+    record = {"image": np.zeros((30, 40, 3), np.uint8), "label": np.full((30, 40), 255, np.uint8)}
+    record["label"][4:-6, 2:-8] = 1
+    transform = build_transform({"resize": (20, 15), "margins": (2, 3, 1, 4), "crop": (12, 18), "flip": 0.5})
+    found = [transform(record, np.random.default_rng(seed)) for seed in range(20)]
+    for each in found:
+        np.testing.assert_array_equal(each["trusted"], each["label"] == 1)
+    assert len({each["trusted"].tobytes() for each in found}) > 5 and found[0]["trusted"].dtype == np.uint8
+
+
 def test_padding_is_at_the_right_and_bottom():
     result = build_transform({"crop": (44, 33)})(_record(), np.random.default_rng(0))
     assert (result["label"][30:] == 255).all()
@@ -180,6 +191,8 @@ def test_nothing_is_done_without_a_spec():
         ({"flip": 1.5}, "must be a probability"),
         ({"scale": (1.5, 0.5)}, "0 < low <= high"),
         ({"jitter": (1, 1, 1)}, "must be 4 numbers"),
+        ({"margins": (30, 240)}, "must be 4 numbers"),
+        ({"margins": (30, 240, 0, -1)}, "must be integers, none negative"),
         ({"jitter": (1, 1, 1, 0.6)}, "hue at most 0.5"),
         ({"interpolation": "cubic"}, "choose bicubic, bilinear or opencv"),
     ],

@@ -42,8 +42,8 @@ def changed(**fields) -> ConfigDict:
 
 
 @functools.cache
-def prepared(label: int | None = None, **fields) -> Carry:
-    """The carry after `before_passes` on `float_batch(label)`."""
+def prepared(label: int | None = None, columns: int = 0, **fields) -> Carry:
+    """The carry after `before_passes` on `float_batch(label, columns)`."""
     config = changed(**fields)
     model = make_model(config.model, CLASSES)
     variables = random_variables(model, jnp.zeros((1, 32, 48, 3)))
@@ -55,15 +55,29 @@ def prepared(label: int | None = None, **fields) -> Carry:
             variables["params"], carry, batch, model=model, config=config, keys=KEYS, axis_name=None
         )
 
-    return run(variables, float_batch(label))
+    return run(variables, float_batch(label, columns))
 
 
-def float_batch(label: int | None = None) -> dict:
-    """A batch of normalised images; `label`: the only class of the source."""
+def float_batch(label: int | None = None, columns: int = 0) -> dict:
+    """A batch of normalised images; `label`: the only class of the source; `columns` of the target are not trusted."""
     batch = to_float(make_batch(), "imagenet")
+    if columns:
+        trusted = np.ones(batch["target"]["image"].shape[:3], np.uint8)
+        trusted[:, :, :columns] = 0
+        batch["target"]["trusted"] = trusted
     if label is not None:
         batch["source"]["label"] = jnp.full_like(batch["source"]["label"], label)
     return batch
+
+
+def test_margins_of_the_target_do_not_count() -> None:
+    """Neither in masked images nor, but for pasted pixels, in mixed ones."""
+    plain, carry = prepared(), prepared(columns=20)
+    for name in ("masked", "mixed"):
+        expected, found = (np.array(each.values[name]["weight"]) for each in (plain, carry))
+        pasted = (found == 1) if name == "mixed" else np.zeros_like(found, bool)
+        assert np.any(expected[:, :, :20]) and not np.any(found[:, :, :20][~pasted[:, :, :20]])
+        np.testing.assert_array_equal(found[:, :, 20:], expected[:, :, 20:])
 
 
 def test_only_pasted_pixels_count_where_the_teacher_is_never_sure() -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_weights import golden, golden_keys, network_input, random_variables, state_dict
+from ml_collections import ConfigDict
 
 from jaxuda.errors import UserError
 from jaxuda.interop import load_torch, save_torch
@@ -18,7 +19,7 @@ from jaxuda.interop.parts import clean
 from jaxuda.interop.tensor_files import read_entries
 from jaxuda.interop.torch_checkpoint import match_backbone, raise_problems, to_torch
 from jaxuda.models import abstract_variables, make_model, output_shapes
-from jaxuda.models.dinov2 import Block, Encoder, enlarged, imagenet_name, positions
+from jaxuda.models.dinov2 import Block, Encoder, enlarged, positions
 from jaxuda.models.layers import Conv, resize_bilinear
 from jaxuda.models.transformer_layers import Enlarge, LayerNorm
 from jaxuda.training import weights
@@ -237,9 +238,11 @@ def test_weights_have_a_name_and_their_images_a_normalisation() -> None:
     entry = weights.published("dinov2-vitl14-reg4")
     assert entry.file == "dinov2_vitl14_reg4_pretrain.pth" and entry.family == "dinov2"
     fields = {"name": "dinov2", "variant": "vitl14", "registers": True}
-    assert imagenet_name(fields, "imagenet") == "dinov2-vitl14-reg4"
+    config = ConfigDict({"model": fields, "preprocess": "imagenet"})
+    assert weights.network_name(config) == "dinov2-vitl14-reg4"
+    config.preprocess = "caffe"
     with pytest.raises(UserError, match="preprocess=imagenet, not caffe"):
-        imagenet_name(fields, "caffe")
+        weights.network_name(config)
 
 
 # Training

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from golden_weights import random_variables
+from ml_collections import ConfigDict
 
 from jaxuda import convert
 from jaxuda.cli import MISTAKE
@@ -18,7 +19,7 @@ from jaxuda.interop.tensor_files import safetensors_bytes
 from jaxuda.interop.torch_checkpoint import load_torch, save_torch, to_torch
 from jaxuda.main import main
 from jaxuda.models import layers, make_model, output_shapes
-from jaxuda.models.efficientnet_lite import BLOCKS, EPSILON, IMAGENET, Lite0, imagenet_name, relu6
+from jaxuda.models.efficientnet_lite import BLOCKS, EPSILON, IMAGENET, Lite0, relu6
 from jaxuda.training import checkpoints, weights
 from jaxuda.training.classes import fit_classes
 
@@ -194,6 +195,8 @@ def test_wrong_fields_are_named(fields: dict, message: str) -> None:
 
 
 def test_images_of_another_normalisation_are_refused() -> None:
-    assert imagenet_name({}, "efficientnet") in IMAGENET
+    config = ConfigDict({"model": {"name": "efficientnet_lite"}, "preprocess": "efficientnet"})
+    assert weights.network_name(config) in IMAGENET
+    config.preprocess = "imagenet"
     with pytest.raises(UserError, match="preprocess=efficientnet, not imagenet"):
-        imagenet_name({}, "imagenet")
+        weights.network_name(config)

@@ -23,7 +23,7 @@ from jaxuda.interop.tensor_files import safetensors_bytes
 from jaxuda.interop.torch_checkpoint import match_backbone, to_torch
 from jaxuda.models import abstract_variables, make_model, output_shapes
 from jaxuda.models.layers import Dropout, DropPath
-from jaxuda.models.mix_transformer import VARIANTS, Encoder, imagenet_name
+from jaxuda.models.mix_transformer import VARIANTS, Encoder
 from jaxuda.pipeline import stages
 from jaxuda.training import checkpoints, weights
 
@@ -301,9 +301,11 @@ def test_imagenet_weights_have_a_name_and_their_images_a_normalisation() -> None
     entry = weights.published("mit-b3")
     assert entry.file == "mit_b3.pth" and entry.family == "mix_transformer"
     fields = {"name": "mix_transformer", "variant": "b3"}
-    assert imagenet_name(fields, "imagenet") == "mit-b3"
+    config = ConfigDict({"model": fields, "preprocess": "imagenet"})
+    assert weights.network_name(config) == "mit-b3"
+    config.preprocess = "caffe"
     with pytest.raises(UserError, match="preprocess=imagenet, not caffe"):
-        imagenet_name(fields, "caffe")
+        weights.network_name(config)
 
 
 # Training
