@@ -54,6 +54,7 @@ def assert_same(ours, theirs) -> None:
     jax.tree.map(np.testing.assert_array_equal, ours, jax.device_get(theirs))
 
 
+@pytest.mark.slow
 def test_run_starts_from_imagenet_weights(data: dict, tmp_path: Path, capsys) -> None:
     words = [
         *tiny.arguments("source_only", workdir=tmp_path / "run", **data),
@@ -100,6 +101,7 @@ def eval_as_written_by_earlier_builds(folder: Path, words: list[str], capsys) ->
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_checkpoint_in_and_out_again(data: dict, tmp_path: Path, capsys) -> None:
     """Converted, used as the start of a run with other classes, evaluated, exported, and converted again."""
     variables, file, folder = random_tiny(), tmp_path / "published.pth", tmp_path / "published"

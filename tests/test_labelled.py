@@ -223,6 +223,7 @@ def finished(data: dict[str, Path], tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_table_with_few_labels(finished: Path) -> None:
     """Rows for 0 and 2 labels and for all; the oracle is trained once."""
     runs = json.loads((finished / "table.json").read_text())

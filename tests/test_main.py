@@ -63,6 +63,7 @@ def oracle_alone(data: dict, workdir: Path) -> list[str]:
     return ["jaxuda", *tiny.arguments("source_only", workdir=workdir, **data), "--config.pipeline=('oracle',)"]
 
 
+@pytest.mark.slow
 def test_run_writes_what_the_work_folder_promises(finished: Path) -> None:
     for name in ("config.json", "log.txt", "metrics.jsonl", "results.json", "tensorboard/adapt"):
         assert (finished / name).exists(), name
@@ -93,6 +94,7 @@ def test_same_command_again_does_nothing_twice(finished: Path, data: dict, capsy
     assert "adapt (done)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_changed_stage_is_named_and_can_be_run_again(finished: Path, data: dict, tmp_path, capsys) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
@@ -148,6 +150,7 @@ def test_eval_and_predict(finished: Path, data: dict, tmp_path, capsys) -> None:
     np.testing.assert_array_equal(colour, np.array([[0, 90, 40], [80, 90, 40], [160, 90, 40]])[ids])
 
 
+@pytest.mark.slow
 def test_eval_of_every_checkpoint_and_of_ensembles(finished: Path, data: dict, tmp_path, capsys) -> None:
     words = ["jaxuda", *tiny.arguments("minent", workdir=tmp_path, **data), "--mode=eval"]
 
@@ -269,6 +272,7 @@ def test_folder_in_use_is_refused(finished: Path, data: dict, capsys) -> None:
     assert f"in use by pid {os.getpid()} on" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_full_disk_loses_nothing(finished: Path, data: dict, tmp_path, capsys, monkeypatch) -> None:
     workdir = tmp_path / "run"
     usage = shutil.disk_usage
@@ -289,6 +293,7 @@ def test_full_disk_loses_nothing(finished: Path, data: dict, tmp_path, capsys, m
     assert_same_states(workdir, finished)
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_names_step_and_images(data: dict, tmp_path, capsys) -> None:
     words = tiny.arguments("minent", workdir=tmp_path / "run", **data)
     assert main(["jaxuda", *words, "--config.source_only.lr=1e30"]) == MISTAKE
@@ -319,6 +324,7 @@ def test_loss_that_is_not_finite_at_once_is_not_blamed_on_the_learning_rate(
     assert "the weights that the stage starts from (random)" in message and "lower learning rate" not in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_the_last_good_state_survives_what_is_not_finite(
     finished: Path, data: dict, tmp_path, capsys, monkeypatch, where: str
@@ -367,6 +373,7 @@ def test_workers_do_not_change_a_run(finished: Path, data: dict, tmp_path, worke
     np.testing.assert_equal(final_state(tmp_path / "run", "oracle"), final_state(finished, "oracle"))
 
 
+@pytest.mark.slow
 def test_damage_in_a_finished_stage_is_found(finished: Path, data: dict, tmp_path, capsys) -> None:
     """Later stages start from its last checkpoint: an older one must not replace it silently."""
     workdir = tmp_path / "run"

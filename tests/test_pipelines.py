@@ -36,6 +36,7 @@ def finished(data, tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_training_is_in_the_table(finished: dict[str, Path], recipe: str) -> None:
     results = json.loads((finished[recipe] / "results.json").read_text())
@@ -101,6 +102,7 @@ def test_empty_parts_are_refused(finished: dict[str, Path], data: dict, tmp_path
     assert "both are needed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_no_confident_pixel_is_harmless(data: dict, tmp_path) -> None:
     """No pixel reaches a confidence of 1.1: the contrast on the target is 0, not NaN."""
     words = tiny.arguments("sdca", workdir=tmp_path / "run", **data)

@@ -105,6 +105,7 @@ def two(data, tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(one: Path, two: Path) -> None:
     assert state(two / "source_only")["params.model.head.kernel0"].dtype == np.float64
     assert_same(two / "source_only", one / "source_only")
@@ -142,6 +143,7 @@ def test_a_checkpoint_of_four_devices_continues_on(devices: int, two: Path, data
     assert_same(workdir / "source_only", two / "source_only")
 
 
+@pytest.mark.slow
 def test_a_method_with_constants_starts_from_a_checkpoint(data: dict, tmp_path: Path) -> None:
     """Only the first process may read it; the state and the constants are then the same everywhere."""
     ours, alone = (
@@ -153,6 +155,7 @@ def test_a_method_with_constants_starts_from_a_checkpoint(data: dict, tmp_path: 
     assert_same(tmp_path / "run" / "adapt", tmp_path / "alone" / "adapt")
 
 
+@pytest.mark.slow
 def test_processes_stop_together_and_go_on(two: Path, data: dict, tmp_path: Path) -> None:
     """SIGTERM to one of them: both stop after the same step, which is saved; the same command continues."""
     workdir = tmp_path / "run"

@@ -94,6 +94,7 @@ def by_the_scripts(source: Path, predictions: Path, monkeypatch) -> dict[str, fl
     return {name: 100 * score for name, score in scores.items()}
 
 
+@pytest.mark.slow
 def test_cityscapes_at_its_published_size(tmp_path: Path, capsys, monkeypatch) -> None:
     """19 classes, input of 1024x512, scores at 2048x1024, as the Cityscapes scripts give; files for the test server."""
     source = layouts.cityscapes(tmp_path / "source")
@@ -132,6 +133,7 @@ def test_cityscapes_at_its_published_size(tmp_path: Path, capsys, monkeypatch) -
         np.testing.assert_array_equal(colour, label_space("cityscapes19").palette[ids])
 
 
+@pytest.mark.slow
 def test_cityscapes_by_an_ensemble_mirrored_and_scaled(tmp_path: Path, capsys) -> None:
     """16 classes and mIoU* over 13; two networks, weighted."""
     source = layouts.cityscapes(tmp_path / "source", (64, 32))

@@ -58,6 +58,7 @@ TRACED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "benchmark"), TRACED)
 def test_steps_of_published_recipes(recipe: str, benchmark: str) -> None:
     check(RECIPES[recipe].get_config(benchmark), CLASSES[benchmark.partition(",")[0]])

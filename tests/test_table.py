@@ -15,6 +15,7 @@ from jaxuda.pipeline import tables
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_several_seeds_end_with_mean_and_spread(data: dict, tmp_path, capsys) -> None:
     words = tiny.arguments("minent", workdir=tmp_path / "run", **data)
     assert main(["jaxuda", *words, "--seeds=0,1"]) == 0
@@ -107,6 +108,7 @@ def test_a_baseline_of_other_settings_has_its_own_row() -> None:
     assert [line.split(" | ")[1] for line in lines[:6]] == titles
 
 
+@pytest.mark.slow
 def test_table_runs_what_is_missing(data: dict, tmp_path, capsys) -> None:
     words = [
         w for w in tiny.arguments("source_only", workdir=tmp_path, **data) if "config=" not in w and "workdir" not in w

@@ -75,6 +75,7 @@ def images(folder: Path, split: str) -> list[np.ndarray]:
     return [encoding.decode_image(p.read_bytes()) for p in sorted((folder / "images" / split).iterdir())]
 
 
+@pytest.mark.slow
 def test_the_sheets_show_what_the_training_looks_at(work: Path, data: dict, space) -> None:
     names = {f"000000{step}-{kind}.png" for step in (2, 4) for kind in ("training", "predictions")}
     assert {path.name for path in (work / "adapt" / "pictures").iterdir()} == names

@@ -53,6 +53,7 @@ def test_every_method_has_a_step_on_two_views(method: str) -> None:
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), arguments[0])
 
 
+@pytest.mark.slow
 def test_devices_draw_the_same() -> None:
     """Drop path, dropout, the detail view and batch normalisation of HRDA, on 1 and 2 devices."""
     with jax.enable_x64(True):

@@ -77,6 +77,7 @@ def read_ids(folder: Path, name: str) -> np.ndarray:
     return cv2.imread(str(folder / "predictions" / "ids" / f"{name}.png"), cv2.IMREAD_UNCHANGED)
 
 
+@pytest.mark.slow
 def test_a_stage_records_its_classes_outside_of_its_fingerprint(stage: Path) -> None:
     record = json.loads((stage / "stage.json").read_text())
     classes = [{"name": name, "ids": [i], "color": COLOURS[i].tolist()} for i, name in enumerate(tiny.CLASSES)]
@@ -149,6 +150,7 @@ def test_a_start_from_other_classes(data, stage, tmp_path) -> None:
         jax.tree.map(np.testing.assert_array_equal, fitted, variables)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_starts_from(data, stage, tmp_path, capsys) -> None:
     for change, expected in (
         (reversed_classes, "source_only: its classes were put in the order of this config: sky, box, ground"),
@@ -372,6 +374,7 @@ def test_images_whose_predictions_would_have_one_name_are_named(stage, tmp_path,
 # The home folder
 
 
+@pytest.mark.slow
 def test_every_command_expands_the_home_folder(data, stage, tmp_path, monkeypatch, capsys) -> None:
     home = photos(tmp_path / "home", "photos/a.jpg")
     shutil.copytree(stage.parent, home / "run")
