@@ -48,12 +48,12 @@ def run_all(args: argparse.Namespace, overrides: list[str]) -> None:
         check_comparable((f"{file}:{benchmark}", tables.facts(config)) for file, config in configs.items())
         planned += [(config, number, seed) for config in configs.values() for number in numbers for seed in args.seeds]
     results = []
-    for config, number, seed in planned:
-        seeded = copy.deepcopy(config)
-        seeded.seed = seed
-        if number is not None:
-            seeded.target.labelled = number
-        with kept_programs():
+    with kept_programs():
+        for config, number, seed in planned:
+            seeded = copy.deepcopy(config)
+            seeded.seed = seed
+            if number is not None:
+                seeded.target.labelled = number
             results.append(run_and_report(seeded, args.runs / run_name(seeded)))
     tables.comparable(results)
     files.write_json(args.runs / "table.json", results)

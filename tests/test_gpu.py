@@ -5,7 +5,6 @@ JAXUDA_GPU=cpu runs the tests with a CPU in place of the GPU, which tries the te
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,12 +44,7 @@ def run(workdir: Path, data: dict[str, Path], platform: str = PLATFORM) -> dict:
 def test_killed_and_resumed(data: dict[str, Path], tmp_path: Path) -> None:
     expected = run(tmp_path / "whole", data)
     command = words(tmp_path / "apart" / "killed", data, PLATFORM)  # beside "whole" it would reuse its stages
-    killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment())
-    for line in killed.stdout:
-        if line.startswith("adapt 3/6"):
-            killed.send_signal(signal.SIGKILL)
-            break
-    assert killed.wait() == -signal.SIGKILL
+    tiny.kill_at("adapt 3/6", command, environment())
     assert run(tmp_path / "apart" / "killed", data) == expected
 
 

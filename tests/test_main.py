@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -211,13 +210,7 @@ def test_killed_run_continues_to_the_same_parameters(finished: Path, data: dict,
     # Nothing to reuse: the undisturbed run is in another folder.
     words = [sys.executable, "-m", "jaxuda.main", *tiny.arguments("minent", workdir=workdir, **data)]
     environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"]}
-    run = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    for line in run.stdout:
-        if line.startswith(f"{stage} 5/6"):  # the checkpoints are those of steps 2, 3 and 4
-            run.send_signal(signal.SIGKILL)
-            break
-    run.wait()
-    assert run.returncode == -signal.SIGKILL
+    tiny.kill_at(f"{stage} 5/6", words, environment)  # the checkpoints are those of steps 2, 3 and 4
     again = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert f"{stage}: continues from step 4" in again.stdout

@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -129,14 +128,8 @@ def test_killed_in_each_stage(finished: dict[str, Path], data: dict, tmp_path, r
     for later in stages[stages.index(stage) :]:
         shutil.rmtree(workdir / later)
     words = [sys.executable, "-m", "jaxuda.main", *tiny.arguments(recipe, workdir=workdir, **data)]
-    run = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     trains = "train" in importlib.import_module(f"configs.{recipe}").get_config("folder")[stage]
-    for line in run.stdout:
-        if line.startswith(f"{stage} 3/6" if trains else "  results in"):
-            run.send_signal(signal.SIGKILL)
-            break
-    run.wait()
-    assert run.returncode == -signal.SIGKILL
+    tiny.kill_at(f"{stage} 3/6" if trains else "  results in", words)
     kept = {name: (workdir / name / "stage.json").stat().st_mtime_ns for name in stages[: stages.index(stage)]}
     again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr

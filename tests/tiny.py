@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import signal
+import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import cv2
@@ -65,3 +68,14 @@ def arguments(config: str, source: Path, target: Path, data_dir: Path, workdir: 
         *(f"--config.{stage}.{field}" for stage in stages for field in ("steps=6", "batch=2")),
         *more,
     ]
+
+
+def kill_at(line: str, words: list[str], environment: Mapping[str, str] | None = None) -> None:
+    """Runs a command in the project's folder, and kills it (-9) as soon as a line of its output begins with `line`."""
+    root = Path(__file__).parents[1]
+    run = subprocess.Popen(words, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
+    for found in run.stdout:
+        if found.startswith(line):
+            run.send_signal(signal.SIGKILL)
+            break
+    assert run.wait() == -signal.SIGKILL

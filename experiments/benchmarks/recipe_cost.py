@@ -27,9 +27,7 @@ def main() -> None:
     """Prints a row per training stage."""
     print("| recipe | stage | batch | GiB | TFLOP per step | steps | hours |\n|---|---|---|---|---|---|---|")
     fields = [word for word in sys.argv[1:] if word.startswith("--")]
-    for word in sys.argv[1:]:
-        if word in fields:
-            continue
+    for word in (word for word in sys.argv[1:] if word not in fields):
         config = parse(["recipe_cost", f"--config={ROOT / word}", *fields]).config
         stages, classes = cost.training_stages(config, Path("runs"))
         for stage in stages:

@@ -58,10 +58,6 @@ class Joined(Sequence):
         """Ids of all records in the order of their index."""
         return [prefix(name) + id_ for name, part in self._parts.items() for id_ in part.ids()]
 
-    def parts(self) -> list[Any]:
-        """The datasets that are joined, in their order."""
-        return list(self._parts.values())
-
     def class_pixels(self) -> np.ndarray:
         """As `Records.class_pixels`."""
         return np.concatenate([part.class_pixels() for part in self._parts.values()])
@@ -86,6 +82,11 @@ class Joined(Sequence):
     def labels_only(self) -> "Joined":
         """The same records without images and depth."""
         return Joined({name: part.labels_only() for name, part in self._parts.items()})
+
+
+def parts_of(records: Any) -> list[Any]:
+    """The datasets that are joined, in their order; of others the dataset itself."""
+    return list(records._parts.values()) if isinstance(records, Joined) else [records]
 
 
 def part_names(name: str) -> list[str]:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from jaxuda import data, parallel
 from jaxuda.data.datasets import is_drawn
-from jaxuda.data.joined import Joined, part_names
+from jaxuda.data.joined import part_names, parts_of
 from jaxuda.data.labels import LabelSpace, label_space, own_space
 from jaxuda.data.prepared import prepare_command, prepared_folder, read_summary, root
 from jaxuda.data.preparing import prepare
@@ -76,15 +76,13 @@ def _open_validation(config: ConfigDict, space: LabelSpace | None) -> tuple[data
                 raise
     for name, split in _also(config):
         found.append(data.load(name, split, label_space=space, data_dir=config.data_dir or None))
-    names = [one.name for records in found for one in (records, *_joined(records))]
+    # The datasets that are joined are scored by themselves, too.
+    names = [
+        name for records in found for name in dict.fromkeys([records.name, *(part.name for part in parts_of(records))])
+    ]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"config.evaluation.also names {twice[0]}, but the run is evaluated on it already")
     return tuple(found)
-
-
-def _joined(records: data.Records) -> list[data.Records]:
-    """The datasets that are joined, which are scored too."""
-    return records.parts() if isinstance(records, Joined) else []
 
 
 def _also(config: ConfigDict) -> list[tuple[str, str]]:

@@ -60,7 +60,8 @@ class Ensemble:
         self.members, self._flip, self._class_weights = list(members), flip, tuple(class_weights)
         self._scores = [make_scores(member.model, member.method, member.config) for member in members]
         probabilistic = any(hasattr(member.method, "predict") for member in members)
-        self._logits = not flip and len(scales) == 1 and not probabilistic
+        # Weighted classes have probabilities before.
+        self._becomes_probabilities = (flip or len(scales) > 1 or probabilistic) and not self._class_weights
         total = len(scales) * sum(member.weight for member in members)
         # (index of the member, its input size, its share)
         self._passes = []
@@ -128,7 +129,7 @@ class Ensemble:
         for (index, _, share), arrays, views in zip(self._passes, passes, coarse, strict=True):
             for view in views:
                 values = resize(view, arrays["rows"], arrays["columns"])
-                if not (self._logits or self._class_weights):
+                if self._becomes_probabilities:
                     values = probabilities(values, self.members[index].method)
                 total += share / len(views) * values
         return total

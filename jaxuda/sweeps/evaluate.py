@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxuda import data, parallel
-from jaxuda.data.joined import Joined
+from jaxuda.data.joined import parts_of
 from jaxuda.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
 from jaxuda.sweeps.ensemble import Ensemble, Member, Passes
 from jaxuda.sweeps.scores import probabilities, shown_pixels
@@ -31,7 +31,7 @@ class Evaluation(NamedTuple):
 
     confusion: np.ndarray | None
     figures: dict[str, float]
-    parts: dict[str, Evaluation] = {}  # noqa: RUF012 (nothing writes to it)
+    parts: Mapping[str, Evaluation] = MappingProxyType({})
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for JSON: mIoU, pixel accuracy and per-class IoU in 0..1, the figures, the confusion matrix."""
@@ -73,10 +73,9 @@ def make_ensemble_evaluator(
             sums["confusion"] = confusion_matrix(batch["label"], predictions, first.model.num_classes)
         return sums
 
-    def sums(variables: Sequence[PyTree], records: data.Records, bar: Any) -> dict[str, np.ndarray]:
+    def sums(variables: Sequence[PyTree], share: _Share, grid: tuple[int, int], bar: Any) -> dict[str, np.ndarray]:
         total: dict[str, np.ndarray] = {}
-        grid = ensemble.grid(variables)
-        for batch, passes in ensemble.batches(_Share(records), variables, of_labels=True):
+        for batch, passes in ensemble.batches(share, variables, of_labels=True):
             arrays = {**_labels(batch, passes), "shown": shown_pixels(batch, first.config, grid)}
             arrays = parallel.spread((arrays, passes), devices)
             found = jax.device_get(evaluate_batch(variables, *arrays)).items()
@@ -88,9 +87,10 @@ def make_ensemble_evaluator(
 
     def evaluate(variables: Sequence[PyTree], records: data.Records) -> Evaluation:
         variables = [parallel.everywhere(each, devices) for each in variables]
-        parts = records.parts() if isinstance(records, Joined) else [records]
-        with progress_bar(sum(len(_Share(part)) for part in parts), "evaluate", "img") as bar:
-            found = [sums(variables, part, bar) for part in parts]
+        parts, grid = parts_of(records), ensemble.grid(variables)
+        shares = [_Share(part) for part in parts]
+        with progress_bar(sum(map(len, shares)), "evaluate", "img") as bar:
+            found = [sums(variables, share, grid, bar) for share in shares]
         whole = _finish(functools.reduce(_added, found, {}))
         if len(parts) == 1:
             return whole
