@@ -158,7 +158,8 @@ def compile_step(step: Callable, devices: list[jax.Device], donate: bool = True)
     """
     donated = (0,) if donate else ()
     if not _stacked(devices):
-        return jax.jit(partial(step, axis_name=None), donate_argnums=donated)
+        options = compiler_options(devices[0])
+        return jax.jit(partial(step, axis_name=None), donate_argnums=donated, compiler_options=options)
     everyone = [d for k in range(jax.process_count()) for d in jax.local_devices(process_index=k)[: len(devices)]]
     compiled = jax.pmap(
         partial(step, axis_name=AXIS), axis_name=AXIS, devices=everyone, in_axes=(0, 0, None, 0), donate_argnums=donated
@@ -168,6 +169,16 @@ def compile_step(step: Callable, devices: list[jax.Device], donate: bool = True)
     # Steps that are queued on simulated CPU devices share one thread pool, where their collectives can wait for
     # each other forever.
     return lambda *arguments: jax.block_until_ready(compiled(*arguments))
+
+
+def compiler_options(device: jax.Device) -> dict[str, str]:
+    """XLA's options for a train step on `device`.
+
+    Its compiler for CPUs drops barriers before it orders operations (in jaxlib 0.10.1, not in 0.11.2; see
+    findings/jax-cpu-drops-barriers.sh): the passes of a step would run side by side, with the activations of all of
+    them in memory, and `remat` would compute nothing twice.
+    """
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if device.platform == "cpu" else {}
 
 
 def _stacked(devices: list[jax.Device]) -> bool:

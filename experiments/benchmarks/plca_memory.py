@@ -5,8 +5,7 @@
 
 Any field of configs/plca.py:gta5 can be set. The convolutions are those for accelerators. On a CPU the
 figures are XLA's plan for the arrays of the step; an accelerator's library may need some working memory in addition.
-XLA's compiler for CPUs undoes `model.remat`, since it drops the barriers between the first and the second computation
-of a block, and orders operations for speed: both are switched off here, as compilers for accelerators do neither.
+XLA's compiler for CPUs orders operations for speed; that is switched off here, as compilers for accelerators do not.
 """
 
 import os
@@ -14,9 +13,7 @@ import sys
 from pathlib import Path
 
 # Before anything imports jax.
-os.environ["XLA_FLAGS"] = (
-    "--xla_disable_hlo_passes=cse_barrier_expander --xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
-)
+os.environ["XLA_FLAGS"] = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 
 import jax
 
@@ -24,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from jaxuda.cli import parse
 from jaxuda.models import layers
+from jaxuda.parallel import compiler_options
 from jaxuda.pipeline.stages import resolve
 from jaxuda.pipeline.tracing import abstract_step
 
@@ -36,7 +34,8 @@ def main() -> None:
     stage, (width, height) = resolve("adapt", config), config.source.crop
     step, arguments = abstract_step(stage, CLASSES, stage.batch)
     with layers.compile_for("any"):
-        compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+        options = compiler_options(jax.devices()[0])
+        compiled = jax.jit(step, donate_argnums=0, compiler_options=options).lower(*arguments).compile()
     memory = compiled.memory_analysis()
     # The state is donated: the new state takes the memory of the old one.
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes

@@ -51,6 +51,7 @@ from jaxuda.methods import Keys, selftraining
 from jaxuda.models import layers, make_model
 from jaxuda.models.discriminator import FCDiscriminator
 from jaxuda.optimizers import make_optimizer
+from jaxuda.parallel import compiler_options
 from jaxuda.pipeline.cost import operations
 from jaxuda.pipeline.stages import plan
 from jaxuda.training.allocation import keep_freed_memory
@@ -159,7 +160,8 @@ class Ours:
         arguments = self.state, self.constants, self.batch
         self.plain = partial(jax.make_jaxpr(lambda *given: step(*given)), *arguments)
         started = time.perf_counter()
-        self.compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+        options = compiler_options(jax.devices()[0])
+        self.compiled = jax.jit(step, donate_argnums=0, compiler_options=options).lower(*arguments).compile()
         self.compile_seconds = time.perf_counter() - started
 
     def step(self) -> float:

@@ -26,10 +26,9 @@ GIB = 2**30
 LONGEST = 10.0  # seconds: a step whose matrix products alone would take longer is not run
 NOTES = """GiB on each device:
 'compiled' is what its compiler plans for state, images and working memory; 'traced' is what is in use if the operations
-run in the order of the program and none are fused. (The compiler for CPUs undoes model.remat: for another device,
-'traced' is the better estimate.) TFLOP per step: convolutions and matrix products, two operations per multiply-add.
-s/step: measured on a step that was run on zeros; with *, a lower bound: the time that matrix products of as many
-operations take here. Evaluations, sweeps and decoding are not included."""
+run in the order of the program and none are fused. TFLOP per step: convolutions and matrix products, two operations per
+multiply-add. s/step: measured on a step that was run on zeros; with *, a lower bound: the time that matrix products of
+as many operations take here. Evaluations, sweeps and decoding are not included."""
 
 
 class Cost(NamedTuple):
@@ -62,7 +61,8 @@ def step_cost(config: Any, classes: int, devices: list[jax.Device], rate: float)
     step, arguments = abstract_step(config, classes, config.batch // len(devices), config.model.get("depth", False))
     jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
     count = operations(jaxpr)
-    compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+    options = parallel.compiler_options(devices[0])
+    compiled = jax.jit(step, donate_argnums=0, compiler_options=options).lower(*arguments).compile()
     plan = compiled.memory_analysis()
     # The state is donated: the new state takes the memory of the old one.
     total = plan.argument_size_in_bytes + plan.temp_size_in_bytes
