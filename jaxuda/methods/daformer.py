@@ -86,10 +86,7 @@ def before_passes(
         )
     logits, teacher = teacher_logits(model, carry.extra, images, config, axis_name)
     labels, share, _ = pseudo_labels(logits, config.threshold, axis_name)
-    weights = trusted(share, labels.shape, config.ignore_top, config.ignore_bottom)
-    if "trusted" in batch["target"]:
-        weights *= batch["target"]["trusted"]
-    target = {"image": images, "label": labels, "weight": weights}
+    target = {"image": images, "label": labels, "weight": trusted(share, batch["target"], config)}
     mixed = mixed_images(
         source, target, model.num_classes, flip_coins(keys.use("mixed coins")), keys, config, axis_name
     )

@@ -9,7 +9,7 @@ the number of devices or of parts of a batch. The others take what was drawn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -152,12 +152,18 @@ def pseudo_labels_by_day(
     return jnp.argmax(mixed, axis=-1).astype(jnp.int32), *_confident(mixed, threshold, axis_name)
 
 
-def trusted(share: jax.Array, shape: tuple[int, int, int], top: int, bottom: int) -> jax.Array:
-    """The weights of pseudo-labels, (N, H, W): `share`, but 0 in the first `top` and in the last `bottom` rows.
+def trusted(share: jax.Array, images: Mapping[str, jax.Array], config: Any) -> jax.Array:
+    """The weights of pseudo-labels, (N, H, W): `share` where the teacher's labels are trusted, 0 elsewhere.
+
+    Args:
+      share: of confident pixels.
+      images: of the target: "image", and "trusted" if the target has margins (`data.transforms`).
+      config: the first `ignore_top` and the last `ignore_bottom` rows are not trusted.
 
     Raises:
       UserError: no row is left.
     """
+    shape, top, bottom = images["image"].shape[:3], config.ignore_top, config.ignore_bottom
     height = shape[1]
     if top + bottom >= height:
         raise UserError(
@@ -166,7 +172,8 @@ def trusted(share: jax.Array, shape: tuple[int, int, int], top: int, bottom: int
         )
     rows = jnp.arange(height)
     inside = (rows >= top) & (rows < height - bottom)
-    return jnp.broadcast_to(jnp.where(inside, share, 0)[:, None], shape)
+    weights = jnp.broadcast_to(jnp.where(inside, share, 0)[:, None], shape)
+    return weights * images["trusted"] if "trusted" in images else weights
 
 
 # ClassMix ---------------------------------------------------------------------------------------------------

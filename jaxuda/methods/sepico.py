@@ -117,7 +117,7 @@ def before_passes(
     source = batch["source"]
     cut, teacher = cropped(carry.extra.teacher, batch, model, config, keys, axis_name)
     images, (labels, share, teacher) = cut["image"], labelled(teacher, cut, model, config, axis_name)
-    weights = trusted(share, labels.shape, config.ignore_top, config.ignore_bottom)
+    weights = trusted(share, cut, config)
     target = {"image": images, "label": labels, "weight": weights}
 
     outputs, teacher = teacher_forward(model, teacher, source["image"], axis_name)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_weights import golden, random_variables
+from ml_collections import ConfigDict
 from plugins import encoder_decoder
 
 from jaxuda.errors import UserError
@@ -92,8 +93,11 @@ def test_pseudo_labels_and_their_weights(case):
     np.testing.assert_array_equal(labels, given["pseudo_label"])
     np.testing.assert_allclose(confidence, given["max_prob"], rtol=1e-6)
     np.testing.assert_allclose(share, given["share_f64"], rtol=1e-6)
-    np.testing.assert_allclose(selftraining.trusted(share, labels.shape, top, bottom), given["weight_rows"], rtol=1e-6)
-    np.testing.assert_array_equal(selftraining.trusted(share, labels.shape, 0, 0), np.full(labels.shape, share))
+    images, columns = {"image": np.zeros((*labels.shape, 3))}, np.arange(labels.shape[2]) > 1
+    np.testing.assert_allclose(weights(share, images, top, bottom), given["weight_rows"], rtol=1e-6)
+    np.testing.assert_array_equal(weights(share, images), np.full(labels.shape, share))
+    images["trusted"] = np.broadcast_to(columns, labels.shape).astype(np.uint8)
+    np.testing.assert_allclose(weights(share, images, top, bottom), given["weight_rows"] * columns, rtol=1e-6)
     if len(logits) > 1:
         _, shares, _ = on_devices(functools.partial(selftraining.pseudo_labels, threshold=0.968), logits)
         np.testing.assert_allclose(shares, np.full(len(logits), share), rtol=1e-6)
@@ -101,7 +105,11 @@ def test_pseudo_labels_and_their_weights(case):
 
 def test_margins_that_leave_nothing_are_refused():
     with pytest.raises(UserError, match="ignore_top=15 and ignore_bottom=120 leave none of the 135 rows"):
-        selftraining.trusted(jnp.float32(1), (2, 135, 4), 15, 120)
+        weights(jnp.float32(1), {"image": np.zeros((2, 135, 4, 3))}, 15, 120)
+
+
+def weights(share: jax.Array, images: dict, top: int = 0, bottom: int = 0) -> jax.Array:
+    return selftraining.trusted(share, images, ConfigDict({"ignore_top": top, "ignore_bottom": bottom}))
 
 
 # ClassMix ---------------------------------------------------------------------------------------------------

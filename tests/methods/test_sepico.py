@@ -21,7 +21,7 @@ from jaxuda.methods import sepico as method
 from jaxuda.models import make_model
 from jaxuda.optimizers import make_optimizer
 from jaxuda.training.checkpoints import Checkpoints
-from jaxuda.training.step import make_step
+from jaxuda.training.step import before_update, make_step, to_float
 
 pytestmark = pytest.mark.usefixtures("few_optimizations")
 ADAMW = {
@@ -118,6 +118,21 @@ def test_a_teacher_that_is_never_sure_labels_no_target_pixel() -> None:
     _, row = step(start, batch=make_batch())
     assert row["share"] == row["contrast_target"] == row["uniformity_target"] == 0
     assert row["contrast_source"] > 0 and row["uniformity_source"] < 0 and row["ce_mixed"] > 0
+
+
+def test_margins_of_the_target_have_no_labels() -> None:
+    """They are cropped with the image; there, only pasted pixels count."""
+    config = changed()
+    start, constants, _ = begin(config)
+    batch = to_float(wide_batch(), "imagenet")
+    batch["target"]["trusted"] = jnp.broadcast_to(jnp.arange(72) >= 24, (8, 40, 72)).astype(jnp.uint8)
+    carry, _ = before_update(method, make_model(config.model, CLASSES), config, start, constants, 0, batch)
+    labelled = np.asarray(carry.values["target"]["label"] != IGNORE)
+    first = labelled.argmax(2).min(1)  # of the columns that are trusted, up to 24 of each crop are not
+    np.testing.assert_array_equal(labelled, np.broadcast_to(np.arange(48) >= first[:, None, None], labelled.shape))
+    assert np.any(first > 0) and np.all(first <= 24)
+    weights = np.asarray(carry.values["mixed"]["weight"])[~labelled]
+    assert set(np.unique(weights)) == {0, 1}
 
 
 # The crop

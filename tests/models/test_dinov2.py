@@ -297,10 +297,12 @@ def test_masked_tokens(small: tuple) -> None:
 
     plain = jax.jit(model.apply)(variables, images).main
     np.testing.assert_array_equal(jax.jit(masked.apply)(variables, images).main, plain)
-    found = trained(masked, variables, images, jnp.arange(16)).main
+    with jax.enable_x64(True):  # normalising tokens that are all alike amplifies rounding
+        wide, exact = masked.clone(dtype="float64"), jax.tree.map(jnp.float64, (variables, images))
+        found = trained(wide, *exact, jnp.arange(16)).main
+        moved = trained(wide, exact[0], exact[1][4:8], jnp.arange(4, 8)).main
     assert not np.allclose(found, plain, atol=1e-3)
-    moved = trained(masked, variables, images[4:8], jnp.arange(4, 8)).main
-    np.testing.assert_allclose(moved, found[4:8], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(moved, found[4:8], rtol=1e-6, atol=1e-6)
 
 
 def test_the_mask_token_learns_from_masked_images_alone(small: tuple) -> None:
