@@ -156,13 +156,15 @@ def compile_step(step: Callable, devices: list[jax.Device], donate: bool = True)
     form, and metrics, with a leading device axis if there are several devices. The seed is an argument, a plain number,
     so that runs of several seeds share a program.
     """
-    donated = (0,) if donate else ()
     if not _stacked(devices):
-        options = compiler_options(devices[0])
-        return jax.jit(partial(step, axis_name=None), donate_argnums=donated, compiler_options=options)
+        return jit_step(partial(step, axis_name=None), devices[0], donate)
     everyone = [d for k in range(jax.process_count()) for d in jax.local_devices(process_index=k)[: len(devices)]]
     compiled = jax.pmap(
-        partial(step, axis_name=AXIS), axis_name=AXIS, devices=everyone, in_axes=(0, 0, None, 0), donate_argnums=donated
+        partial(step, axis_name=AXIS),
+        axis_name=AXIS,
+        devices=everyone,
+        in_axes=(0, 0, None, 0),
+        donate_argnums=(0,) if donate else (),
     )
     if devices[0].platform != "cpu":
         return compiled
@@ -171,14 +173,15 @@ def compile_step(step: Callable, devices: list[jax.Device], donate: bool = True)
     return lambda *arguments: jax.block_until_ready(compiled(*arguments))
 
 
-def compiler_options(device: jax.Device) -> dict[str, str]:
-    """XLA's options for a train step on `device`.
+def jit_step(step: Callable, device: jax.Device, donate: bool = True) -> Callable:
+    """`jax.jit` of a train step for one device; its first argument, the state, is donated, unless `donate` is False.
 
-    Its compiler for CPUs drops barriers before it orders operations (in jaxlib 0.10.1, not in 0.11.2; see
+    XLA's compiler for CPUs drops barriers before it orders operations (in jaxlib 0.10.1, not in 0.11.2; see
     findings/jax-cpu-drops-barriers.sh): the passes of a step would run side by side, with the activations of all of
-    them in memory, and `remat` would compute nothing twice.
+    them in memory, and `remat` would compute nothing twice. Here they are kept.
     """
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if device.platform == "cpu" else {}
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if device.platform == "cpu" else {}
+    return jax.jit(step, donate_argnums=(0,) if donate else (), compiler_options=options)
 
 
 def _stacked(devices: list[jax.Device]) -> bool:

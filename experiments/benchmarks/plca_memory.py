@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from jaxuda.cli import parse
 from jaxuda.models import layers
-from jaxuda.parallel import compiler_options
+from jaxuda.parallel import jit_step
 from jaxuda.pipeline.stages import resolve
 from jaxuda.pipeline.tracing import abstract_step
 
@@ -34,8 +34,7 @@ def main() -> None:
     stage, (width, height) = resolve("adapt", config), config.source.crop
     step, arguments = abstract_step(stage, CLASSES, stage.batch)
     with layers.compile_for("any"):
-        options = compiler_options(jax.devices()[0])
-        compiled = jax.jit(step, donate_argnums=0, compiler_options=options).lower(*arguments).compile()
+        compiled = jit_step(step, jax.devices()[0]).lower(*arguments).compile()
     memory = compiled.memory_analysis()
     # The state is donated: the new state takes the memory of the old one.
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes

@@ -51,7 +51,7 @@ from jaxuda.methods import Keys, selftraining
 from jaxuda.models import layers, make_model
 from jaxuda.models.discriminator import FCDiscriminator
 from jaxuda.optimizers import make_optimizer
-from jaxuda.parallel import compiler_options
+from jaxuda.parallel import jit_step
 from jaxuda.pipeline.cost import operations
 from jaxuda.pipeline.stages import plan
 from jaxuda.training.allocation import keep_freed_memory
@@ -160,8 +160,7 @@ class Ours:
         arguments = self.state, self.constants, self.batch
         self.plain = partial(jax.make_jaxpr(lambda *given: step(*given)), *arguments)
         started = time.perf_counter()
-        options = compiler_options(jax.devices()[0])
-        self.compiled = jax.jit(step, donate_argnums=0, compiler_options=options).lower(*arguments).compile()
+        self.compiled = jit_step(step, jax.devices()[0]).lower(*arguments).compile()
         self.compile_seconds = time.perf_counter() - started
 
     def step(self) -> float:

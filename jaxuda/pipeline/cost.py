@@ -61,8 +61,7 @@ def step_cost(config: Any, classes: int, devices: list[jax.Device], rate: float)
     step, arguments = abstract_step(config, classes, config.batch // len(devices), config.model.get("depth", False))
     jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
     count = operations(jaxpr)
-    options = parallel.compiler_options(devices[0])
-    compiled = jax.jit(step, donate_argnums=0, compiler_options=options).lower(*arguments).compile()
+    compiled = parallel.jit_step(step, devices[0]).lower(*arguments).compile()
     plan = compiled.memory_analysis()
     # The state is donated: the new state takes the memory of the old one.
     total = plan.argument_size_in_bytes + plan.temp_size_in_bytes
