@@ -15,6 +15,8 @@ _CACHE = Path(tempfile.gettempdir()) / f"jaxuda-tests-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # drawing weights compiles many small programs
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Most tests spend most of their time on compiling, and this halves it. With 0 all are compiled as for users.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # On some processors XLA complains of every program that it loads from the cache, by kilobytes (jax issue 38445): they
 # would fill the pipes of processes whose standard error is read only at their end.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -41,13 +43,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def few_optimizations() -> Iterator[None]:
-    """Programs compile in half the time; for tests that spend most of theirs on compiling."""
+def all_optimizations() -> Iterator[None]:
+    """Programs are compiled as for users; for tests of what the compiler makes of them: sums, order, memory."""
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(autouse=True, scope="module")

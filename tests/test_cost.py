@@ -16,6 +16,8 @@ from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.pipeline import cost
 from jaxuda.pipeline.stages import resolve
 
+pytestmark = pytest.mark.usefixtures("all_optimizations")
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -20,7 +20,6 @@ from jaxuda.interop import save_torch
 from jaxuda.models import make_model
 from jaxuda.sweeps import scores
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
 NETWORKS = {
     "deeplab": {"name": "deeplab", "backbone": "resnet18", "variant": "torchvision", "width": 8, "aux": True},
     "tiny": {"name": "deeplab", "backbone": "resnet18", "variant": "torchvision", "width": 8, "blocks": (1,) * 4},

@@ -15,6 +15,7 @@ import tiny
 
 PLATFORM = os.environ.get("JAXUDA_GPU", "gpu")
 ROOT = Path(__file__).parents[1]
+OURS = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # of conftest.py
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(PLATFORM == "gpu" and not any(Path("/dev").glob("nvidia[0-9]*")), reason="there is no GPU"),
@@ -23,7 +24,7 @@ pytestmark = [
 
 def environment() -> dict[str, str]:
     """That of a user, but products in whole float32 and sums in a fixed order."""
-    found = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    found = {name: value for name, value in os.environ.items() if name not in OURS}
     exact = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     return found | exact | ({"XLA_FLAGS": "--xla_gpu_deterministic_ops=true"} if PLATFORM == "gpu" else {})
 

@@ -33,8 +33,6 @@ VIEWS = {"crop": (64, 64), "window": (128, 128), "attention_width": 8}
 SIZE = (96, 64)  # width, height
 CLASSES = 5
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
-
 
 def config_of(method: str, **model) -> ConfigDict:
     """The settings of a stage on a small network and images of SIZE."""
@@ -88,7 +86,7 @@ def test_a_run_on_two_views_through_resume_predict_export_and_load(data: dict, t
     fields = {"source.path": data["source"], "target.path": data["target"], "data_dir": data["data_dir"]}
     fields |= dict.fromkeys(("source.resize", "target.resize", "evaluation.size", "model.hrda.window"), SIZE)
     fields |= {"model.hrda.crop": (64, 64), "model.width": 8, "model.blocks": (1, 1, 1, 1), "model.head_width": 8}
-    fields |= {"model.hrda.attention_width": 8, "checkpoint_every": 1, "eval_every": 2, "log_every": 1}
+    fields |= {"model.hrda.attention_width": 8, "checkpoint_every": 1, "eval_every": 2, "log_every": 1, "devices": 1}
     fields |= {f"{stage}.{field}": 2 for stage in ("source_only", "adapt", "oracle") for field in ("steps", "batch")}
     words += [f"--config.{field}={value}" for field, value in fields.items()]
     save = loop._Loop._save

@@ -39,7 +39,6 @@ STAND_INS = {
 
 
 # Tests of trajectories and losses run what users run.
-pytestmark = pytest.mark.usefixtures("few_optimizations")
 
 
 def stage_config(method: str, **changes) -> ConfigDict:

@@ -30,7 +30,6 @@ from jaxuda.pipeline.stages import missing_weights, plan
 from jaxuda.pipeline.tracing import check_steps
 from jaxuda.training.step import to_float
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
 MARGINS = {"ignore_top": 2, "ignore_bottom": 5}
 KEYS = Keys(jax.random.key(3), jnp.arange(8, dtype=jnp.int32))
 

@@ -213,7 +213,6 @@ def run(arrays: dict[str, np.ndarray], name: str, masks: str, monkeypatch: pytes
         ("train_mic", "both", "separate"),
     ],
 )
-@pytest.mark.usefixtures("few_optimizations")
 def test_trajectory(file: str, name: str, masks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = {key.removeprefix(f"{name}_"): value for key, value in golden(file).items()}
     keys, buffers = (golden_keys(file)[each] for each in ("param_keys", "param_and_buffer_keys"))

@@ -17,9 +17,6 @@ from jaxuda.training.state import TrainState
 MEANS = ("source_only", "control", "minent", "advent", "fada", TOY)
 
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
-
-
 @pytest.fixture(autouse=True)
 def _forget_compiled_steps():
     """No test runs the step of another, and those for eight devices take hundreds of megabytes each."""

@@ -23,7 +23,6 @@ from jaxuda.optimizers import make_optimizer
 from jaxuda.training.checkpoints import Checkpoints
 from jaxuda.training.step import before_update, make_step, to_float
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
 ADAMW = {
     **{"name": "adamw", "head_factor": 1.0, "weight_decay": 0.1, "power": 1.0, "train_norm": True},
     **{"undecayed": (), "warmup_steps": 0, "warmup_ratio": 0.0},

@@ -25,7 +25,6 @@ from jaxuda.pipeline.tracing import check_steps
 from jaxuda.prepare import prepare
 from jaxuda.training.step import to_float
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
 DARK = {"day_ratio": 0.8, "static_classes": (0, 1)}
 
 

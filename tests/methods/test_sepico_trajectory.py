@@ -165,7 +165,7 @@ def _expect(ours: np.ndarray, theirs: np.ndarray, rtol: float) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_trajectory(monkeypatch: pytest.MonkeyPatch, few_optimizations: None, name: str) -> None:
+def test_trajectory(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     file = golden("train_sepico")
     keys = [key for key, _ in golden_keys("train_sepico")["param_and_buffer_keys"]]
     theirs = {key.removeprefix(f"{name}_double_"): value for key, value in file.items()}

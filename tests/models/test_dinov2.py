@@ -24,7 +24,6 @@ from jaxuda.models.layers import Conv, resize_bilinear
 from jaxuda.models.transformer_layers import Enlarge, LayerNorm
 from jaxuda.training import weights
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
 TINY = {"name": "dinov2", "width": 48, "blocks": (4,), "heads": 3, "grid": 7}
 SMALL = {"name": "dinov2", "width": 8, "blocks": (1, 1), "heads": 2, "grid": 3}
 # Of an array's largest entry, in double precision; the stored arrays are rounded to single precision.

@@ -20,7 +20,6 @@ from jaxuda.losses.segmentation import weighted_cross_entropy
 from jaxuda.methods.supervised import predicted_loss
 from jaxuda.models import Detail, Outputs, abstract_variables, hrda, make_model, output_shapes
 
-pytestmark = pytest.mark.usefixtures("few_optimizations")
 HALF_PIXELS = ConfigDict({"align_corners": False})
 SMALL = {"name": "mix_transformer", "variant": "b0", "width": 8, "blocks": (1, 1, 1, 1), "head_width": 8}
 VIEWS = {"crop": (64, 64), "window": (128, 128), "attention_width": 8}

@@ -10,6 +10,8 @@ from jaxuda.errors import UserError
 from jaxuda.models import layers
 from jaxuda.pipeline.cost import operations
 
+pytestmark = pytest.mark.usefixtures("all_optimizations")
+
 
 def relative_error(actual, expected):
     return np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max()

@@ -28,8 +28,6 @@ from jaxuda.pipeline import stages
 from jaxuda.training import checkpoints, weights
 
 SMALL = {"name": "mix_transformer", "variant": "b0", "width": 8, "blocks": (1, 1, 1, 1), "head_width": 8}
-# Whole networks take most of the time to compile.
-pytestmark = pytest.mark.usefixtures("few_optimizations")
 # Of an array's largest entry, in double precision; the stored arrays are rounded to single precision.
 TOLERANCE = 1e-6
 

@@ -22,6 +22,8 @@ from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.sweeps import class_statistics, entropy_rank, prototypes, pseudo_label, target_classes
 from jaxuda.sweeps.evaluate import make_evaluator
 
+pytestmark = pytest.mark.usefixtures("all_optimizations")
+
 
 class Pixelwise(DeepLabV2):
     """A network with the resolution of its images: a product with a matrix at each pixel."""
