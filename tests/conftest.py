@@ -47,10 +47,9 @@ def all_optimizations() -> Iterator[None]:
     """Programs are compiled as for users; for tests of what the compiler makes of them: sums, order, memory."""
     import jax
 
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional
 from train_step import interleaved, peak_of_process, torch_weights
 
+from jaxuda import parallel
 from jaxuda.models import mix_transformer, mix_transformer_files
 from jaxuda.training.allocation import keep_freed_memory
 
@@ -126,7 +127,8 @@ class Ours:
             maps = model.apply(variables, images, True, jnp.arange(len(images)))
             return sum(jnp.mean(jnp.abs(x)) for x in maps)
 
-        self.compiled = jax.jit(jax.value_and_grad(loss)).lower(self.variables, self.images).compile()
+        step = parallel.jit_step(jax.value_and_grad(loss), jax.devices()[0], donate=False)
+        self.compiled = step.lower(self.variables, self.images).compile()
 
     def step(self) -> tuple[float, dict]:
         value, gradients = self.compiled(self.variables, self.images)
@@ -154,11 +156,14 @@ class Theirs:
         return loss.item(), {name: x.grad for name, x in self.model.named_parameters()}
 
     def memory(self) -> float:
-        """Bytes by which the peak grows, after a first step that creates the gradients."""
-        self.step()
+        """Bytes by which the peak grows over two steps, without the gradients.
+
+        No step goes before: the process keeps freed memory (`keep_freed_memory`), which the second step would reuse.
+        """
         before = peak_of_process(reset=True)
         self.step(), self.step()
-        return peak_of_process() - before
+        kept = sum(x.grad.numel() * x.grad.element_size() for x in self.model.parameters())
+        return peak_of_process() - before - kept
 
 
 def main() -> None:

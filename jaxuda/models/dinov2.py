@@ -21,7 +21,7 @@ from jaxuda.errors import UserError
 from jaxuda.interop.layouts import Layout
 from jaxuda.models import Outputs, Pretrained, check_choices, dinov2_files
 from jaxuda.models.layers import Conv, drawn, head_init, resize_bilinear
-from jaxuda.models.transformer_layers import Enlarge, LayerNorm, Linear, attend, linear_init
+from jaxuda.models.transformer_layers import Enlarge, LayerNorm, Linear, attend, gelu, linear_init, linear_of_gelu
 from jaxuda.models.windows import averaged, cut_out, windows
 
 PATCH = 14
@@ -120,8 +120,8 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = nn.gelu(Linear(4 * x.shape[-1], self.dtype, name="fc1")(x), approximate=False)
-        return Linear(x.shape[-1], self.dtype, name="fc2")(hidden)
+        hidden = Linear(4 * x.shape[-1], self.dtype, name="fc1")(x)
+        return linear_of_gelu(Linear(x.shape[-1], self.dtype, name="fc2"), hidden)
 
 
 class LayerScale(nn.Module):
@@ -203,7 +203,7 @@ class Decoder(nn.Module):
         channels = x.shape[-1]
         norm = functools.partial(LayerNorm, dtype=self.dtype)
         x = Enlarge(channels // 2, self.dtype, torch_init, name="up1")(x)
-        x = nn.gelu(norm(name="norm1")(x), approximate=False)
+        x = gelu(norm(name="norm1")(x))
         x = norm(name="norm2")(Enlarge(channels // 4, self.dtype, torch_init, name="up2")(x))
         x = Conv(channels // 4, 3, dtype=self.dtype, kernel_init=torch_init, name="conv")(x)
         return norm(name="norm3")(x)

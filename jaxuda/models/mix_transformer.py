@@ -20,7 +20,7 @@ from jaxuda.interop.layouts import Layout
 from jaxuda.models import Outputs, Pretrained, check_choices, mix_transformer_files
 from jaxuda.models.decoders import DAFormerDecoder, SegFormerDecoder
 from jaxuda.models.layers import Conv, Dropout, DropPath, head_init
-from jaxuda.models.transformer_layers import Depthwise, LayerNorm, Linear, attend
+from jaxuda.models.transformer_layers import Depthwise, LayerNorm, Linear, attend, linear_of_gelu
 
 # variant -> (channels of the first stage, blocks per stage)
 VARIANTS = {
@@ -75,7 +75,7 @@ class FeedForward(nn.Module):
         hidden = Linear(4 * x.shape[-1], self.dtype, name="fc1")(x)
         conv = Depthwise(use_bias=True, dtype=self.dtype, kernel_init=depthwise_init, name="dwconv")
         hidden = conv(hidden)
-        return Linear(x.shape[-1], self.dtype, name="fc2")(nn.gelu(hidden, approximate=False))
+        return linear_of_gelu(Linear(x.shape[-1], self.dtype, name="fc2"), hidden)
 
 
 class Block(nn.Module):

@@ -1,10 +1,14 @@
 """Attention in blocks, layer normalisation and depthwise convolution against plain forms, with their gradients."""
 
+import functools
+from types import ModuleType
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxuda.models import dinov2, mix_transformer
 from jaxuda.models import transformer_layers as layers
 from jaxuda.models.layers import library_conv
 
@@ -53,6 +57,26 @@ def test_attention_keeps_no_map_for_the_gradient() -> None:
         largest[function] = max(leaf.size for leaf in jax.tree.leaves(pullback))
     assert largest[layers.attend] == 512 * 2 * 8
     assert largest[jax.nn.dot_product_attention] >= 512 * 64 * 2
+
+
+def test_gelu_is_the_plain_one() -> None:
+    """Far below 0 as well, where it differs from the library's by rounding, relative to x."""
+    plain = functools.partial(jax.nn.gelu, approximate=False)
+    with jax.enable_x64(True):
+        compare(layers.gelu, plain, np.linspace(-12, 12, 481), tolerance=1e-14)
+    wide = drawn(64).astype(jnp.bfloat16)
+    assert layers.gelu(wide).dtype == jnp.bfloat16
+    np.testing.assert_allclose(*(np.float32(form(wide)) for form in (layers.gelu, plain)), atol=0.02)
+
+
+@pytest.mark.parametrize("network", [mix_transformer, dinov2])
+def test_a_feed_forward_network_keeps_two_maps_for_the_gradient(network: ModuleType) -> None:
+    """Of four times the channels; DINOv2's, without a convolution, one."""
+    forward, x = network.FeedForward("float32"), jax.ShapeDtypeStruct((1, 8, 8, 16), jnp.float32)
+    variables = jax.eval_shape(forward.init, jax.random.key(0), x)
+    pullback = jax.eval_shape(lambda *inputs: jax.vjp(forward.apply, *inputs)[1], variables, x)
+    kept = [leaf.size for leaf in jax.tree.leaves(pullback)].count(4 * 8 * 8 * 16)
+    assert kept == (2 if network is mix_transformer else 1)
 
 
 def test_attention_in_bfloat16_sums_in_float32() -> None:
