@@ -27,6 +27,8 @@ from jaxuda.sweeps.predict import predictions
 from jaxuda.sweeps.scores import image_masks
 from jaxuda.sweeps.thresholds import class_thresholds, confidence_histogram
 
+pytestmark = pytest.mark.usefixtures("all_optimizations")  # rounding decides between two classes
+
 SPACE = label_space("super7")
 SIZE = (32, 24)
 IMAGES = {"wide": (12, 64), "high": (40, 10), "same": (24, 32), "large": (60, 48), "small": (9, 15)}  # height, width
