@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def all_optimizations() -> Iterator[None]:
-    """Programs are compiled as for users; for tests of what the compiler makes of them: sums, order, memory."""
+    """Programs are compiled as for users; for tests of losses, trajectories, order and memory."""
     import jax
 
     jax.config.update("jax_disable_most_optimizations", False)

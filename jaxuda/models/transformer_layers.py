@@ -83,7 +83,7 @@ def _wide(x: jax.Array) -> jax.Array:
 
 
 def linear_of_gelu(linear: Linear, x: jax.Array) -> jax.Array:
-    """`linear` of the GELU of x, of which only x is kept for the gradient."""
+    """`linear` of the GELU of x (..., A); only x is kept for the gradient, the GELU is computed again."""
     return nn.remat(lambda linear, x: linear(gelu(x)))(linear, x)
 
 

@@ -14,8 +14,6 @@ from jaxuda.errors import UserError
 from jaxuda.losses.association import aggregate, cycle, cycle_association, positive, smoothness
 from jaxuda.models.layers import resize_labels
 
-pytestmark = pytest.mark.usefixtures("all_optimizations")
-
 NAMES = {"cos": "cosine", "kl": "kl"}
 
 

@@ -25,8 +25,6 @@ from jaxuda.losses.entropy import adaptive_entropy, entropy_loss
 from jaxuda.losses.feature_distance import feature_distance
 from jaxuda.losses.segmentation import cross_entropy, lovasz_softmax, weighted_cross_entropy
 
-pytestmark = pytest.mark.usefixtures("all_optimizations")
-
 
 @pytest.mark.parametrize("rows", [32_769, 33_000, 40_000, 65_000, 130_000])
 def test_sums_of_squares_of_products(rows: int) -> None:

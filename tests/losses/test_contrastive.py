@@ -19,8 +19,6 @@ from jaxuda.losses.contrastive import (
 )
 from jaxuda.losses.feature_distance import shrink_labels
 
-pytestmark = pytest.mark.usefixtures("all_optimizations")
-
 DEVICES = 4
 CLASSES = 5
 

@@ -11,8 +11,6 @@ from jax import lax
 
 from jaxuda.losses.contrastive import class_centres, nearest_prototype_labels, prototype_contrast, update_memory
 
-pytestmark = pytest.mark.usefixtures("all_optimizations")
-
 DEVICES = 4
 CLASSES = 5
 TEMPERATURE = 0.07

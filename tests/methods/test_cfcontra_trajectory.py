@@ -22,6 +22,8 @@ from jaxuda.interop.torch_checkpoint import from_torch
 from jaxuda.methods import Start, cfcontra
 from jaxuda.models.deeplab import DeepLabV2
 
+pytestmark = pytest.mark.usefixtures("all_optimizations")
+
 MODEL = DeepLabV2(19, "resnet101", "caffe", blocks=(1, 1, 1, 1), aux=True, dtype="float64")
 LAYOUT = "two_level"
 ONCE = {"stem": 1, "block": 1, "shortcut": 1}

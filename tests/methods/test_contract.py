@@ -38,9 +38,6 @@ STAND_INS = {
 }
 
 
-# Tests of trajectories and losses run what users run.
-
-
 def stage_config(method: str, **changes) -> ConfigDict:
     """The first stage that trains with `method` in any config, on a network of a few thousand weights."""
     like, fields = STAND_INS.get(method, (method, {}))

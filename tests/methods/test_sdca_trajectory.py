@@ -11,6 +11,8 @@ from jaxuda.methods.sdca import confident_labels
 from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.training.state import TrainState
 
+pytestmark = pytest.mark.usefixtures("all_optimizations")
+
 MODEL = DeepLabV2(19, "resnet101", "torchvision", blocks=(1, 1, 1, 1), norm="frozen", norm_eps=0.0, dtype="float64")
 LAYOUT = "split"
 TERMS = ("features_source", "features_target", "logits_source", "logits_target")

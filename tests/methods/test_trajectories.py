@@ -15,6 +15,8 @@ from jaxuda.models.deeplab import DeepLabV2
 from jaxuda.models.discriminator import FCDiscriminator
 from jaxuda.training.state import TrainState
 
+pytestmark = pytest.mark.usefixtures("all_optimizations")
+
 LITERAL = {"stem": 1, "block": 3, "shortcut": 4}
 MODEL = DeepLabV2(19, "resnet101", "caffe", blocks=(1, 1, 1, 1), aux=True, dtype="float64")
 _run = functools.partial(run, model=MODEL, layout="two_level")
