@@ -3,6 +3,7 @@
 import json
 
 import layouts
+import pytest
 
 from jaxuda.main import main
 from jaxuda.prepare import prepare
@@ -27,6 +28,7 @@ def run(benchmark: str, tmp_path, **fields) -> dict:
     return json.loads((tmp_path / "run" / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_joined_source_trains(tmp_path, capsys):
     prepare("gta5", manual_dir=layouts.gta5(tmp_path / "g"), data_dir=tmp_path)
     prepare("synthia", manual_dir=layouts.synthia(tmp_path / "s"), data_dir=tmp_path)

@@ -111,6 +111,7 @@ def test_memory_and_parts_of_all_stages_by_one_field() -> None:
     assert asked == plain
 
 
+@pytest.mark.slow
 def test_dry_run_trains_nothing(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     words = ["--config=tests/small_recipe.py:camvid", f"--workdir={tmp_path / 'run'}", "--config.devices=2"]

@@ -84,6 +84,7 @@ def onnx_session(tmp_path: Path):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [name for name in NETWORKS if name != "tiny"])
 def test_onnx_labels_are_ours(network: str, onnx_session) -> None:
     ours = predictor(network)

@@ -81,6 +81,7 @@ def test_intrada_splits_the_target(finished: dict[str, Path]) -> None:
     assert max(float(rows[name]) for name in easy) <= min(float(rows[name]) for name in hard)
 
 
+@pytest.mark.slow
 def test_damaged_artifacts_are_refused(finished: dict[str, Path], data: dict, tmp_path, capsys) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(finished["sdca"], workdir)

@@ -129,6 +129,7 @@ def test_only_the_first_process_writes(two: Path) -> None:
     assert len(list((two / "tensorboard" / "source_only").iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_checkpoint_of_four_devices_continues_on(devices: int, two: Path, data: dict, tmp_path: Path) -> None:
     workdir = tmp_path / "run"

@@ -187,6 +187,7 @@ def test_crosscity(tmp_path: Path, capsys) -> None:
     assert "mIoU (13)" in text and "on crosscity/rome test, input of 64x32\n" in text
 
 
+@pytest.mark.slow
 def test_mapillary(tmp_path: Path, capsys) -> None:
     """Images of several sizes, which keep their aspect."""
     source = layouts.mapillary(tmp_path / "source")

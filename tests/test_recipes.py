@@ -64,6 +64,7 @@ def test_steps_of_published_recipes(recipe: str, benchmark: str) -> None:
     check(RECIPES[recipe].get_config(benchmark), CLASSES[benchmark.partition(",")[0]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "benchmark", "stage"),
     [

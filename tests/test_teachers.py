@@ -136,6 +136,7 @@ def test_pictures_change_nothing(words: list[str], work: Path, folder: Path, mon
     assert_same(folder, work)
 
 
+@pytest.mark.slow
 def test_a_run_that_continues_has_the_same_pictures(words: list[str], work: Path, folder: Path, monkeypatch) -> None:
     """It is killed after step 3, and has pictures of a step that will run again."""
     save = loop._Loop._save

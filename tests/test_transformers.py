@@ -42,6 +42,7 @@ def config_of(method: str, **model) -> ConfigDict:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "dada"])  # which needs a network with depth
 def test_every_method_has_a_step_on_two_views(method: str) -> None:
     config = config_of(method, hrda=VIEWS)

@@ -48,6 +48,7 @@ def write(path: Path, state: dict, legacy: bool) -> None:
     torch.save(tensors, path, _use_new_zipfile_serialization=not legacy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_golden_logits_through_convert(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(ROOT)

@@ -48,6 +48,7 @@ def evaluate(source, target, labels, metric, share, block, logits):
 follow = jax.jit(cycle, static_argnums=(2, 3, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("metric", NAMES)
 @pytest.mark.parametrize("case", "ab")
@@ -67,6 +68,7 @@ def test_loss_and_gradients_equal_the_published_ones(case, metric, share):
         close(gradient, run[f"grad_{domain}_{kind}"], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("metric", NAMES)
 def test_cycles_equal_the_published_ones(metric, share):
@@ -81,6 +83,7 @@ def test_cycles_equal_the_published_ones(metric, share):
     np.testing.assert_allclose(np.exp(found.log_likelihood), arrays[f"{prefix}sim"], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", NAMES)
 def test_aggregated_maps_and_probability_gradients_equal_the_published_ones(metric):
     arrays = golden("plca")
@@ -102,6 +105,7 @@ def test_smoothness_equals_the_published_one(threshold):
     close(gradient, arrays[f"lsr_thres{threshold}_grad_logits"], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", "ab")
 def test_lfass_code_and_its_equations(case):
     """The replication's code normalises column j with the statistics of row j, and lets gradients through them.
@@ -158,6 +162,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", NAMES.values())
 @pytest.mark.parametrize("shape", SHAPES)
 @settings(max_examples=20, deadline=None)
@@ -246,6 +251,7 @@ def test_unknown_metric():
         cycle_association(jnp.zeros((4, 5)), jnp.zeros((4, 5)), jnp.zeros(4, int), "dot")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", NAMES.values())
 def test_devices_together_equal_one_device(metric):
     """Positives are counted over all devices; one of them has none."""
@@ -273,6 +279,7 @@ def test_devices_together_equal_one_device(metric):
         np.testing.assert_allclose(gradients, np.tile(gradient, (devices, 1, 1)), rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", NAMES.values())
 def test_memory_grows_with_positions_not_with_their_square(metric):
     def temporary(length):

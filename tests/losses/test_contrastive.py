@@ -160,6 +160,7 @@ def _sepico_loss(arrays, kind):
     return lambda features: distribution_contrast(features, labels, stats, tau, unit=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["a", "b", "c"])
 @pytest.mark.parametrize("kind", ["proto", "bank", "dist"])
 def test_sepico_losses_and_gradients_equal_the_published_ones(kind, case):
@@ -182,6 +183,7 @@ def test_sepico_losses_and_gradients_equal_the_published_ones(kind, case):
                 np.testing.assert_allclose(gradient, expected, rtol=close, atol=close * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_sepico_statistics_and_bank_equal_the_published_ones():
     arrays = golden("sepico_stats")
     (classes, channels), length = arrays["mean0"].shape, int(arrays["memory_length"])

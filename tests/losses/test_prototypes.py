@@ -30,6 +30,7 @@ def _close(ours, theirs, tolerance):
     np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["call0", "call1"])
 def test_loss_gradient_and_memory_equal_the_published_ones(call):
     arrays = {key[6:]: value for key, value in golden("cfcontra_memory").items() if key.startswith(f"{call}_")}

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from golden_weights import random_variables
 from ml_collections import ConfigDict
 from updates import begin, update
@@ -97,6 +98,7 @@ def test_margin_decays_by_the_poly_rule() -> None:
     assert [row["pseudo_kept"] for row in rows] == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_head_stays_if_asked_to() -> None:
     for train_head in (False, True):
         states, _ = _steps(_config(train_head=train_head), [_batch()], _memories())
@@ -104,6 +106,7 @@ def test_the_head_stays_if_asked_to() -> None:
         assert all(np.array_equal(a, b) != train_head for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 def test_target_labels_give_a_figure_and_nothing_else() -> None:
     batch, rng = _batch(), np.random.default_rng(3)
     label = rng.choice(np.array([0, 1, 2, 255], np.int32), (2, 32, 48))

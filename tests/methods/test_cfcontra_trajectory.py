@@ -76,6 +76,7 @@ def _head() -> dict:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "first_update", "update", "loss", "memory"),
     [

@@ -119,6 +119,7 @@ def assert_close(ours: TrainState, theirs: TrainState, rtol: float) -> None:
         assert error <= rtol, f"{jax.tree_util.keystr(path)}: {error}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_finite_moving_repeatable_and_traced_once(method: str) -> None:
     start, step = compiled(method)  # one program for all steps: it refuses a state of other types or shapes
@@ -146,6 +147,7 @@ def test_all_labels_ignored(method: str) -> None:
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_computes_and_float32_keeps(method: str) -> None:
     """A step in bfloat16 is a rounded step in float32, and no part of the state is kept in bfloat16."""

@@ -112,6 +112,7 @@ def split(tree: dict) -> tuple[list, list]:
     return jax.tree.leaves(model["backbone"]), jax.tree.leaves([heads, tree["regions"]])
 
 
+@pytest.mark.slow
 def test_classifiers_climb_what_the_extractor_descends() -> None:
     """With the entropy terms, gradients change by +gradient for the extractor, by -gradient for every classifier."""
     state = start()

@@ -79,6 +79,7 @@ def _tensors(state: TrainState) -> dict[str, np.ndarray]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dedup", "dup04", "dedup_lam100"])
 def test_trajectory(name: str) -> None:
     arrays = golden("train_dada")
@@ -109,6 +110,7 @@ def test_trajectory(name: str) -> None:
     expect({key: last[key] - start[key] for key in start}, "disc_delta_l2", 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dedup", "dedup_lam100"])
 def test_first_gradients(name: str) -> None:
     """Without momentum and decay and with a learning rate of 1, the first update is minus the gradient."""

@@ -69,6 +69,7 @@ def float_batch(label: int | None = None, columns: int = 0) -> dict:
     return batch
 
 
+@pytest.mark.slow
 def test_margins_of_the_target_do_not_count() -> None:
     """Neither in masked images nor, but for pasted pixels, in mixed ones."""
     plain, carry = prepared(), prepared(columns=20)
@@ -168,6 +169,7 @@ def test_class_weights() -> None:
     np.testing.assert_allclose(method.pixel_loss(Outputs(logits, None), images, config, None), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_separate_masks_on_two_devices() -> None:
     """They use the first images of the whole batch, or of the whole part, on any number of devices."""
     with jax.enable_x64(True):
@@ -197,6 +199,7 @@ def test_separate_masks_hide_parts_of_the_first_images() -> None:
         np.testing.assert_array_equal(shown[kept], image[kept])
 
 
+@pytest.mark.slow
 def test_masked_tokens() -> None:
     """VFM-UDA: images are complete, and the network hides their tokens; one without tokens is refused."""
     config = changed(mask_images="tokens")
@@ -266,6 +269,7 @@ def test_values_without_meaning(word: str, capsys) -> None:
     assert f"config.adapt.{word.partition('=')[0]}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_networks_of_a_state() -> None:
     """After the first update the teacher is the mean of both students; it is scored with the student's statistics."""
     config = changed()

@@ -205,6 +205,7 @@ def run(arrays: dict[str, np.ndarray], name: str, masks: str, monkeypatch: pytes
     return states, metrics, labels, gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "name", "masks"),
     [

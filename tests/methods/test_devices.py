@@ -39,6 +39,7 @@ def run(method: str, devices: int, steps: int, **options) -> TrainState:
     return parallel.first(state, chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["batch", "frozen"])
 @pytest.mark.parametrize("method", METHODS)
 def test_devices_agree(method: str, norm: str) -> None:
@@ -51,6 +52,7 @@ def test_devices_agree(method: str, norm: str) -> None:
         assert_close(other, one, 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["advent", TOY])
 def test_shard_map_could_replace_pmap(method: str) -> None:
     """The step needs nothing of pmap, which JAX only maintains: on the day it goes, `parallel` alone changes."""
@@ -70,6 +72,7 @@ def test_shard_map_could_replace_pmap(method: str) -> None:
         assert_close(jax.device_get(state), run(method, 2, 2, dtype="float64"), 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", MEANS)
 def test_parts_of_a_batch_are_the_batch(method: str) -> None:
     with jax.enable_x64(True):
@@ -79,6 +82,7 @@ def test_parts_of_a_batch_are_the_batch(method: str) -> None:
             assert_close(run(method, devices, 2, accumulate=2, **options), whole, 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in MEANS])
 def test_devices_agree_on_parts(method: str) -> None:
     """A part of a batch is the same part on any number of devices."""

@@ -51,6 +51,7 @@ def step(config: ConfigDict, data: dict, model: DeepLabV2 = MODEL) -> tuple[Trai
     return before, after, metrics
 
 
+@pytest.mark.slow
 def test_terms_and_maps_of_different_sizes() -> None:
     """Target images and source images of different sizes, and the weights of a config."""
     config = stage()
@@ -63,6 +64,7 @@ def test_terms_and_maps_of_different_sizes() -> None:
     assert metrics["out_of_class/3"] in (0, 0.5, 1) and 0 <= metrics["out_of_class"] <= 1
 
 
+@pytest.mark.slow
 def test_lfass_has_features_alone() -> None:
     config = lfass.get_config("streets").adapt
     assert config.train == "plca" and config.align_corners
@@ -71,6 +73,7 @@ def test_lfass_has_features_alone() -> None:
     assert "features" in metrics and "probs" not in metrics and "smooth" not in metrics
 
 
+@pytest.mark.slow
 def test_parts_are_accumulated() -> None:
     """Two equal parts give the gradient of one; statistics are updated twice, in the order target, source."""
     one = batch()
@@ -87,6 +90,7 @@ def test_parts_are_accumulated() -> None:
     np.testing.assert_allclose(second, first, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_statistics_of_the_domains_are_kept_apart() -> None:
     together, apart = (step(stage(separate_norm=flag), batch()) for flag in (False, True))
     # Training uses the batch statistics, so the gradients are the same.
@@ -99,12 +103,14 @@ def test_statistics_of_the_domains_are_kept_apart() -> None:
         start(stage(separate_norm=True), MODEL.clone(norm="frozen"))
 
 
+@pytest.mark.slow
 def test_blocks_computed_twice_change_nothing() -> None:
     (_, plain, _), (_, again, _) = step(stage(), batch()), step(stage(), batch(), MODEL.clone(remat=True))
     assert jax.tree.structure(plain) == jax.tree.structure(again)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), plain.params, again.params)
 
 
+@pytest.mark.slow
 def test_prediction_with_and_without_aggregation() -> None:
     variables = random_variables(MODEL, jnp.zeros((1, 32, 48, 3)))
     images = batch()["source"]["image"]

@@ -44,6 +44,7 @@ def _step(config: ConfigDict) -> tuple[TrainState, TrainState, dict]:
     return state, after, metrics
 
 
+@pytest.mark.slow
 def test_without_a_confident_target_pixel_only_the_source_counts() -> None:
     before, after, metrics = _step(_config(confidence=1.1))
     assert metrics["confident"] == metrics["features_target"] == metrics["logits_target"] == 0

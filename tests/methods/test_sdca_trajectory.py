@@ -48,6 +48,7 @@ def _expect(ours: np.ndarray, theirs: np.ndarray, rtol: float) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=rtol * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["all", "half", "half_tau1", "half_reflr"])
 def test_trajectory(name: str) -> None:
     golden_file, keys = golden("train_sdca"), golden_keys("train_sdca")["param_and_buffer_keys"]

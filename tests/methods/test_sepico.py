@@ -52,6 +52,7 @@ def steps(config: ConfigDict) -> tuple:
     return start, [jax.jit(functools.partial(step, constants=constants, seed=0)) for step in made]
 
 
+@pytest.mark.slow
 def test_head_waits_for_the_contrast() -> None:
     """Until then neither decay nor the optimizer's count of updates touches it; the statistics are there at once."""
     config = changed(contrast="dist", contrast_start=2)
@@ -82,6 +83,7 @@ def test_head_waits_for_the_contrast() -> None:
     assert np.any(states[3].extra.projection_stats["bn0"]["mean"])
 
 
+@pytest.mark.slow
 def test_a_restored_run_goes_on_with_bank_statistics_and_teacher(tmp_path: Path) -> None:
     start, (step, _) = steps(changed(contrast_start=0))
     before = jax.device_get(step(start, batch=wide_batch(0))[0])
@@ -95,6 +97,7 @@ def test_a_restored_run_goes_on_with_bank_statistics_and_teacher(tmp_path: Path)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get((after, row)), jax.device_get((again, other)))
 
 
+@pytest.mark.slow
 def test_two_devices_crop_and_fill_the_bank_as_one() -> None:
     with jax.enable_x64(True):
         config = changed("float64", contrast_start=0)
@@ -112,6 +115,7 @@ def test_two_devices_crop_and_fill_the_bank_as_one() -> None:
     assert np.max(one.extra.bank.count) == 3  # the zero row has left
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_never_sure_labels_no_target_pixel() -> None:
     start, (step, _) = steps(changed(contrast_start=0, threshold=1.0))
     _, row = step(start, batch=make_batch())
@@ -119,6 +123,7 @@ def test_a_teacher_that_is_never_sure_labels_no_target_pixel() -> None:
     assert row["contrast_source"] > 0 and row["uniformity_source"] < 0 and row["ce_mixed"] > 0
 
 
+@pytest.mark.slow
 def test_margins_of_the_target_have_no_labels() -> None:
     """They are cropped with the image; there, only pasted pixels count."""
     config = changed()

@@ -71,6 +71,7 @@ def dark_batch() -> dict:
     return {**batch, "target": {"image": batch["target"]["image"], "reference": day}}
 
 
+@pytest.mark.slow
 def test_labels_and_crops_of_a_step() -> None:
     """The day changes the labels, unless it shows the same; both images are cropped alike."""
     config = changed(contrast="dist", contrast_start=0, **DARK)
@@ -93,6 +94,7 @@ def test_labels_and_crops_of_a_step() -> None:
     assert jax.tree.structure(after) == jax.tree.structure(start)
 
 
+@pytest.mark.slow
 def test_the_recipe_is_checked_with_images_by_day() -> None:
     """As before training, at the published sizes, on a tiny network."""
     config = recipe.get_config("darkzurich")

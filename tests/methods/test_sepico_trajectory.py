@@ -164,6 +164,7 @@ def _expect(ours: np.ndarray, theirs: np.ndarray, rtol: float) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=rtol * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_trajectory(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     file = golden("train_sepico")

@@ -94,6 +94,7 @@ def _check_discriminators(arrays: dict, run: str, states: list, metrics: list) -
         np.testing.assert_allclose(norms, arrays[f"{run}_{name}_f64"], rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "file", "run"),
     [
@@ -145,6 +146,7 @@ def test_trajectory(method: str, file: str, run: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "file"), [("source_only", "train_source"), ("minent", "train_minent"), ("advent", "train_advent")]
 )

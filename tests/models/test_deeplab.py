@@ -32,6 +32,7 @@ def check_features(actual, arrays, prefix):
     check(actual.mean(-1), arrays[f"{prefix}_pixel_mean"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_published_network_matches_golden(name):
     model = NETWORKS[name]
@@ -122,6 +123,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "dtype"), [*((name, "float32") for name in SMALL), ("resnet101", "bfloat16")])
 def test_small_network_trains_one_step(backbone, dtype):
     model = DeepLabV2(5, width=8, dtype=dtype, **SMALL[backbone])
@@ -165,6 +167,7 @@ def test_parameter_tree_and_count_of_the_published_network():
     assert count == 42_500_160 + 4 * 19 * (9 * (1024 + 2048) + 2)
 
 
+@pytest.mark.slow
 def test_forms_chosen_on_cpu_leave_the_network_unchanged(monkeypatch):
     with jax.enable_x64(True):
         model = DeepLabV2(4, width=8, blocks=(2, 1, 2, 1), dtype="float64")

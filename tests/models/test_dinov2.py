@@ -412,6 +412,7 @@ def test_any_size_becomes_whole_patches() -> None:
         jax.eval_shape(lambda x: encoder.init(jax.random.key(0), x, False, None), jnp.zeros((1, 15, 14, 3)))
 
 
+@pytest.mark.slow
 def test_windows() -> None:
     """Images up to the window are computed as a whole; larger ones in overlapping windows."""
     model = make_model({**SMALL, "window": (48, 40)}, 3)

@@ -42,6 +42,7 @@ def drawn_box(monkeypatch: pytest.MonkeyPatch):
     return lambda box: monkeypatch.setattr(hrda, "draw_offset", lambda *_: jnp.asarray((box[0], box[2]), jnp.int32))
 
 
+@pytest.mark.slow
 def test_training_matches_golden(drawn_box) -> None:
     """Both predictions, the loss, gradients and running statistics."""
     whole, keys = golden("model_hrda_b0"), golden_keys("model_hrda_b0")
@@ -79,6 +80,7 @@ def test_training_matches_golden(drawn_box) -> None:
             check(after[key], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["eval", "slide"])
 def test_inference_matches_golden(case: str) -> None:
     """One window, whose detail views overlap; and an image of several windows."""
@@ -153,6 +155,7 @@ def test_files_there_and_back(small: tuple, tmp_path) -> None:
     jax.tree.map(np.testing.assert_array_equal, load_torch(tmp_path / "file.pth", model), dict(variables))
 
 
+@pytest.mark.slow
 def test_a_teacher_sees_all_of_the_image_and_a_student_one_part(small: tuple) -> None:
     """Without a key the running statistics move too, and nothing is drawn."""
     model, images, variables = small

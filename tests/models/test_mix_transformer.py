@@ -81,6 +81,7 @@ def check_gradients(gradients, names, keys, arrays: dict) -> None:
     assert stored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["a", "b", "faint"])
 def test_backbone_matches_golden(case: str) -> None:
     arrays, keys = part(golden("model_mit_b0"), f"{case}_"), golden_keys("model_mit_b0")
@@ -107,6 +108,7 @@ def test_backbone_matches_golden(case: str) -> None:
             check(found, arrays[f"out{number}_from_double"])
 
 
+@pytest.mark.slow
 def test_large_backbone_matches_golden() -> None:
     arrays = golden("model_mit_b5")
     with jax.enable_x64(True):
@@ -119,6 +121,7 @@ def test_large_backbone_matches_golden() -> None:
             check(found.mean(-1), arrays[f"out{number}_pixel_mean"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["daformer_b0", "segformer_b0"])
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_network_matches_golden(name: str, mode: str) -> None:
@@ -151,6 +154,7 @@ def test_network_matches_golden(name: str, mode: str) -> None:
         assert stored.keys() == (after.keys() if train else set())
 
 
+@pytest.mark.slow
 def test_published_network_matches_golden() -> None:
     arrays = golden("model_daformer_b5")
     with jax.enable_x64(True):
@@ -356,6 +360,7 @@ def test_dropout_drops_whole_channels_of_each_image(small: tuple) -> None:
     assert len(np.unique(zero, axis=0)) > 32
 
 
+@pytest.mark.slow
 def test_examples_draw_by_their_place_and_evaluation_draws_nothing(small: tuple) -> None:
     model, images, variables = small
     images = np.repeat(images[:1], 8, axis=0)
@@ -368,6 +373,7 @@ def test_examples_draw_by_their_place_and_evaluation_draws_nothing(small: tuple)
     np.testing.assert_allclose(quiet.main, np.repeat(quiet.main[:1], 8, axis=0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["daformer", "segformer"])
 def test_bfloat16_keeps_parameters_statistics_and_outputs(head: str) -> None:
     images = np.random.default_rng(1).normal(size=(2, 32, 48, 3)).astype(np.float32)
@@ -384,6 +390,7 @@ def test_bfloat16_keeps_parameters_statistics_and_outputs(head: str) -> None:
         assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing(small: tuple) -> None:
     model, images, variables = small
     ends = []
@@ -424,6 +431,7 @@ def test_groups_of_the_optimizer() -> None:
     assert groups["backbone.block2_0.attn.sr.bias"] == "block"
 
 
+@pytest.mark.slow
 def test_initial_weights() -> None:
     """Spreads of the published initialisation, and a bias that starts at random."""
     model = make_model({"name": "mix_transformer", "variant": "b0", "blocks": (1, 1, 1, 1)}, 19)

@@ -58,6 +58,7 @@ def start(method: str, dtype: str = "float32") -> tuple:
     return begin(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_on_it(method: str) -> None:
     state, constants, step = start(method)
@@ -69,6 +70,7 @@ def test_every_method_learns_on_it(method: str) -> None:
     assert all(jax.tree.leaves(moved)), moved
 
 
+@pytest.mark.slow
 def test_devices_and_parts_draw_the_same() -> None:
     """With dropout and drop path, 2 and 8 devices give the same parameters as one; the draws depend on the seed."""
     with jax.enable_x64(True):
@@ -86,6 +88,7 @@ def test_devices_and_parts_draw_the_same() -> None:
         assert_close(other, one, 1e-3)
 
 
+@pytest.mark.slow
 def test_train_and_resume(words: list[str], work: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """A run that is stopped and continued ends with the same weights, with or without dropout."""
     save = loop._Loop._save

@@ -91,6 +91,7 @@ def finished(data_dir, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_it_is_trained_on_and_scored(data_dir, finished, capsys):
     results = json.loads((finished / "results.json").read_text())
     assert results["classes"] == ["ground", "box", "sky"]

@@ -45,6 +45,7 @@ def copied(finished, tmp_path) -> Path:
     return shutil.copytree(finished, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_load_predicts_what_the_command_line_does(finished: Path, data: dict, tmp_path) -> None:
     predictor = jaxuda.load(str(finished / "adapt"))
     assert predictor.classes == tiny.CLASSES

@@ -118,6 +118,7 @@ def _target_classes(records: InMemory, config: ConfigDict, folder: Path) -> list
     return [np.array(list(found["images"].values()))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sweep", [_evaluate, _class_statistics, _prototypes, _pseudo_labels, _entropy_rank, _target_classes]
 )

@@ -179,6 +179,7 @@ def test_the_largest_clusters_stay() -> None:
     assert all(is_single(regions[rows], 3) for rows in found.members)
 
 
+@pytest.mark.slow
 def test_recipe_on_tiny_data(tmp_path: Path, monkeypatch, capsys) -> None:
     """The sweep needs no network, and the adaptation uses its artifacts."""
     monkeypatch.chdir(Path(__file__).parents[2])

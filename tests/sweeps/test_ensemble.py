@@ -88,6 +88,7 @@ def test_weighted_classes(variables: list[dict]) -> None:
     assert scored.sum() == confusion.sum() and np.abs(scored - confusion).sum() < 10
 
 
+@pytest.mark.slow
 def test_two_networks_average_their_logits(variables: list[dict]) -> None:
     settings = [config(), config((48, 32), "caffe")]
     members = [Member(MODEL, PLAIN, s, w) for s, w in zip(settings, (3.0, 1.0), strict=True)]

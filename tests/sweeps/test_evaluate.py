@@ -48,6 +48,7 @@ def by_hand(variables: dict, row: dict, size: tuple[int, int], config: ConfigDic
     return np.asarray(jnp.argmax(resize_bilinear(logits, size, config.align_corners), -1)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 def test_mixed_sizes_equal_one_by_one(variables: dict, devices: int) -> None:
     rows = records([(48, 64), (50, 70), (31, 33)])
@@ -88,6 +89,7 @@ def test_predictions_have_each_image_own_size(variables: dict) -> None:
         np.testing.assert_array_equal(found[row["id"]], by_hand(variables, row, row["image"].shape[:2]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [{"interpolation": "opencv"}, {"through_input": True}])
 def test_fields_of_other_evaluations(variables: dict, changed: dict) -> None:
     """The published evaluations of self-training: OpenCV's resize, logits at the input's size before the label's."""

@@ -120,6 +120,7 @@ def test_classes_seen_in_the_target(tmp_path: Path) -> None:
         np.testing.assert_allclose(found[record["id"]], shares, atol=0.005)  # rounding decides between two classes
 
 
+@pytest.mark.slow
 def test_figures_without_labels() -> None:
     small = (16, 12)  # so few pixels that the density uses all of them
     settings = config(evaluation={"size": small})
@@ -156,6 +157,7 @@ def test_prototypes(tmp_path: Path) -> None:
     assert not np.allclose(with_all, sums)
 
 
+@pytest.mark.slow
 def test_prediction_from_python_is_that_of_the_command_line() -> None:
     model = DeepLabV2(7, "resnet18", "torchvision", width=8, blocks=(1, 1, 1, 1))
     variables = jax.device_get(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 24, 32, 3))))

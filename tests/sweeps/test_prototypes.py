@@ -96,6 +96,7 @@ def _features(records, size, projection):
     return ProjectionHead("mlp").apply({"params": projection}, outputs.features), outputs.main
 
 
+@pytest.mark.slow
 def test_memories_are_those_of_the_definition(once):
     folder, memories, projection, told = once
     source, target = _domains()[:2]
