@@ -28,6 +28,50 @@ def library_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, pa
     )
 
 
+def computed_once(x: jax.Array) -> jax.Array:
+    """`x`, in memory before anything reads it.
+
+    XLA would put its computation into each operation that reads it. Also, jaxlib 0.10.1 takes three times as long for a
+    sum with a product in it as for the product and then the sum. Barriers hold only in what `parallel.jit_step` makes.
+    """
+    return lax.optimization_barrier(x)
+
+
+@jax.custom_vjp
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """(..., A) + (A,)."""
+    return x + bias
+
+
+def _add_bias_backward(_, g):
+    g = computed_once(g)
+    return g, jnp.sum(g, axis=tuple(range(g.ndim - 1)))
+
+
+add_bias.defvjp(lambda x, bias: (x + bias, None), _add_bias_backward)
+
+
+@jax.custom_vjp
+def shift_and_scale(x: jax.Array, mean: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    """(x - mean) * scale + bias, for (N, H, W, A) and three (A,)."""
+    return (x - mean) * scale + bias
+
+
+def _shift_and_scale_forward(x, mean, scale, bias):
+    return shift_and_scale(x, mean, scale, bias), (x, mean, scale)
+
+
+def _shift_and_scale_backward(saved, g):
+    x, mean, scale = saved
+    g = computed_once(g)
+    over = lambda x: jnp.sum(x, axis=(0, 1, 2))  # noqa: E731
+    dbias = over(g)
+    return g * scale, -dbias * scale, over(computed_once(g * (x - mean))), dbias
+
+
+shift_and_scale.defvjp(_shift_and_scale_forward, _shift_and_scale_backward)
+
+
 def _padded(x: jax.Array, pads: Pads, value: float = 0.0) -> jax.Array:
     """(N, H, W, A) with `value` around it; negative pads cut."""
     return lax.pad(x, jnp.asarray(value, x.dtype), ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)))
@@ -207,19 +251,20 @@ def _depthwise_backward(stride, dilation, pads, saved, g):
     dkernel = _depthwise_kernel_gradient(_padded(x, pads), kernel.shape[0], stride, dilation, g)
     dx = _depthwise_input_gradient(kernel, stride, dilation, whole, g)
     (top, _), (left, _) = pads
-    return dx[:, top : top + x.shape[1], left : left + x.shape[2]], dkernel
+    return computed_once(dx[:, top : top + x.shape[1], left : left + x.shape[2]]), dkernel
 
 
 def _depthwise_kernel_gradient(x: jax.Array, size: int, stride: int, dilation: int, g: jax.Array) -> jax.Array:
     # One row of the result at a time: it stays in the cache while it is multiplied with all taps. Sums over whole maps,
     # one per tap, take five times as long; XLA vectorises the sum of a row only if nothing but its addition follows.
     count, height, width, channels = g.shape
-    x = x.reshape(*x.shape[:2], -1, stride, channels)
+    x = computed_once(x)
     reach, starts = (size - 1) * dilation + 1, [divmod(j * dilation, stride) for j in range(size)]
 
     def add_row(index: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         image, row = index // height, index % height
-        seen = lax.dynamic_slice(x, (image, row * stride, 0, 0, 0), (1, reach, *x.shape[2:]))[0, ::dilation]
+        seen = lax.dynamic_slice(x, (image, row * stride, 0, 0), (1, reach, *x.shape[2:]))[0, ::dilation]
+        seen = seen.reshape(size, -1, stride, channels)
         grads = lax.dynamic_slice(g, (image, row, 0, 0), (1, 1, width, channels))[0, 0]
         return tuple(
             total + jnp.sum(seen[:, start : start + width, rest] * grads, axis=1)

@@ -22,7 +22,9 @@ from jax import lax
 from jaxuda.errors import UserError
 from jaxuda.models.cpu_forms import (
     Pads,
+    add_bias,
     by_cells,
+    computed_once,
     depthwise_taps,
     few_channels,
     join,
@@ -30,6 +32,7 @@ from jaxuda.models.cpu_forms import (
     max_of_taps,
     pointwise,
     project_and_shift,
+    shift_and_scale,
     tap_by_tap,
 )
 from jaxuda.models.gpu_forms import dilated_conv, is_dilated
@@ -200,7 +203,8 @@ class Conv(nn.Module):
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         y = conv2d(x, kernel, self.stride, self.dilation, padding)
         if self.use_bias:
-            y = y + self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
+            bias = self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
+            y = add_bias(y, bias) if use_cpu_forms() else y + bias
         return y
 
 
@@ -238,7 +242,8 @@ class BatchNorm(nn.Module):
             running_var.value = 0.9 * running_var.value + 0.1 * lax.stop_gradient(unbiased)
         else:
             mean, var = running_mean.value, running_var.value
-        y = (x - mean) * (scale * lax.rsqrt(var + self.eps)) + bias
+        factor = scale * lax.rsqrt(var + self.eps)
+        y = shift_and_scale(x, mean, factor, bias) if use_cpu_forms() else (x - mean) * factor + bias
         return y.astype(self.dtype)
 
 
@@ -250,7 +255,8 @@ def batch_moments(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.A
         total, count = lax.psum((total, count), axis_name)
     mean = total / count
     # The variance has no gradient with respect to the mean: `stop_gradient` saves a pass over the gradients.
-    squares = jnp.sum(jnp.square(x - lax.stop_gradient(mean)), axis=(0, 1, 2))
+    squares = jnp.square(x - lax.stop_gradient(mean))
+    squares = jnp.sum(computed_once(squares) if use_cpu_forms() else squares, axis=(0, 1, 2))
     if axis_name is not None:
         squares = lax.psum(squares, axis_name)
     return mean, squares / count, count

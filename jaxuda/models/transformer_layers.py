@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxuda.models.cpu_forms import pointwise
+from jaxuda.models.cpu_forms import add_bias, computed_once, pointwise
 from jaxuda.models.layers import backbone_init, conv2d, depthwise_conv2d, use_cpu_forms
 
 linear_init = nn.initializers.normal(0.02)
 # Entries of the map of queries x keys of one image that are computed at a time. On CPUs a block stays in the cache.
-_BLOCK = {True: 2**17, False: 2**24}
+_BLOCK = {True: 2**18, False: 2**24}
 
 
 class Linear(nn.Module):
@@ -36,7 +36,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
         bias = self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
         x = x.astype(self.dtype)
-        return (pointwise(x, kernel) if use_cpu_forms() else x @ kernel) + bias
+        return add_bias(pointwise(x, kernel), bias) if use_cpu_forms() else x @ kernel + bias
 
 
 class LayerNorm(nn.Module):
@@ -68,14 +68,22 @@ def _norm_forward(x, scale, bias, eps):
 def _norm_backward(eps, saved, g):
     x, scale, mean, deviation = saved
     normed = (_wide(x) - mean) * deviation
-    inner = g * scale
-    along = jnp.mean(inner * normed, axis=-1, keepdims=True)
-    dx = deviation * (inner - jnp.mean(inner, axis=-1, keepdims=True) - normed * along)
+    product = g * normed
+    if use_cpu_forms():
+        g, product = computed_once(g), computed_once(product)
+    dx = deviation * (g * scale - _channel_mean(g, scale) - normed * _channel_mean(product, scale))
     others = tuple(range(x.ndim - 1))
-    return dx.astype(x.dtype), jnp.sum(g * normed, axis=others), jnp.sum(g, axis=others)
+    return dx.astype(x.dtype), jnp.sum(product, axis=others), jnp.sum(g, axis=others)
 
 
 _norm.defvjp(_norm_forward, _norm_backward)
+
+
+def _channel_mean(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """(..., A) -> (..., 1): the mean of x times scale (A,)."""
+    if use_cpu_forms():
+        return pointwise(x, scale[:, None] / len(scale))
+    return jnp.mean(x * scale, axis=-1, keepdims=True)
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -122,7 +130,8 @@ class Depthwise(nn.Module):
         pads = ((self.dilation, self.dilation),) * 2
         y = depthwise_conv2d(x.astype(self.dtype), kernel, 1, self.dilation, pads)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(self.dtype)
+            y = add_bias(y, bias) if use_cpu_forms() else y + bias
         return y
 
 
@@ -189,12 +198,13 @@ def _attend_backward(saved, g):
     inner = jnp.sum(_wide(g) * _wide(out), axis=-1, keepdims=True)
 
     def rows(q, g, inner, log_total):
-        weights = jnp.exp(_scores(q, k) - log_total)
-        dscores = weights * (_product("nhqd,nhkd->nhqk", g, v) - inner)
+        # The map of keys x queries, not of queries x keys: CPUs are a fifth faster with the products that it goes into.
+        weights = jnp.exp(_scores(k, q) - jnp.swapaxes(log_total, 2, 3))
+        dscores = weights * (_product("nhkd,nhqd->nhkq", v, g) - jnp.swapaxes(inner, 2, 3))
         dscores, weights = dscores.astype(q.dtype), weights.astype(q.dtype)
-        dq = _product("nhqk,nhkd->nhqd", dscores, k) * scale
-        dk = _product("nhqk,nhqd->nhkd", dscores, q) * scale
-        return dq.astype(q.dtype), dk, _product("nhqk,nhqd->nhkd", weights, g)
+        dq = _product("nhkq,nhkd->nhqd", dscores, k) * scale
+        dk = _product("nhkq,nhqd->nhkd", dscores, q) * scale
+        return dq.astype(q.dtype), dk, _product("nhkq,nhqd->nhkd", weights, g)
 
     blocks = _blocks(q, k)
     if blocks == 1:

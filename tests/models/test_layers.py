@@ -278,6 +278,31 @@ def test_residual_join_on_cpu_equals_sum_and_relu():
         check_equal(plain_and("cpu", layers.residual_join, *rng.normal(size=(2, 2, 5, 5, 3))))
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_batch_norm_on_cpu_equals_the_plain_form(train):
+    with jax.enable_x64(True):
+        rng, layer = np.random.default_rng(0), layers.BatchNorm(dtype="float64")
+        (scale, bias, mean), var = rng.normal(size=(3, 5)), rng.uniform(0.5, 2, 5)
+        statistics = {"mean": mean, "var": var}
+
+        def normed(x, scale, bias):
+            variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": statistics}
+            return layer.apply(variables, x, train, mutable=["batch_stats"])[0]
+
+        check_equal(plain_and("cpu", normed, rng.normal(size=(2, 4, 3, 5)), scale, bias))
+
+
+def test_bias_on_cpu_equals_the_sum():
+    with jax.enable_x64(True):
+        rng, layer = np.random.default_rng(0), layers.Conv(4, 1, use_bias=True, dtype="float64")
+
+        def biased(x, kernel, bias):
+            return layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+
+        sizes = ((2, 3, 4, 5), (1, 1, 5, 4), (4,))
+        check_equal(plain_and("cpu", biased, *(rng.normal(size=size) for size in sizes)))
+
+
 def test_initial_weights_of_backbone_and_head():
     keys = jax.random.split(jax.random.key(0))
     backbone = layers.backbone_init(keys[0], (3, 3, 64, 128))

@@ -10,7 +10,7 @@ import pytest
 
 from jaxuda.models import dinov2, mix_transformer
 from jaxuda.models import transformer_layers as layers
-from jaxuda.models.layers import library_conv
+from jaxuda.models.layers import compile_for, library_conv
 
 
 def both(function, *inputs):
@@ -87,9 +87,10 @@ def test_attention_in_bfloat16_sums_in_float32() -> None:
     np.testing.assert_allclose(np.asarray(found, np.float32), exact, rtol=0, atol=0.01 * np.abs(exact).max())
 
 
-def test_layer_norm_is_its_formula() -> None:
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_layer_norm_is_its_formula(platform: str) -> None:
     """With few channels and faint input, where its epsilon matters."""
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), compile_for(platform):
         x, scale, bias = drawn(2, 3, 4, 5, scale=1e-3), drawn(5), drawn(5)
 
         def ours(x, scale, bias):
