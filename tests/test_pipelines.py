@@ -17,6 +17,7 @@ from jaxuda.cli import MISTAKE
 from jaxuda.data import encoding
 from jaxuda.main import main
 
+pytestmark = pytest.mark.slow  # all need the finished recipes
 ROOT = Path(__file__).parents[1]
 RECIPES = {
     name: importlib.import_module(f"configs.{name}").get_config("folder").pipeline
@@ -35,7 +36,6 @@ def finished(data, tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_training_is_in_the_table(finished: dict[str, Path], recipe: str) -> None:
     results = json.loads((finished[recipe] / "results.json").read_text())
@@ -81,7 +81,6 @@ def test_intrada_splits_the_target(finished: dict[str, Path]) -> None:
     assert max(float(rows[name]) for name in easy) <= min(float(rows[name]) for name in hard)
 
 
-@pytest.mark.slow
 def test_damaged_artifacts_are_refused(finished: dict[str, Path], data: dict, tmp_path, capsys) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(finished["sdca"], workdir)
@@ -102,7 +101,6 @@ def test_empty_parts_are_refused(finished: dict[str, Path], data: dict, tmp_path
     assert "both are needed" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_no_confident_pixel_is_harmless(data: dict, tmp_path) -> None:
     """No pixel reaches a confidence of 1.1: the contrast on the target is 0, not NaN."""
     words = tiny.arguments("sdca", workdir=tmp_path / "run", **data)
@@ -112,7 +110,6 @@ def test_no_confident_pixel_is_harmless(data: dict, tmp_path) -> None:
     assert adapted and all(row["confident"] == 0 and row["features_target"] == 0 for row in adapted)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "stage"),
     [
