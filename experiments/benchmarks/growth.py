@@ -1,6 +1,6 @@
 """How time and memory grow with the number of images, from preparing to the report.
 
-    python experiments/benchmarks/growth.py [--counts 100,1000,10000]
+    python experiments/benchmarks/growth.py [--counts 100,5000,10000]
 
 Draws a source and a target, each with so many images of 48x32 for training and for validation, and runs the commands of
 a user on them with a tiny network, each in its own process. The last stages are added one by one to a finished run, so
@@ -92,7 +92,7 @@ def measured(words: list[str]) -> tuple[float, float]:
 def main() -> None:
     """Prints a line per command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", default="100,1000,10000")
+    parser.add_argument("--counts", default="100,5000,10000")
     counts = [int(word) for word in parser.parse_args().counts.split(",")]
     found = {}
     for count in counts:
