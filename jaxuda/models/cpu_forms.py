@@ -38,17 +38,17 @@ def computed_once(x: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+def biased(x: jax.Array, bias: jax.Array) -> jax.Array:
     """(..., A) + (A,)."""
     return x + bias
 
 
-def _add_bias_backward(_, g):
+def _biased_backward(_, g):
     g = computed_once(g)
     return g, jnp.sum(g, axis=tuple(range(g.ndim - 1)))
 
 
-add_bias.defvjp(lambda x, bias: (x + bias, None), _add_bias_backward)
+biased.defvjp(lambda x, bias: (x + bias, None), _biased_backward)
 
 
 @jax.custom_vjp

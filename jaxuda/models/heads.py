@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxuda.errors import UserError
-from jaxuda.models.layers import BatchNorm, Conv, conv2d_sum, head_init, resize_bilinear
+from jaxuda.models.layers import BatchNorm, Conv, add_bias, conv2d_sum, head_init, resize_bilinear
 
 DILATIONS = (6, 12, 18, 24)
 PROJECTIONS = ("mlp", "linear", "none")
@@ -33,7 +33,7 @@ class DilatedHead(nn.Module):
         if self.use_bias:
             zeros = nn.initializers.zeros
             biases = [self.param(f"bias{i}", zeros, (self.num_classes,)) for i in range(len(self.dilations))]
-            y = y + sum(biases).astype(self.dtype)
+            y = add_bias(y, sum(biases).astype(self.dtype))
         return y
 
 

@@ -22,7 +22,7 @@ from jax import lax
 from jaxuda.errors import UserError
 from jaxuda.models.cpu_forms import (
     Pads,
-    add_bias,
+    biased,
     by_cells,
     computed_once,
     depthwise_taps,
@@ -204,8 +204,13 @@ class Conv(nn.Module):
         y = conv2d(x, kernel, self.stride, self.dilation, padding)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
-            y = add_bias(y, bias) if use_cpu_forms() else y + bias
+            y = add_bias(y, bias)
         return y
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """(..., A) + (A,)."""
+    return biased(x, bias) if use_cpu_forms() else x + bias
 
 
 # Normalisation, join, pooling -------------------------------------------------------------------------------

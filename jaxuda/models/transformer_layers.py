@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxuda.models.cpu_forms import add_bias, computed_once, pointwise
-from jaxuda.models.layers import backbone_init, conv2d, depthwise_conv2d, use_cpu_forms
+from jaxuda.models.cpu_forms import computed_once, pointwise
+from jaxuda.models.layers import add_bias, backbone_init, conv2d, depthwise_conv2d, use_cpu_forms
 
 linear_init = nn.initializers.normal(0.02)
 # Entries of the map of queries x keys of one image that are computed at a time. On CPUs a block stays in the cache.
@@ -36,7 +36,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
         bias = self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
         x = x.astype(self.dtype)
-        return add_bias(pointwise(x, kernel), bias) if use_cpu_forms() else x @ kernel + bias
+        return add_bias(pointwise(x, kernel) if use_cpu_forms() else x @ kernel, bias)
 
 
 class LayerNorm(nn.Module):
@@ -131,7 +131,7 @@ class Depthwise(nn.Module):
         y = depthwise_conv2d(x.astype(self.dtype), kernel, 1, self.dilation, pads)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(self.dtype)
-            y = add_bias(y, bias) if use_cpu_forms() else y + bias
+            y = add_bias(y, bias)
         return y
 
 
