@@ -184,11 +184,18 @@ def _attend_forward(q, k, v):
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         out = _product("nhqk,nhkd->nhqd", weights.astype(v.dtype), v) / total
-        return out.astype(q.dtype), top + jnp.log(total)
+        return out.astype(q.dtype), top + jnp.log(total)  # the logarithm of the sum under each softmax
+
+    # Results replace the queries: XLA would make the zeros that `lax.map` fills, for all layers, at the very start.
+    def step(parts: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out, log_total = rows(_part(parts, place))
+        return lax.dynamic_update_index_in_dim(parts, out, place, 0), log_total
 
     blocks = _blocks(q, k)
-    # (N, heads, Q, D) and (N, heads, Q, 1): the logarithm of the sum under each softmax.
-    out, log_total = (_joined(x, count) for x in lax.map(rows, _cut(q, blocks))) if blocks > 1 else rows(q)
+    if blocks == 1:
+        out, log_total = rows(q)
+    else:
+        out, log_total = (_joined(x, count) for x in lax.scan(step, _cut(q, blocks), jnp.arange(blocks)))
     return out, (q, k, v, out, log_total)
 
 
@@ -211,12 +218,15 @@ def _attend_backward(saved, g):
         dq, dk, dv = rows(q, g, inner, log_total)
         return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
-    def add(totals: tuple[jax.Array, ...], block: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], jax.Array]:
-        dq, *more = rows(*block)
-        return tuple(map(jnp.add, totals, more)), dq
+    def step(done: tuple[jax.Array, ...], block: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
+        place, *given = block
+        parts, *totals = done
+        dq, *more = rows(_part(parts, place), *given)
+        return (lax.dynamic_update_index_in_dim(parts, dq, place, 0), *map(jnp.add, totals, more)), None
 
-    zeros = jnp.zeros_like(_wide(k))
-    (dk, dv), dq = lax.scan(add, (zeros, zeros), tuple(_cut(x, blocks) for x in (q, g, inner, log_total)))
+    zeros = 0 * _wide(k)  # not a constant, which XLA would copy for all layers at the start
+    start = _cut(q, blocks), zeros, zeros
+    (dq, dk, dv), _ = lax.scan(step, start, (jnp.arange(blocks), *(_cut(x, blocks) for x in (g, inner, log_total))))
     return _joined(dq, q.shape[2]), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
@@ -241,6 +251,10 @@ def _cut(x: jax.Array, blocks: int) -> jax.Array:
     size = -(-x.shape[2] // blocks)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, blocks * size - x.shape[2]), (0, 0)))
     return jnp.moveaxis(x.reshape(*x.shape[:2], blocks, size, x.shape[3]), 2, 0)
+
+
+def _part(parts: jax.Array, place: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(parts, place, keepdims=False)
 
 
 def _joined(x: jax.Array, count: int) -> jax.Array:
