@@ -191,11 +191,12 @@ def _attend_forward(q, k, v):
         out, log_total = rows(_part(parts, place))
         return lax.dynamic_update_index_in_dim(parts, out, place, 0), log_total
 
-    blocks = _blocks(q, k)
-    if blocks == 1:
+    size = _block(q, k)
+    if size >= count:
         out, log_total = rows(q)
     else:
-        out, log_total = (_joined(x, count) for x in lax.scan(step, _cut(q, blocks), jnp.arange(blocks)))
+        parts = _cut(q, size)
+        out, log_total = (_joined(x, count) for x in lax.scan(step, parts, jnp.arange(len(parts))))
     return out, (q, k, v, out, log_total)
 
 
@@ -213,8 +214,8 @@ def _attend_backward(saved, g):
         dk = _product("nhkq,nhqd->nhkd", dscores, q) * scale
         return dq.astype(q.dtype), dk, _product("nhkq,nhqd->nhkd", weights, g)
 
-    blocks = _blocks(q, k)
-    if blocks == 1:
+    size = _block(q, k)
+    if size >= q.shape[2]:
         dq, dk, dv = rows(q, g, inner, log_total)
         return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
@@ -225,8 +226,8 @@ def _attend_backward(saved, g):
         return (lax.dynamic_update_index_in_dim(parts, dq, place, 0), *map(jnp.add, totals, more)), None
 
     zeros = 0 * _wide(k)  # not a constant, which XLA would copy for all layers at the start
-    start = _cut(q, blocks), zeros, zeros
-    (dq, dk, dv), _ = lax.scan(step, start, (jnp.arange(blocks), *(_cut(x, blocks) for x in (g, inner, log_total))))
+    parts, *others = (_cut(x, size) for x in (q, g, inner, log_total))
+    (dq, dk, dv), _ = lax.scan(step, (parts, zeros, zeros), (jnp.arange(len(parts)), *others))
     return _joined(dq, q.shape[2]), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
@@ -241,14 +242,15 @@ def _product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(axes, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-def _blocks(q: jax.Array, k: jax.Array) -> int:
-    """The number of blocks of queries."""
-    return -(-q.shape[1] * q.shape[2] * k.shape[2] // _BLOCK[use_cpu_forms()])
+def _block(q: jax.Array, k: jax.Array) -> int:
+    """How many queries are computed at a time: a multiple of 8, to which GPUs' products would be padded."""
+    blocks = -(-q.shape[1] * q.shape[2] * k.shape[2] // _BLOCK[use_cpu_forms()])
+    return 8 * -(-q.shape[2] // (8 * blocks))
 
 
-def _cut(x: jax.Array, blocks: int) -> jax.Array:
-    """(N, heads, Q, D) -> (blocks, N, heads, queries per block, D); zeros fill up the last block."""
-    size = -(-x.shape[2] // blocks)
+def _cut(x: jax.Array, size: int) -> jax.Array:
+    """(N, heads, Q, D) -> (blocks, N, heads, size, D); zeros fill up the last block."""
+    blocks = -(-x.shape[2] // size)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, blocks * size - x.shape[2]), (0, 0)))
     return jnp.moveaxis(x.reshape(*x.shape[:2], blocks, size, x.shape[3]), 2, 0)
 
