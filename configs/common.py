@@ -182,7 +182,7 @@ def base(
             "data_dir": "",  # "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
             "accumulate": 1,  # parts of a batch whose gradients are added up to one update, in all training stages
             "control": False,  # also train like the adaptation but without its target loss, to measure its gain against
-            "remat": False,  # compute a ResNet's blocks twice to save memory, in all training stages
+            "remat": False,  # compute a network's blocks twice to save memory, in all training stages
             "num_workers": 0,  # processes that decode and transform; 0: threads of this one
             "log_every": 10,
             "eval_every": 100,
